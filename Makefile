@@ -1,0 +1,44 @@
+# make demo    train, sparsify to 90 % while training, report    (DATA=digits|fashion-mnist|pets, ARGS='--schedule cos')
+# make test    notebooks in sync with modules, notebook tests, pytest
+# make docs    the static site, in docs/_build/html
+# make bench   benchmarks beside fasterai; writes benchmarks/*.md
+PYTHON ?= python3
+DATA   ?= digits
+ARGS   ?=
+BIN    := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test sync docs bench clean
+.DEFAULT_GOAL := test
+
+demo: .venv/core.done
+	fasterai-sparse-demo --data $(DATA) $(ARGS)
+
+test: .venv/dev.done sync
+	nbdev-test --n-workers 2 --do-print
+	python -m pytest tests
+
+# Clean + export in a copy, so that the check changes nothing in the checkout
+sync: .venv/dev.done
+	python tests/check_sync.py
+
+docs: .venv/docs.done
+	$(MAKE) -C docs html
+
+bench: .venv/bench.done
+	for b in benchmarks/*.py; do python $$b; done
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("fasterai_sparse needs Python 3.10 or newer")'
+	$(PYTHON) -m venv .venv
+
+.venv/core.done: EXTRA =
+.venv/dev.done: EXTRA = [dev]
+.venv/docs.done: EXTRA = [docs]
+.venv/bench.done: EXTRA = [bench]
+.venv/%.done: settings.ini setup.py pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install -q --no-warn-script-location -c constraints.txt -e '.$(EXTRA)'
+	touch $@
+
+clean:
+	rm -rf _proc _docs docs/_build docs/_src demo_out

@@ -1,0 +1,18 @@
+"Metadata from settings.ini; the version from the package"
+import configparser, re
+from pathlib import Path
+from setuptools import setup
+
+here = Path(__file__).parent
+ini = configparser.ConfigParser(delimiters=['='])
+ini.read(here/'settings.ini', encoding='utf-8')
+cfg = ini['DEFAULT']
+version = re.search(r'__version__ = "(.+)"', (here/'fasterai_sparse'/'__init__.py').read_text()).group(1)
+
+setup(version=version, description=cfg['description'], python_requires=f">={cfg['min_python']}",
+      keywords=cfg['keywords'].split(), license=cfg['license'],
+      long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
+      install_requires=cfg['requirements'].split(),
+      extras_require={o: cfg[f'{o}_requirements'].split() for o in ('dev', 'docs', 'bench')},
+      entry_points={'console_scripts': cfg['console_scripts'].split(),
+                    'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]})

@@ -22,11 +22,11 @@ html_css_files = ['custom.css']
 html_show_sphinx = html_show_copyright = html_copy_source = False
 html_math_renderer = 'mathml'
 
-def _math(block):
+def _math(display):
     "Math as MathML, which browsers draw without a script"
     def _visit(self, node):
-        self.body.append(tex2mathml(node.astext(), as_block=block))
+        self.body.append(tex2mathml(node.astext()).replace('<math', f'<math display="{display}"', 1))
         raise nodes.SkipNode
     return _visit, None
 
-def setup(app): app.add_html_math_renderer('mathml', _math(False), _math(True))
+def setup(app): app.add_html_math_renderer('mathml', _math('inline'), _math('block'))

@@ -17,7 +17,7 @@ meta = dict(kernelspec=dict(name='python3', display_name='python3', language='py
             language_info=dict(name='python', pygments_lexer='ipython3'))
 _fence = re.compile(r'^```.*?^```', re.S|re.M)
 _head = re.compile(r'^(#+)\s+(.*)', re.M)
-_entry = re.compile(r'^#+ (.+?)\n\n```python\n(.*?)\n```\n*(.*)', re.S|re.M)
+_entry = re.compile(r'^#+ .+?\n\n```python\n(.*?)\n```\n*(.*)', re.S|re.M)
 _arg_sep = re.compile(r',\s*(?=\*{0,2}[A-Za-z_]\w*([:=,]|$))(?![^()\[\]{}]*[)\]}])')
 _show_doc = re.compile(r'^show_doc\((.+?)[,)]', re.M)
 _own = re.compile(r'\[(`[^`]+`)\]\(/([\w/.-]+\.html)#([^)]+)\)')
@@ -78,9 +78,9 @@ def class_signature(sig):
     "`show_doc` prints a class as a function, with `(*args, **kwargs)` where it has no `__init__`"
     return re.sub(r'^def (\w+)(\(\*args, \*\*kwargs\))?', r'class \1', sig).replace(')->None:', '):')
 
-def entry(md, cs, defs):
-    "The output of `show_doc` as markdown: heading, signature, docstring without its italics"
-    nm,sig,doc = _entry.search(md).groups()
+def entry(nm, md, cs, defs):
+    "The output of `show_doc(nm)` as markdown: heading, signature, docstring without its italics"
+    sig,doc = _entry.search(md).groups()
     doc = re.sub(r'\A\s*\*(.+)\*$', r'\1', doc, flags=re.M)
     return markdown(f"{'#'*level(nm, cs)} `{nm}`\n\n```python\n{signature(sig, defs.get(nm))}\n```\n\n{doc}")
 
@@ -95,8 +95,8 @@ def convert(c, cs, path, defs):
     "MyST cell for the processed cell `c` after `cs`"
     if c['cell_type']=='raw': c = opening(path)
     if c['cell_type']=='markdown': return markdown(_nested.sub(r'\1', c['source']))
-    if not _show_doc.search(c['source']): return code(c)
-    return entry(''.join(c['outputs'][0]['data']['text/markdown']), cs, defs)
+    shown = _show_doc.search(c['source'])
+    return entry(shown[1], ''.join(c['outputs'][0]['data']['text/markdown']), cs, defs) if shown else code(c)
 
 def in_order(cs, defs):
     "nbdev shows the definitions of one cell last to first: back to the order in which they are defined"

@@ -9,9 +9,9 @@ __all__ = ['contexts', 'uniform_sparsity', 'global_sparsity', 'as_allocation', '
 import inspect, math
 from fractions import Fraction
 
-import torch
+import numpy as np, torch
 
-from .masks import as_ratio, n_zeros, top_k_mask
+from .masks import as_ratio, n_zeros
 
 # %% ../nbs/03_allocation.ipynb #6a3852da
 def uniform_sparsity(params, model_sparsity, **kwargs):
@@ -19,17 +19,60 @@ def uniform_sparsity(params, model_sparsity, **kwargs):
     return [model_sparsity]*len(params)
 
 # %% ../nbs/03_allocation.ipynb #bf41958d
-def _drop_ranked(scores, sizes, budget):
+def _drop_sorted(scores, sizes, budget):
     "Number of groups each layer drops: the longest prefix of the common ranking that holds at most `budget` weights"
-    flat = torch.cat([s.reshape(-1) for s in scores])
-    if len(set(sizes)) == 1: kept = top_k_mask(flat, len(flat) - budget//sizes[0])
-    else:
-        order = flat.argsort(descending=True, stable=True).flip(0)
-        weights = torch.repeat_interleave(torch.tensor(sizes), torch.tensor([s.numel() for s in scores])).to(flat.device)
-        kept = torch.ones_like(flat, dtype=torch.bool)
-        kept[order[weights[order].cumsum(0) <= budget]] = False
-    return [s.numel()-int(k.count_nonzero()) for s,k in zip(scores, kept.split([s.numel() for s in scores]))]
+    flat, ns = torch.cat([s.reshape(-1) for s in scores]), [s.numel() for s in scores]
+    weights = torch.repeat_interleave(torch.tensor(sizes), torch.tensor(ns)).to(flat.device)
+    order = flat.argsort(descending=True, stable=True).flip(0)
+    dropped = torch.zeros_like(flat, dtype=torch.bool)
+    dropped[order[weights[order].cumsum(0) <= budget]] = True
+    return [int(d.sum()) for d in dropped.split(ns)]
 
+# %% ../nbs/03_allocation.ipynb #4e819286
+def _bracket(arrays, sizes, budget):
+    "Two values of a sample between which the threshold should lie"
+    step = sum(map(len, arrays))//100_000 + 1
+    vals = np.concatenate([a[::step] for a in arrays])
+    weights = np.repeat(np.array(sizes, dtype=np.int64), [len(a[::step]) for a in arrays])
+    order = vals.argsort()
+    at, slack = np.searchsorted(weights[order].cumsum()*step, budget), len(vals)//250 + 1
+    return vals[order[max(at-slack, 0)]], vals[order[min(at+slack, len(vals)-1)]]
+
+def _between(arrays, lo, hi): return [np.count_nonzero(a<lo) for a in arrays], [a[(a>=lo) & (a<=hi)] for a in arrays]
+
+def _weigh(counts, sizes): return sum(int(c)*z for c,z in zip(counts, sizes))
+
+def _threshold(parts, sizes, budget):
+    "The largest value of `parts` below which there are at most `budget` weights"
+    vals = np.unique(np.concatenate(parts))
+    first, last = 0, len(vals)-1
+    while first < last:
+        mid = (first+last+1)//2
+        if _weigh([np.count_nonzero(p<vals[mid]) for p in parts], sizes) <= budget: first = mid
+        else: last = mid-1
+    return vals[first]
+
+def _drop_counted(scores, sizes, budget):
+    "`_drop_sorted`, by counting"
+    arrays = [s.reshape(-1).numpy() for s in scores]
+    below, parts = _between(arrays, *_bracket(arrays, sizes, budget))
+    if not 0 <= budget-_weigh(below, sizes) < _weigh(map(len, parts), sizes): below, parts = [0]*len(arrays), arrays
+    rest = budget - _weigh(below, sizes)
+    thr = _threshold(parts, sizes, rest)
+    more = [np.count_nonzero(p<thr) for p in parts]
+    counts, rest = [b+m for b,m in zip(below, more)], rest-_weigh(more, sizes)
+    for i in reversed(range(len(parts))):   # ties: the last come first
+        ties = np.count_nonzero(parts[i]==thr)
+        n = min(ties, rest//sizes[i])
+        counts[i], rest = counts[i]+n, rest-n*sizes[i]
+        if n < ties: break
+    return counts
+
+def _drop_ranked(scores, sizes, budget):
+    "Number of groups each layer drops, in one ranking of all"
+    return (_drop_sorted if scores[0].is_cuda else _drop_counted)(scores, sizes, budget)
+
+# %% ../nbs/03_allocation.ipynb #a8b22b32
 def _spared(s):
     "Scores `s` with the best group of the layer out of competition"
     s = s.clone()

@@ -11,6 +11,7 @@ __all__ = ['magnitude', 'STATE', 'random_criteria', 'large_final', 'squared_fina
 # %% ../nbs/02_criteria.ipynb #cbc90271
 import inspect
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Callable
 
 import torch
@@ -139,7 +140,7 @@ class Criteria:
             if not callable(getattr(self, n)): raise ValueError(f"The {n} of a Criteria must be a function, not {getattr(self, n)!r}")
         needed_state(self.f)
 
-    @property
+    @cached_property
     def needs(self): return needed_state(self.f)
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from .masks import top_k_mask
+from .masks import n_true, top_k_mask
 
 # %% ../nbs/01_granularity.ipynb #e98f0cad
 _conv_groups = dict(weight='', shared_weight='o', channel='i', column='h', row='w', vector='w', kernel='dhw', filter='idhw',
@@ -163,11 +163,11 @@ class NM:
         s, alive = self.groups(scores.masked_fill(~live, -math.inf)), self.groups(live)
         kept = (_rank_in_group(s) < self.n) & alive
         loss = s.masked_fill(kept | ~alive, 0).sum(-1).masked_fill_(alive.sum(-1) <= self.n, -math.inf)
-        n_drop = int(live.sum()) - n_keep
-        n_free = int((alive & ~kept)[loss > -math.inf].sum())
-        if n_drop > n_free: raise ValueError(f"{self.n}:{self.m} can drop {n_free} of {int(live.sum())} live weights, not {n_drop}")
+        n_drop = n_true(live) - n_keep
+        n_free = n_true((alive & ~kept)[loss > -math.inf])
+        if n_drop > n_free: raise ValueError(f"{self.n}:{self.m} can drop {n_free} of {n_true(live)} live weights, not {n_drop}")
         n_groups = -(-n_drop//(self.m-self.n))
-        chosen = top_k_mask(-loss, n_groups + int((loss==-math.inf).sum()))
+        chosen = top_k_mask(-loss, n_groups + n_true(loss==-math.inf))
         return torch.where(chosen[...,None], kept, alive).flatten(-2).movedim(-1, self.axes[1])
 
 # %% ../nbs/01_granularity.ipynb #b44124ba

@@ -1,5 +1,6 @@
 # make demo    train, sparsify to 90 % while training, report    (DATA=digits|fashion-mnist|pets, ARGS='--schedule cos')
 # make test    notebooks in sync with modules, notebook tests, pytest
+# make export  write modules and README from the notebooks
 # make docs    the static site, in docs/_build/html
 # make bench   benchmarks beside fasterai; writes benchmarks/*.md
 PYTHON ?= python3
@@ -8,7 +9,7 @@ ARGS   ?=
 BIN    := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test sync docs bench clean
+.PHONY: demo test sync export docs bench clean
 .DEFAULT_GOAL := test
 
 demo: .venv/core.done
@@ -21,6 +22,12 @@ test: .venv/dev.done sync
 # Clean + export in a copy, so that the check changes nothing in the checkout
 sync: .venv/dev.done
 	python tests/check_sync.py
+
+# After a change to a notebook: what it exports
+export: .venv/dev.done
+	nbdev-clean
+	nbdev-export
+	python docs/readme.py
 
 docs: .venv/docs.done
 	$(MAKE) -C docs html

@@ -110,14 +110,13 @@ def plot_sparsity(
     layer_type=None, # A module class or a tuple of them; None for all that can be sparse
     ax=None,
 ):
-    "Bars of the sparsity of each layer, and a line where the whole stands; returns the axes"
+    "Bars of the sparsity of each layer, a line and the title where the whole stands; returns the axes"
     import matplotlib.pyplot as plt
     df = sparsity_report(model, layer_type=layer_type)
     if ax is None: _,ax = plt.subplots(figsize=(7, 1+.22*len(df)), layout='constrained')
     ax.barh(df.layer, df.sparsity)
     overall = 100*df.zeros.sum()/df.params.sum()
-    ax.axvline(overall, color='k', ls=':', label=f'overall: {overall:.2f} %')
-    ax.set(xlabel='sparsity (%)', xlim=(0,100))
+    ax.axvline(overall, color='k', ls=':')
+    ax.set(xlabel='sparsity (%)', xlim=(0,100), title=f'overall: {overall:.2f} %')
     ax.invert_yaxis()
-    ax.legend()
     return ax

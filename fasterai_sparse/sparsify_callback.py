@@ -153,7 +153,7 @@ def before_fit(self:SparsifyCallback):
     self.floor = self.level
     self._say(f'Pruning of {self.sparsifier.granularity} until a sparsity of {_percent(self.sparsity)}')
 
-def _percent(s): return f'{s}%'
+def _percent(s): return f'{s}%' if isinstance(s, dict) else f'{s:g}%'
 
 @patch
 def _leave_frozen(self:SparsifyCallback):

@@ -1,0 +1,97 @@
+"Small learners and what is asked of them; used by test_callback.py"
+import io
+from contextlib import redirect_stdout
+
+import torch
+from fastai.basics import *
+from fastai.callback.all import *
+from torch import nn
+
+from fasterai_sparse.all import *
+
+def batches(n, *shape, n_out=4): return list(zip(torch.randn(n, 8, *shape), torch.randint(n_out, (n, 8))))
+
+def loaders(n=6, *shape, make=batches):
+    shape = shape or (2, 6, 6)
+    return DataLoaders(DataLoader(make(n, *shape), bs=None), DataLoader(make(2, *shape), bs=None), device=torch.device('cpu'))
+
+def convnet():
+    return nn.Sequential(nn.Conv2d(2,8,3,padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8,16,3,padding=1), nn.BatchNorm2d(16),
+                         nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16,4))
+
+N = 144 + 1152   # weights of convnet's convolutions
+
+def learner(n=6, model=None, dls=None, **kwargs):
+    set_seed(0)
+    return Learner(dls or loaders(n), model or convnet(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=1e-2, **kwargs)
+
+def fit(learn, n_epoch=2, cbs=None, how='fit', **kwargs):
+    with learn.no_logging(), learn.no_bar(): getattr(learn, how)(n_epoch, cbs=cbs, **kwargs)
+    return learn
+
+def sparse(sparsity=90, schedule=lin, granularity='weight', context='local', criteria=large_final, verbose=False, **kwargs):
+    return SparsifyCallback(sparsity, granularity, context, criteria, schedule, verbose=verbose, **kwargs)
+
+def at(event, f, order=66):
+    "A callback that calls `f(learn)` at `event`, last of all unless `order` says otherwise"
+    cb = Callback(**{event: lambda self: f(self.learn)})
+    cb.order, cb.run_valid = order, False
+    return cb
+
+def collect(event, f, order=66):
+    "A callback that collects what `f(learn)` returns at each `event`, and the list"
+    res = []
+    return at(event, lambda learn: res.append(f(learn)), order), res
+
+def at_batch(n, f, order=66):
+    "A callback that calls `f(learn)` after the training batch number `n`"
+    return at('after_batch', lambda learn: f(learn) if learn.epoch*learn.n_iter+learn.iter == n else None, order)
+
+def raising(exc):
+    def f(learn): raise exc
+    return f
+
+class Spy(Sparsifier):
+    "Remembers the targets it was asked for, and calls `look(self)` before each is applied"
+    look = staticmethod(lambda s: None)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.asked = []
+    def apply(self, target, *args, **kwargs):
+        self.look(self)
+        self.asked.append(target)
+        super().apply(target, *args, **kwargs)
+
+def weights(model, kind=nn.Conv2d): return [m.weight for m in model.modules() if isinstance(m, kind)]
+
+def zeros(model, kind=nn.Conv2d): return sum(int((w==0).sum()) for w in weights(model, kind))
+
+def masks(model): return [mask.clone() for *_,mask in masked_params(model)]
+
+def snapshot(model): return {k: v.clone() for k,v in model.state_dict().items()}
+
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+def all_same(xs, ys): return len(xs) == len(ys) and all(torch.equal(x, y) for x,y in zip(xs, ys))
+
+def dead_groups(w, dims): return int((w.detach() == 0).all(-1).all(-1).sum()) if dims == 2 else int((w.detach() == 0).flatten(1).all(1).sum())
+
+def said(f):
+    "What `f` prints"
+    with redirect_stdout(io.StringIO()) as out: f()
+    return out.getvalue()
+
+def held_tensors(*roots):
+    "Storages of all tensors reachable from `roots`, a learner, its data and optimizer aside: pointer -> bytes"
+    seen, todo, found = set(), list(roots), {}
+    while todo:
+        o = todo.pop()
+        if id(o) in seen or isinstance(o, (Learner, DataLoaders, type)): continue
+        seen.add(id(o))
+        if torch.is_tensor(o): found[o.data_ptr()] = o.untyped_storage().nbytes(); continue
+        if isinstance(o, dict): todo += [*o.keys(), *o.values()]
+        elif isinstance(o, (list, tuple, set, frozenset)): todo += o
+        elif isinstance(o, partial): todo += [o.func, o.args, o.keywords]
+        if hasattr(o, '__self__'): todo.append(o.__self__)
+        todo.append(getattr(o, '__dict__', None))
+    return found

@@ -1,0 +1,831 @@
+"SparsifyCallback and KeepMasks in real fits: exact targets, zeros that stay, optimizers, interruptions, checkpoints"
+import pickle, subprocess, sys, warnings
+from copy import deepcopy
+
+import pytest
+from sklearn.datasets import load_digits
+
+from callback_helpers import *
+
+SCHEDULES = dict(one_shot=one_shot, iterative=iterative, agp=agp, one_cycle=one_cycle, cos=cos, lin=lin,
+                 iterative5=partial(iterative, n_steps=5), sched_cos=SchedCos(0, 1), power=lambda pos: pos**2)
+OPTIMIZERS = dict(adam=Adam, momentum=partial(SGD, mom=.9), radam=RAdam, ranger=ranger, larc=Larc, lamb=Lamb,
+                  lookahead=lambda ps, **kw: Lookahead(SGD(ps, mom=.9, **kw), k=3), adamw=partial(OptimWrapper, opt=torch.optim.AdamW))
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
+
+# --- the target
+
+def assert_on_target(model, granularity, context, s=.9):
+    ws, dims = weights(model), dict(weight=4, kernel=2, filter=1)[granularity]
+    dropped = [int((w.detach().flatten(dims) == 0).all(-1).sum()) if dims < 4 else int((w == 0).sum()) for w in ws]
+    sizes = [w[0].numel() if dims == 1 else 9 if dims == 2 else 1 for w in ws]
+    n_zero = sum(d*z for d,z in zip(dropped, sizes))
+    assert n_zero == zeros(model)
+    if granularity == 'weight': assert n_zero == n_zeros(s, N)
+    elif context == 'global': assert n_zeros(s, N)-max(sizes) < n_zero <= n_zeros(s, N)
+    else: assert dropped == [min(n_zeros(s, w.numel()//z), w.numel()//z-1) for w,z in zip(ws, sizes)]
+
+@pytest.mark.parametrize('granularity', ['weight', 'kernel', 'filter'])
+@pytest.mark.parametrize('context', ['local', 'global'])
+@pytest.mark.parametrize('name', SCHEDULES)
+def test_target_is_reached_on_the_last_step(name, context, granularity):
+    learn = fit(learner(), 2, sparse(schedule=SCHEDULES[name], context=context, granularity=granularity))
+    assert_on_target(learn.model, granularity, context)
+
+@pytest.mark.parametrize('n_epoch', [1, 3, 5])
+@pytest.mark.parametrize('n_batches', [1, 2, 7])
+def test_short_epochs_end_on_target(n_batches, n_epoch):
+    learn = fit(learner(n_batches), n_epoch, sparse(schedule=agp), how='fit_one_cycle')
+    assert zeros(learn.model) == n_zeros(.9, N)
+
+@pytest.mark.parametrize('sparsity', [0, .5, 1, 33.3, 99.9, 100])
+def test_any_percentage_is_exact(sparsity):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn = fit(learner(), 1, sparse(sparsity))
+    floor = N-2 if sparsity < 100 else N
+    assert zeros(learn.model) == min(n_zeros(as_ratio(sparsity)/100, N), floor)
+
+def test_target_is_not_reached_before_the_last_step():
+    cb, seen = collect('after_batch', lambda learn: zeros(learn.model))
+    fit(learner(), 2, [sparse(update_every=1), cb])
+    assert seen == sorted(seen) and seen[-2] < seen[-1] == n_zeros(.9, N)
+
+def test_fit_of_no_epochs():
+    learn = learner()
+    before = snapshot(learn.model)
+    out = said(lambda: fit(learn, 0, sparse(verbose=True)))
+    assert same(before, snapshot(learn.model)) and zeros(learn.model) == 0
+    assert 'Final Sparsity: 0.00%' in out
+
+def test_start_epoch_skips_and_still_ends_on_target():
+    assert zeros(fit(learner(), 4, sparse(), start_epoch=2).model) == n_zeros(.9, N)
+
+def test_a_dict_reaches_each_target():
+    learn = fit(learner(), 2, sparse({'0': 25, '3': 75}))
+    assert [int((w==0).sum()) for w in weights(learn.model)] == [36, 864]
+
+def test_modules_are_keys_too():
+    learn = learner()
+    fit(learn, 1, sparse({learn.model[3]: 75}))
+    assert [int((w==0).sum()) for w in weights(learn.model)] == [0, 864]
+
+def test_names_are_relative_to_the_part_that_is_given():
+    body, head = convnet()[:6], convnet()[6:]
+    learn = learner(model=nn.Sequential(body, head))
+    fit(learn, 2, sparse({'0': 25, '3': 75}, model=body, layer_type=(nn.Conv2d, nn.Linear)))
+    assert [int((w==0).sum()) for w in weights(body)] == [36, 864]
+    assert zeros(head, nn.Linear) == 0
+
+def test_two_callbacks_on_two_parts():
+    learn = learner(model=nn.Sequential(convnet()[:3], convnet()[3:]))
+    fit(learn, 2, [sparse(25, model=learn.model[0]), sparse(75, schedule=agp, model=learn.model[1])])
+    assert [int((w==0).sum()) for w in weights(learn.model)] == [36, 864]
+
+def test_round_to_and_nm():
+    learn = fit(learner(), 2, sparse(80, granularity='filter', round_to=4))
+    assert [int((w==0).flatten(1).all(1).sum()) for w in weights(learn.model)] == [4, 12]
+    learn = fit(learner(), 2, sparse(50, nm=True))
+    assert torch.equal((learn.model[3].weight==0).unflatten(1, (2,4)).sum(2), torch.full((16,2,3,3), 2))
+    assert not (learn.model[0].weight==0).any()
+
+# --- along the way
+
+EPOCH_ENDS = [(50, one_cycle, [1.96, 20.07, 45.86, 49.74, 50.00]),
+              (90, agp, [0, 0, 29.71, 52.03, 68.03, 78.75, 85.25, 88.59, 89.82, 90]),
+              (90, iterative, [0, 0, 30, 30, 60, 60, 60, 90, 90, 90]),
+              (90, partial(iterative, n_steps=5), [0, 0, 18, 36, 36, 54, 72, 72, 90, 90]),
+              (90, one_shot, [0]*4 + [90]*6)]
+
+@pytest.mark.parametrize('sparsity,schedule,values', EPOCH_ENDS)
+def test_sparsity_at_epoch_ends_is_the_schedules(sparsity, schedule, values):
+    cb, seen = collect('after_epoch', lambda learn: [int((w==0).sum()) for w in weights(learn.model)])
+    fit(learner(7), len(values), [sparse(sparsity, schedule), cb])
+    for counts,v in zip(seen, values, strict=True):
+        for c,w in zip(counts, weights(cb_model(cb, seen) or convnet())): assert abs(c - v/100*w.numel()) <= 1 + 5e-5*w.numel()
+
+def cb_model(cb, seen): return None
+
+def updates(n, n_epoch, cb):
+    "Numbers of the batches after which the masks were updated"
+    watch, seen = collect('after_batch', lambda learn: len(cb.sparsifier.asked))
+    fit(learner(n), n_epoch, [cb, watch])
+    return [i for i,(a,b) in enumerate(zip([0]+seen, seen)) if b > a]
+
+def test_no_update_on_a_plateau():
+    assert updates(6, 4, sparse(schedule=one_shot, sparsifier=Spy)) == [11]
+    assert len(updates(10, 3, sparse(schedule=iterative, sparsifier=Spy))) == 3
+    assert len(updates(10, 2, sparse(schedule=lambda pos: .5, sparsifier=Spy))) == 1
+
+def test_default_update_rule():
+    assert updates(21, 2, sparse(sparsifier=Spy)) == [3,7,11,15,19,20, 24,28,32,36,40,41]
+
+def test_small_moves_wait():
+    at = updates(300, 1, sparse(sparsifier=Spy, schedule=lambda pos: pos/3))
+    assert at[0] in (8, 9) and at[-1] == 299 and all(b-a in (8, 9, 10) for a,b in zip(at, at[1:-1]))
+
+def test_update_every():
+    assert updates(12, 2, sparse(update_every=5, sparsifier=Spy)) == [4,9,11,16,21,23]
+    assert updates(4, 2, sparse(update_every=1, sparsifier=Spy)) == list(range(8))
+    assert updates(4, 2, sparse(update_every=100, sparsifier=Spy)) == [3,7]
+
+def test_the_end_of_the_window_is_not_missed():
+    watch, seen = collect('after_batch', lambda learn: zeros(learn.model))
+    fit(learner(7), 1, [sparse(schedule=Schedule(sched_lin, end_pct=.5), update_every=100), watch])
+    assert seen == [0]*3 + [n_zeros(.9, N)]*4
+
+# --- zeros stay
+
+@pytest.mark.parametrize('opt', OPTIMIZERS)
+def test_zeros_stay_in_later_fits(opt):
+    learn = fit(learner(opt_func=OPTIMIZERS[opt]), 2, sparse())
+    before = masks(learn.model)
+    for how in ('fit', 'fit_one_cycle', 'fit_flat_cos'): fit(learn, 2, how=how)
+    assert all_same(before, masks(learn.model))
+    assert all(torch.equal(w!=0, m) for w,m in zip(weights(learn.model), before, strict=True))
+
+@pytest.mark.parametrize('opt', OPTIMIZERS)
+def test_no_zero_wakes_up_between_batches(opt):
+    watch, seen = collect('after_batch', lambda learn: all(torch.equal(p!=0, m) for *_,p,m in masked_params(learn.model)))
+    fit(learner(opt_func=OPTIMIZERS[opt]), 2, [sparse(), watch])
+    assert all(seen) and len(seen) == 12
+
+def test_keepmasks_is_added_once():
+    learn = learner()
+    for _ in range(3): fit(learn, 1, sparse())
+    assert sum(isinstance(cb, KeepMasks) for cb in learn.cbs) == 1 and not any(isinstance(cb, SparsifyCallback) for cb in learn.cbs)
+
+def test_bake_masks_frees_the_model():
+    learn = fit(learner(), 2, sparse())
+    bake_masks(learn)
+    assert zeros(learn.model) == n_zeros(.9, N) and not masks(learn.model)
+    fit(learn, 1)
+    assert zeros(learn.model) < n_zeros(.9, N)
+
+def test_a_second_fit_goes_on():
+    cb, learn = sparse(), learner()
+    fit(learn, 2, cb)
+    watch, seen = collect('after_batch', lambda learn: zeros(learn.model))
+    fit(learn, 2, [cb, watch])
+    assert min(seen) == max(seen) == n_zeros(.9, N)
+
+@pytest.mark.parametrize('context', ['local', 'global'])
+def test_a_lower_target_is_reached_too(context):
+    learn = fit(learner(), 1, sparse(90, context=context))
+    before = masks(learn.model)
+    fit(learn, 2, sparse(50, context=context))
+    assert zeros(learn.model) == n_zeros(.5, N)
+    assert all((new | ~old).all() for old,new in zip(before, masks(learn.model)))
+
+def test_dict_targets_that_swap_are_reached():
+    learn = fit(learner(), 1, sparse({'0': 75, '3': 25}))
+    fit(learn, 2, sparse({'0': 25, '3': 75}))
+    assert [int((w==0).sum()) for w in weights(learn.model)] == [36, 864]
+
+def test_a_higher_target_starts_from_what_is_there():
+    learn = fit(learner(), 1, sparse(50))
+    watch, seen = collect('after_batch', lambda learn: zeros(learn.model))
+    fit(learn, 2, [sparse(90, update_every=1), watch])
+    assert seen == sorted(seen) and seen[0] == n_zeros(.5, N) and seen[-1] == n_zeros(.9, N)
+
+# --- the optimizer
+
+def state_of(opt, p):
+    "Tensors of `p`'s shape that the optimizer keeps, Lookahead's slow weights included"
+    inner = opt
+    while hasattr(inner, '__dict__') and 'opt' in inner.__dict__: inner = inner.opt
+    slow = [s for pg,ps in zip(getattr(opt, 'slow_weights', None) or [], opt.param_lists) for s,q in zip(pg, ps) if q is p]
+    return [v for v in inner.state[p].values() if torch.is_tensor(v) and v.shape==p.shape] + slow
+
+@pytest.mark.parametrize('schedule', [lin, dsd])
+@pytest.mark.parametrize('opt', OPTIMIZERS)
+def test_what_changes_loses_its_past(opt, schedule):
+    old, n_changed = [], []
+    def before(s): old[:] = [(get_mask(*s.layers[n]), s.param(n)) for n in s.layers]; old[:] = [(p, torch.ones_like(p).bool() if m is None else m.clone()) for m,p in old]
+    def check(learn):
+        for (p, was), now in zip(old, masks(learn.model)):
+            n_changed.append(int((was != now).sum()))
+            assert state_of(learn.opt, p) and all(not s[was != now].any() for s in state_of(learn.opt, p))
+        old.clear()
+    Look = type('Look', (Spy,), dict(look=staticmethod(before)))
+    fit(learner(9, opt_func=OPTIMIZERS[opt]), 2, [sparse(schedule=schedule, sparsifier=Look), at('after_batch', check)])
+    assert sum(n_changed) >= n_zeros(.9, N)
+
+def test_live_weights_keep_their_past():
+    learn = learner()
+    watch, seen = collect('after_batch', lambda learn: [bool(s[m].all()) for *_,p,m in masked_params(learn.model) for s in state_of(learn.opt, p)])
+    fit(learn, 1, [sparse(50), watch])
+    assert sum(map(len, seen)) > 0 and all(map(all, seen))
+
+def masked_norm(learn): return float(sum((p.grad*(get_mask(m, n) if get_mask(m, n) is not None else 1)).square().sum()
+                                         for m in learn.model.modules() for n,p in m._parameters.items() if p is not None).sqrt())
+
+def test_gradient_clip_does_not_see_masked_gradients():
+    norms, expected, raw = [], [], []
+    class Clip(GradientClip):
+        def before_step(self): norms.append(float(nn.utils.clip_grad_norm_(self.parameters(), self.max_norm)))
+    first = at('before_step', lambda learn: (expected.append(masked_norm(learn)), raw.append(float(nn.utils.get_total_norm([p.grad for p in learn.model.parameters()])))), 10)
+    fit(learner(), 2, [sparse(schedule=one_shot), first, Clip(.1)])
+    assert norms == pytest.approx(expected) and norms[-1] < raw[-1]*.99
+
+@pytest.mark.parametrize('opt_func', [Larc, Lamb])
+def test_layerwise_optimizers_do_not_see_masked_gradients(opt_func):
+    watch, seen = collect('before_step', lambda learn: sum(int(p.grad[~m].count_nonzero()) for *_,p,m in masked_params(learn.model)))
+    fit(learner(opt_func=opt_func), 2, [sparse(schedule=one_shot), watch])
+    assert not any(seen)
+
+@pytest.mark.parametrize('n_acc', [16, 24, 1000])
+def test_gradient_accumulation(n_acc):
+    learn = fit(learner(7), 2, [sparse(), GradientAccumulation(n_acc)])
+    assert zeros(learn.model) == n_zeros(.9, N)
+    fit(learn, 1, GradientAccumulation(n_acc))
+    assert zeros(learn.model) == n_zeros(.9, N)
+
+def test_discriminative_learning_rates():
+    learn = learner(splitter=lambda m: [params(m[:3]), params(m[3:])])
+    fit(learn, 2, sparse(), how='fit_one_cycle', lr_max=slice(1e-4, 1e-2))
+    assert zeros(learn.model) == n_zeros(.9, N)
+
+# --- mixed precision
+
+class Scaled(Callback):
+    "`MixedPrecision` on a CPU, with gradients that overflow in the batches `bad`"
+    order = 10
+    def __init__(self, bad): self.bad = bad
+    def before_fit(self): self.learn.scaler, self.n_skipped = torch.amp.GradScaler('cpu', init_scale=8.), 0
+    def before_batch(self):
+        self.autocast = torch.autocast('cpu', torch.bfloat16)
+        self.autocast.__enter__()
+    def after_pred(self): self.learn.pred = self.pred.float()
+    def after_loss(self): self.autocast.__exit__(None, None, None)
+    def before_backward(self): self.learn.loss_grad = self.scaler.scale(self.loss_grad) * (math.inf if self.train_iter in self.bad else 1)
+    def before_step(self):
+        self.skipped = True
+        self.scaler.step(self)
+        self.n_skipped += self.skipped
+        if self.skipped: raise CancelStepException()
+    def after_step(self): self.scaler.update()
+    @property
+    def param_groups(self): return self.opt.param_groups
+    def step(self, *args, **kwargs): self.skipped = False
+
+@pytest.mark.parametrize('criteria', [large_final, movement, random_criteria])
+@pytest.mark.parametrize('bad', [[11], [10, 11], [0, 3, 5, 11], range(12)])
+def test_overflow_does_not_lose_the_target(bad, criteria):
+    amp = Scaled(bad)
+    learn = fit(learner(), 2, [sparse(criteria=criteria), amp])
+    assert amp.n_skipped == len(bad) and zeros(learn.model) == n_zeros(.9, N)
+
+@pytest.mark.parametrize('bad', [[3], [5, 8]])
+def test_overflow_with_gradient_criteria(bad):
+    learn = fit(learner(), 2, [sparse(criteria=grad_crit, update_every=1), Scaled(bad)])
+    assert zeros(learn.model) == n_zeros(.9, N)
+
+def test_gradient_criteria_are_never_scored_on_an_overflow():
+    ok = []
+    def finite(p, grad, **kwargs): ok.append(bool(grad.isfinite().all() and grad.any())); return (p*grad.nan_to_num()).square()
+    fit(learner(), 2, [sparse(criteria=finite, update_every=1), Scaled([3, 5, 8])])
+    assert ok and all(ok)
+
+def test_an_update_due_on_an_overflow_waits_for_a_step():
+    cb = sparse(update_every=2, sparsifier=Spy)
+    watch, seen = collect('after_batch', lambda learn: len(cb.sparsifier.asked))
+    fit(learner(), 1, [cb, watch, Scaled([1])])
+    assert seen == [0, 0, 1, 2, 2, 3]
+
+# --- batches that are skipped
+
+@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward'])
+@pytest.mark.parametrize('bad', [0, 5, 11])
+def test_a_skipped_batch_does_not_lose_the_target(event, bad):
+    def skip(learn):
+        if learn.train_iter == bad: raise CancelBatchException()
+    assert zeros(fit(learner(), 2, [sparse(), at(event, skip, order=0)]).model) == n_zeros(.9, N)
+
+def test_short_epochs_of_shortepochcallback():
+    out = said(lambda: fit(learner(), 2, [sparse(verbose=True), ShortEpochCallback(.5)]))
+    assert 'The target was not reached' in out
+
+# --- checkpoints
+
+def picking(learn, values):
+    "A SaveModelCallback that keeps the epoch where `values` is highest"
+    learn.metrics = L(ValueMetric(lambda: values[learn.epoch], 'pick'))
+    return SaveModelCallback(monitor='pick', fname='best')
+
+@pytest.mark.parametrize('best,share', [([3,2,1,0], .225), ([0,3,2,1], .45), ([0,1,2,3], .9)])
+def test_save_model_callback_in_a_gradual_fit(best, share):
+    learn = learner()
+    keys = set(learn.model.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)
+        fit(learn, 4, [sparse(), picking(learn, best)])
+    assert zeros(learn.model) == n_zeros(share, N) and set(torch.load('models/best.pth')) == keys
+    assert all(torch.equal(p!=0, m) for *_,p,m in masked_params(learn.model))
+    fit(learn, 1)
+    assert zeros(learn.model) == n_zeros(share, N)
+
+def test_a_reload_that_changes_the_sparsity_is_reported():
+    learn = learner()
+    with pytest.warns(UserWarning, match=r'45\.\d\d% sparse where the model was 8?9?') as ws:
+        out = said(lambda: fit(learn, 4, [sparse(verbose=True), picking(learn, [0,3,2,1])]))
+    assert sum('where the model was' in str(w.message) for w in ws) == 1
+    assert 'Final Sparsity: 44.98%' in out and 'This is not the target of 90%' in out
+
+def test_a_reload_at_the_same_sparsity_is_silent():
+    learn = learner()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        fit(learn, 4, [sparse(schedule=one_shot), picking(learn, [0,0,2,1])])
+    assert zeros(learn.model) == n_zeros(.9, N)
+
+@pytest.mark.parametrize('with_opt', [False, True])
+def test_a_dense_checkpoint_in_a_sparse_learner(with_opt):
+    dense, learn = fit(learner(), 1), fit(learner(), 1, sparse())
+    dense.save('dense', with_opt=with_opt)
+    with pytest.warns(UserWarning, match='are 0.00% sparse where the model was 8'): learn.load('dense', with_opt=with_opt)
+    assert same(snapshot(dense.model), snapshot(learn.model)) and all(m.all() for m in masks(learn.model))
+    fit(learn, 2, sparse())
+    assert zeros(learn.model) == n_zeros(.9, N)
+
+@pytest.mark.parametrize('with_opt', [False, True])
+def test_a_sparse_checkpoint_in_a_dense_learner(with_opt):
+    learn, dense = fit(learner(), 1, sparse()), fit(learner(), 1)
+    learn.save('sparse', with_opt=with_opt)
+    dense.load('sparse', with_opt=with_opt)
+    assert same(snapshot(dense.model), snapshot(learn.model)) and not masks(dense.model)
+    fit(dense, 2, sparse(95))
+    assert zeros(dense.model) == n_zeros(.95, N)
+
+@pytest.mark.parametrize('with_opt', [False, True])
+def test_a_checkpoint_of_the_middle_of_a_fit(with_opt):
+    learn = learner()
+    fit(learn, 2, [sparse(), at_batch(7, lambda learn: learn.save('mid', with_opt=with_opt))])
+    with pytest.warns(UserWarning, match='where the model was'): learn.load('mid', with_opt=with_opt)
+    n = zeros(learn.model)
+    assert 0 < n < n_zeros(.9, N) and n == sum(int((~m).sum()) for m in masks(learn.model))
+    fit(learn, 1)
+    assert zeros(learn.model) == n
+
+# --- copies
+
+@pytest.mark.parametrize('copy', [deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=['deepcopy', 'pickle'])
+def test_a_copy_of_the_model_inside_a_fit(copy):
+    copies = []
+    learn = fit(learner(), 2, [sparse(), at_batch(8, lambda learn: copies.append(copy(learn.model)))])
+    m = copies[0]
+    n, final = zeros(m), snapshot(learn.model)
+    assert 0 < n < zeros(learn.model) and all(torch.equal(p!=0, k) for *_,p,k in masked_params(m))
+    other = fit(learner(model=m), 1, sparse(95))
+    assert zeros(m) == n_zeros(.95, N) and same(final, snapshot(learn.model))
+
+@pytest.mark.parametrize('copy', [deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=['deepcopy', 'pickle'])
+def test_a_copy_of_the_learner_midway(copy):
+    learn = learner(cbs=sparse())
+    fit(learn, 2, at_batch(7, raising(CancelFitException())))
+    before, n = snapshot(learn.model), zeros(learn.model)
+    other = copy(learn)
+    assert 0 < n == zeros(other.model)
+    fit(other, 2)
+    assert zeros(other.model) == n_zeros(.9, N) and same(before, snapshot(learn.model))
+    fit(learn, 2)
+    assert zeros(learn.model) == n_zeros(.9, N)
+
+LOAD = '''
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] == 'fasterai_sparse': raise ImportError('blocked')
+sys.meta_path.insert(0, Block())
+from fastai.basics import *
+from fastai.callback.all import *
+for f in sys.argv[1:]: print(sum(int((m.weight==0).sum()) for m in load_learner(f).model.modules() if isinstance(m, nn.Conv2d)))
+'''
+
+def test_baked_learners_load_where_the_package_is_absent():
+    for name,installed in (('given.pkl', False), ('installed.pkl', True)):
+        learn = learner(cbs=sparse() if installed else None)
+        fit(learn, 2, None if installed else sparse())
+        x,y = (torch.cat(o) for o in zip(*learn.dls.train.dataset))
+        learn.dls = Datasets(range(16), tfms=[[x.__getitem__], [y.__getitem__]]).dataloaders(bs=8)
+        bake_masks(learn).export(name)
+    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', LOAD, 'given.pkl', 'installed.pkl'], capture_output=True, text=True)
+    assert r.stdout.split() == [str(n_zeros(.9, N))]*2, r.stderr[-500:]
+
+# --- what is not training
+
+def idle(learn):
+    with learn.no_logging(), learn.no_bar():
+        learn.validate()
+        learn.get_preds()
+        learn.get_preds(ds_idx=0, with_loss=True)
+        learn.lr_find(num_it=12, show_plot=False, suggest_funcs=None)
+
+@pytest.mark.parametrize('criteria', [large_final, movement, grad_crit])
+def test_validate_get_preds_and_lr_find_change_and_print_nothing(criteria):
+    learn = learner(cbs=sparse(criteria=criteria, verbose=True))
+    before = snapshot(learn.model)
+    assert said(lambda: idle(learn)) == ''
+    assert same(before, snapshot(learn.model)) and not masks(learn.model)
+    fit(learn, 2)
+    assert zeros(learn.model) == n_zeros(.9, N)
+
+def test_nor_once_the_model_is_sparse():
+    learn = fit(learner(cbs=sparse(50, verbose=True)), 2)
+    before, kept = snapshot(learn.model), masks(learn.model)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        assert said(lambda: idle(learn)) == ''
+    assert same(before, snapshot(learn.model)) and all_same(kept, masks(learn.model))
+
+def quiet_validate(learn):
+    with learn.no_logging(): learn.validate()
+
+@pytest.mark.parametrize('event', ['before_epoch', 'before_train', 'after_train', 'after_validate', 'after_epoch'])
+def test_validate_inside_a_fit_does_not_restart_the_schedule(event):
+    watch, seen = collect('after_epoch', lambda learn: zeros(learn.model))
+    learn = fit(learner(), 4, [sparse(), at(event, quiet_validate, order=5), watch])
+    assert seen == [n_zeros(.9*i/4, N) for i in (1,2,3,4)]
+
+def validate_and_return(learn):
+    "Validate after a batch, and put back what fastai needs to go on training"
+    if learn.iter % 3: return
+    kept = {k: getattr(learn, k) for k in ('iter', 'n_iter', 'dl', 'epoch', 'train_iter', 'pct_train', 'loss')}
+    quiet_validate(learn)
+    for k,v in kept.items(): setattr(learn, k, v)
+    learn.training = True
+    learn.model.train()
+
+def test_validate_between_batches_does_not_restart_the_schedule():
+    watch, seen = collect('after_epoch', lambda learn: zeros(learn.model))
+    out = said(lambda: fit(learner(), 4, [sparse(verbose=True), at('after_batch', validate_and_return), watch]))
+    assert seen == [n_zeros(.9*i/4, N) for i in (1,2,3,4)]
+    assert out.count('Pruning of') == out.count('Final Sparsity') == 1 and out.count('Sparsity at the end of epoch') == 4
+
+@pytest.mark.parametrize('event', ['before_epoch', 'after_epoch'])
+def test_epochs_are_numbered_whoever_validates(event):
+    out = said(lambda: fit(learner(), 3, [sparse(verbose=True), at(event, quiet_validate, order=5)]))
+    assert [l[:33] for l in out.splitlines() if 'end of epoch' in l] == [f'Sparsity at the end of epoch {i}: {30*(i+1)}'[:33] for i in range(3)]
+
+def recorded(name, log):
+    "A criterion that logs the state `name` it is given"
+    def init(p, init, **kwargs): log.append(init.clone()); return (p-init).abs()
+    def prev(p, prev, **kwargs): log.append((p.clone(), prev.clone())); return (p-prev).abs()
+    def grad(p, grad, **kwargs): log.append(grad.clone()); return (p*grad).square()
+    return dict(init=init, prev=prev, grad=grad)[name]
+
+@pytest.mark.parametrize('cbs', [None, at('after_batch', validate_and_return)], ids=['alone', 'validating'])
+def test_init_is_the_weights_at_the_start_of_the_fit(cbs):
+    log, learn = [], fit(learner(), 1)
+    start = [w.detach().clone() for w in weights(learn.model)]
+    fit(learn, 2, [sparse(criteria=recorded('init', log)), *L(cbs)])
+    assert len(log) >= 4 and all(any(torch.equal(o, s) for s in start) for o in log)
+    assert zeros(learn.model) == n_zeros(.9, N)
+
+@pytest.mark.parametrize('cbs', [None, at('after_batch', validate_and_return)], ids=['alone', 'validating'])
+def test_prev_is_the_weights_at_the_last_update(cbs):
+    log, learn = [], fit(learner(), 1)
+    last = {w.shape: w.detach().clone() for w in weights(learn.model)}
+    fit(learn, 2, [sparse(criteria=recorded('prev', log)), *L(cbs)])
+    for p,prev in log:
+        assert torch.equal(prev!=0, last[p.shape]!=0) or (prev[last[p.shape]==0] == 0).all()
+        assert (prev-last[p.shape])[prev!=0].abs().max() == 0
+        last[p.shape] = p
+    assert len(log) >= 8 and zeros(learn.model) == n_zeros(.9, N)
+
+# --- interruptions
+
+@pytest.mark.parametrize('exc', [RuntimeError('stop'), KeyboardInterrupt(), CancelFitException()], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize('event', ['after_batch', 'before_step', 'after_epoch'])
+@pytest.mark.parametrize('installed', [False, True])
+def test_a_fit_after_an_interrupted_one(exc, event, installed):
+    cb, log = sparse(sparsifier=Spy), []
+    learn = learner(cbs=cb if installed else None)
+    stop = at(event, lambda learn: log.append(0) or (len(log)==8 and raising(exc)(learn)), order=0)
+    try: fit(learn, 10, [stop] + ([] if installed else [cb]))
+    except (RuntimeError, KeyboardInterrupt) as e: assert type(e) is type(exc)
+    n = zeros(learn.model)
+    watch, seen = collect('after_batch', lambda learn: zeros(learn.model))
+    fit(learn, 2, [watch] + ([] if installed else [cb]))
+    assert 0 <= n <= min(seen) and seen[-1] == n_zeros(.9, N)
+
+def test_a_plain_fit_after_an_interrupted_one_keeps_the_zeros():
+    learn = learner()
+    with pytest.raises(KeyboardInterrupt): fit(learn, 2, [sparse(), at_batch(8, raising(KeyboardInterrupt()))])
+    n = zeros(learn.model)
+    assert 0 < n < n_zeros(.9, N)
+    assert zeros(fit(learn, 1).model) == n
+
+@pytest.mark.parametrize('what', ['validate', 'lr_find', 'get_preds'])
+def test_an_interrupted_validation_does_not_switch_the_callback_off(what):
+    learn = learner(cbs=sparse())
+    stop = at('before_validate' if what != 'lr_find' else 'before_batch', raising(KeyboardInterrupt()))
+    kw = dict(num_it=6, show_plot=False) if what == 'lr_find' else dict(cbs=stop)
+    if what == 'lr_find': learn.add_cb(stop)
+    with learn.no_bar(), pytest.raises(KeyboardInterrupt): getattr(learn, what)(**kw)
+    learn.remove_cb(stop)
+    assert zeros(fit(learn, 2).model) == n_zeros(.9, N)
+
+def test_a_fit_cancelled_before_it_starts():
+    learn, cb = learner(), sparse(verbose=True)
+    fit(learn, 1, [cb, at('before_fit', raising(CancelFitException()), order=0)])
+    assert zeros(learn.model) == 0
+    assert zeros(fit(learn, 1, cb).model) == n_zeros(.9, N)
+
+def test_early_end_is_said():
+    out = said(lambda: fit(learner(), 4, [sparse(verbose=True), at_batch(11, raising(CancelFitException()))]))
+    assert 'Final Sparsity: 44.98%' in out and 'The target was not reached: training ended after 50% of it' in out
+
+# --- frozen layers
+
+def test_frozen_layers_are_left_alone():
+    learn = learner()
+    learn.model[3].requires_grad_(False)
+    frozen, cb = learn.model[3].weight.detach().clone(), sparse()
+    fit(learn, 2, cb)
+    assert torch.equal(learn.model[3].weight, frozen) and get_mask(learn.model[3]) is None
+    assert [int((w==0).sum()) for w in weights(learn.model)] == [n_zeros(.9, 144), 0]
+    assert dict(zip(*cb.sparsifier.report()[['layer','note']].T.values))['3'].startswith('frozen')
+
+def split(model): return [params(model[:6]), params(model[6:])]
+
+@pytest.mark.parametrize('extra', [[], [at('after_batch', validate_and_return)], [at('after_epoch', quiet_validate, order=5)]],
+                         ids=['alone', 'validating batches', 'validating epochs'])
+def test_fine_tune_waits_until_layers_train(extra):
+    learn = learner(splitter=split)
+    start, seen = [w.detach().clone() for w in weights(learn.model)], []
+    look = at('before_fit', lambda learn: learn.lock.locked() or seen.append([w.detach().clone() for w in weights(learn.model)]), order=0)
+    out = said(lambda: fit(learn, 2, [sparse(verbose=True), look, *extra], how='fine_tune'))
+    assert len(seen) == 2 and all_same(seen[1], start)
+    assert out.count('waiting') == 1 and out.count('Pruning of') == 1
+    assert zeros(learn.model) == n_zeros(.9, N)
+
+def test_layers_masked_before_they_freeze_stay_as_they_are():
+    learn = fit(learner(splitter=split), 1, sparse(50))
+    before = [w.detach().clone() for w in weights(learn.model)]
+    learn.freeze()
+    fit(learn, 1, sparse(90))
+    assert all_same(before, weights(learn.model))
+
+# --- criteria that need state
+
+def test_gradients_are_there_when_a_criterion_asks():
+    log = []
+    learn = fit(learner(), 2, sparse(criteria=recorded('grad', log), update_every=1))
+    assert len(log) >= 20 and all(g.count_nonzero() for g in log)
+    assert zeros(learn.model) == n_zeros(.9, N)
+
+@pytest.mark.parametrize('context', ['local', 'global'])
+@pytest.mark.parametrize('granularity', ['weight', 'filter'])
+@pytest.mark.parametrize('criteria', [movement, movmag, magnitude_increase, updating_movement, updating_movmag, grad_crit, small_final,
+                                      large_init_large_final], ids=lambda f: f.__name__)
+def test_criteria_with_state_reach_the_target(criteria, granularity, context):
+    learn = fit(learner(), 2, sparse(criteria=criteria, granularity=granularity, context=context))
+    assert_on_target(learn.model, granularity, context)
+
+@pytest.mark.parametrize('opt,key', [('adam','grad_avg'), ('adamw','exp_avg'), ('ranger','grad_avg'), ('momentum','grad_avg')])
+@pytest.mark.parametrize('n_before', [0, 1])
+def test_a_criterion_may_read_the_optimizer(opt, key, n_before):
+    log = []
+    def by_momentum(p, opt, **kwargs): log.append(opt[key].any()); return opt[key].abs()
+    learn = learner(opt_func=OPTIMIZERS[opt])
+    if n_before: fit(learn, n_before)
+    fit(learn, 2, sparse(criteria=by_momentum))
+    assert log and all(log) and zeros(learn.model) == n_zeros(.9, N)
+
+def test_a_criterion_reads_the_optimizer_after_a_load():
+    log, learn = [], fit(learner(), 1)
+    def by_momentum(p, opt, **kwargs): log.append(float(opt['grad_avg'].abs().sum())); return opt['grad_avg'].abs()
+    learn.save('o')
+    learn.load('o')
+    fit(learn, 2, [sparse(criteria=by_momentum, update_every=1), at_batch(5, lambda learn: learn.load('o'))])
+    assert len(set(log)) == len(log) >= 20
+
+@pytest.mark.parametrize('as_loader', [False, True])
+def test_wanda_takes_data(as_loader):
+    learn = learner()
+    data = learn.dls.valid if as_loader else learn.dls.train.one_batch()[0]
+    watch, seen = collect('after_batch', lambda learn: learn.model.training)
+    fit(learn, 2, [sparse(criteria=wanda, data=data), watch])
+    assert zeros(learn.model) == n_zeros(.9, N) and all(seen)
+
+def test_random_masks_repeat_for_the_same_seed():
+    def run(seed, noise):
+        learn = learner()
+        torch.manual_seed(noise)
+        return masks(fit(learn, 2, sparse(criteria=random_criteria, sparsifier=partial(Sparsifier, seed=seed))).model)
+    assert all_same(run(0, 0), run(0, 1)) and not all_same(run(0, 0), run(1, 0))
+
+# --- dense-sparse-dense
+
+def test_dsd_ends_dense_and_trains_what_came_back():
+    learn, watch = learner(), None
+    watch, seen = collect('after_batch', lambda learn: zeros(learn.model))
+    fit(learn, 4, [sparse(schedule=dsd), watch])
+    assert max(seen) == n_zeros(.9, N) == seen[11] and seen[-1] == 0 and seen[12:] == sorted(seen[12:], reverse=True)
+    fit(learn, 2)
+    assert all((w.abs() > 1e-12).all() for w in weights(learn.model))
+
+def test_dsd_revives_what_the_gradient_wants():
+    checked = []
+    def look(s):
+        look.before = {n: (s.param(n).grad.abs().clone(), get_mask(*s.layers[n]).clone()) for n in s.layers if get_mask(*s.layers[n]) is not None}
+    def check(learn):
+        for (g, old), new in zip(getattr(look, 'before', {}).values(), masks(learn.model)):
+            born, dead = new & ~old, ~new
+            if born.any() and dead.any(): checked.append(bool(g[~old].any() and g[born].min() >= g[dead].max()))
+    Look = type('Look', (Spy,), dict(look=staticmethod(look)))
+    fit(learner(), 4, [sparse(schedule=dsd, sparsifier=Look), at('after_batch', check), GradientClip(.1)])
+    assert len(checked) >= 4 and all(checked)
+
+def test_dsd_of_filters_gives_their_batchnorm_back():
+    learn = fit(learner(), 4, sparse(schedule=dsd, granularity='filter'))
+    fit(learn, 3)
+    with torch.no_grad(): out = learn.model[:5](torch.cat([x for x,_ in learn.dls.train.dataset]))
+    assert zeros(learn.model) == 0 and (out.std((0,2,3)) > 1e-3).all()
+
+# --- structure
+
+def silent(model):
+    "Dropped filters, and whether all that follows them is exactly zero"
+    pairs = [(model[0], model[1]), (model[3], model[4])]
+    dead = [(c.weight == 0).flatten(1).all(1) for c,_ in pairs]
+    return sum(int(d.sum()) for d in dead), all(not t[d].any() for d,(c,b) in zip(dead, pairs) for t in (c.bias, b.weight, b.bias))
+
+@pytest.mark.parametrize('context', ['local', 'global'])
+def test_dropped_filters_are_silent_at_every_application(context):
+    watch, seen = collect('after_batch', lambda learn: silent(learn.model))
+    learn = fit(learner(), 2, [sparse(granularity='filter', context=context, update_every=1), watch])
+    n = [c for c,_ in seen]
+    assert all(ok for _,ok in seen) and n == sorted(n) and n[-1] > n[2] > 0
+    fit(learn, 2)
+    assert silent(learn.model) == (n[-1], True)
+    dead = (learn.model[3].weight == 0).flatten(1).all(1)
+    assert dead.any() and not learn.model.eval()[:5](torch.randn(3,2,6,6))[:,dead].any()
+
+def tabular_batches(n): return list(zip(torch.randint(9, (n,8,1)), torch.randn(n,8,3), torch.randint(4, (n,8))))
+
+@pytest.mark.parametrize('context', ['local', 'global'])
+def test_tabular_model(context):
+    from fastai.tabular.model import TabularModel
+    learn = learner(model=TabularModel([(10,4)], 3, 4, [32,16]), dls=loaders(6, make=tabular_batches))
+    kinds = (nn.Linear, nn.Embedding)
+    fit(learn, 2, sparse(context=context, layer_type=kinds))
+    n = sum(w.numel() for w in weights(learn.model, kinds))
+    assert zeros(learn.model, kinds) == n_zeros(.9, n) == zeros(fit(learn, 1).model, kinds)
+
+def test_tabular_rows_take_their_batchnorm_along():
+    from fastai.tabular.model import TabularModel
+    learn = learner(model=TabularModel([(10,4)], 3, 4, [32,16]), dls=loaders(6, make=tabular_batches))
+    names = [n for n,m in learn.model.named_modules() if isinstance(m, nn.Linear)][:2]
+    fit(learn, 2, sparse({n: 50 for n in names}, granularity='row', layer_type=nn.Linear))
+    for n in names:
+        dead = (learn.model.get_submodule(n).weight == 0).all(1)
+        assert dead.sum() == len(dead)//2
+        assert not any(t[dead].any() for m in learn.model.get_submodule(n.rpartition('.')[0]) if isinstance(m, nn.BatchNorm1d) for t in (m.weight, m.bias))
+
+class Text(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.emb, self.rnn, self.head = nn.Embedding(20, 8), nn.LSTM(8, 12, num_layers=2, batch_first=True, bidirectional=True), nn.Linear(24, 4)
+    def forward(self, x): return self.head(self.rnn(self.emb(x))[0][:,-1])
+
+def text_batches(n): return list(zip(torch.randint(20, (n,8,5)), torch.randint(4, (n,8))))
+
+@pytest.mark.parametrize('context', ['local', 'global'])
+def test_lstm_text_model(context):
+    learn, cb = learner(model=Text(), dls=loaders(6, make=text_batches)), sparse(context=context, layer_type=(nn.LSTM, nn.Embedding, nn.Linear))
+    fit(learn, 2, cb)
+    n = sum(p.numel() for k,p in learn.model.named_parameters() if 'weight' in k)
+    zero = lambda: sum(int((p==0).sum()) for k,p in learn.model.named_parameters() if 'weight' in k)
+    assert zero() == n_zeros(.9, n) and len(cb.sparsifier.layers) == 10
+    fit(learn, 1)
+    assert zero() == n_zeros(.9, n)
+
+def test_weight_dropped_lstm_is_in_the_report():
+    from fastai.text.models.awdlstm import AWD_LSTM
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = AWD_LSTM(20, 8, 12, 2), nn.Linear(8, 4)
+        def forward(self, x): return self.head(self.body(x)[:,-1])
+        def reset(self): self.body.reset()
+    learn, cb = learner(model=Classifier(), dls=loaders(6, make=text_batches)), sparse(layer_type=(nn.LSTM, nn.Linear))
+    fit(learn, 2, cb)
+    rows = cb.sparsifier.report().set_index('layer')
+    assert zeros(learn.model, nn.Linear) == n_zeros(.9, 32)
+    assert any('weight_hh_l0' in n for n in rows.index)
+
+def test_learning_survives_on_digits():
+    x,y = load_digits(return_X_y=True)
+    items = list(zip((tensor(x).float().view(-1,1,8,8)/16)[:1792].split(64), tensor(y)[:1792].split(64)))
+    dls = DataLoaders(DataLoader(items[:22], bs=None, shuffle=True), DataLoader(items[22:], bs=None), device=torch.device('cpu'))
+    net = convnet()
+    net[0], net[8] = nn.Conv2d(1, 8, 3, padding=1), nn.Linear(16, 10)
+    learn = fit(learner(model=net, dls=dls), 12, sparse(70, one_cycle), how='fit_one_cycle')
+    assert zeros(learn.model) == n_zeros(.7, 72+1152)
+    assert learn.final_record[-1] > .85
+
+# --- memory
+
+@pytest.mark.parametrize('granularity', ['weight', 'filter'])
+def test_resident_memory_is_close_to_the_dense_models(granularity):
+    learn, cb, seen = learner(), sparse(granularity=granularity), []
+    dense = sum(t.numel()*t.element_size() for t in learn.model.state_dict().values())
+    def measure(learn): seen.append(sum(held_tensors(learn.model, cb, learn.keep_masks).values()))
+    fit(learn, 2, [cb, at('after_batch', measure)])
+    assert dense <= max(seen) <= 1.3*dense
+    learn.save('m', with_opt=False)
+    assert sum(t.numel()*t.element_size() for t in torch.load('models/m.pth').values()) == dense
+
+def test_state_is_kept_only_where_a_criterion_asks():
+    for criteria,copies in ((large_final, 0), (movement, 1), (updating_movement, 1), (grad_crit, 0)):
+        cb = sparse(criteria=criteria)
+        learn = fit(learner(), 1, cb)
+        mine = held_tensors(cb.sparsifier).keys() - held_tensors(learn.model).keys()
+        assert len(mine) == 2*copies, criteria.__name__
+
+# --- bad arguments
+
+BAD = [(ValueError, dict(sparsity=101)), (ValueError, dict(sparsity=-1)), (ValueError, dict(sparsity=math.nan)), (TypeError, dict(sparsity='50')),
+       (TypeError, dict(sparsity=True)), (TypeError, dict(sparsity=None)), (ValueError, dict(sparsity={})), (ValueError, dict(sparsity={'9': 50})),
+       (ValueError, dict(sparsity={'0': 150})), (ValueError, dict(sparsity={'2': 50})), (ValueError, dict(sparsity={'0': 50}, context='global')),
+       (ValueError, dict(granularity='filters')), (ValueError, dict(context='lokal')), (ValueError, dict(criteria='magnitude')),
+       (ValueError, dict(schedule='agp')), (ValueError, dict(schedule=lambda pos: 2*pos)), (ValueError, dict(layer_type=nn.Conv3d)),
+       ((TypeError, ValueError), dict(layer_type='conv')), (ValueError, dict(round_to=0)), ((TypeError, ValueError), dict(round_to=2.5)),
+       (ValueError, dict(nm=(4,2))), (ValueError, dict(nm=True)), (ValueError, dict(sparsity=50, nm=True, granularity='filter')),
+       (ValueError, dict(sparsity=50, nm=True, round_to=4)), (ValueError, dict(update_every=0)), (ValueError, dict(update_every=1.5)),
+       (ValueError, dict(update_every=True)), (ValueError, dict(criteria=wanda)), (ValueError, dict(criteria=lambda p, foo: p)),
+       (ValueError, dict(model=convnet()))]
+
+@pytest.mark.parametrize('error,kwargs', BAD, ids=lambda o: '-'.join(f'{k}={v}' for k,v in o.items())[:40] if isinstance(o, dict) else '')
+def test_bad_arguments_raise_before_training(error, kwargs):
+    learn, started = learner(), []
+    before = snapshot(learn.model)
+    with pytest.raises(error): fit(learn, 1, [sparse(**kwargs), at('before_batch', lambda learn: started.append(1))])
+    assert same(before, snapshot(learn.model)) and not started
+    assert not masks(learn.model) and not any(isinstance(cb, KeepMasks) for cb in learn.cbs)
+    assert zeros(fit(learn, 1, sparse()).model) == n_zeros(.9, N)
+
+@pytest.mark.parametrize('kwargs,words', [
+    (dict(sparsity=101), ['101', '0 to 100']), (dict(granularity='filters'), ['filters', 'Conv2d', "'filter'"]), (dict(context='lokal'), ['lokal', 'global']),
+    (dict(sparsity={'9': 50}), ["'9'", "'0'", "'3'"]), (dict(layer_type=nn.Conv3d), ['Conv3d', 'Conv2d']), (dict(criteria=wanda), ['wanda', 'data'])])
+def test_errors_name_the_value_and_the_choices(kwargs, words):
+    with pytest.raises(ValueError) as e: fit(learner(), 1, sparse(**kwargs))
+    assert all(w in str(e.value) for w in words)
+
+def test_a_fraction_is_warned_of():
+    with pytest.warns(UserWarning, match='0.9 %.*write 90'): sparse(.9)
+
+def test_weights_that_cannot_carry_a_mask_are_refused_by_name():
+    learn = learner()
+    nn.utils.parametrizations.weight_norm(learn.model[3])
+    before = snapshot(learn.model)
+    with pytest.raises(ValueError, match="'3' is parametrized"): fit(learn, 1, sparse())
+    assert same(before, snapshot(learn.model))
+
+# --- what it says
+
+class Wide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.out = nn.Linear(72, 1000), nn.Linear(1000, 4)
+    def forward(self, x): return self.out(self.inner(x.flatten(1)))
+
+def test_epoch_lines_and_final_report(capsys):
+    fit(learner(model=Wide()), 5, sparse(50, one_cycle, layer_type=nn.Linear, verbose=True), how='fit_one_cycle')
+    assert capsys.readouterr().out.splitlines() == [
+        'Pruning of weight until a sparsity of 50%',
+        *[f'Sparsity at the end of epoch {i}: {v}%' for i,v in enumerate(['1.96', '20.07', '45.86', '49.74', '50.00'])],
+        'Final Sparsity: 50.00%', '', 'Sparsity Report:', '-'*80,
+        'Layer                          Type            Params     Zeros      Sparsity  ', '-'*80,
+        'inner                          Linear          72,000     36,000        50.00%',
+        'out                            Linear          4,000      2,000         50.00%', '-'*80,
+        'Overall                        all             76,000     38,000        50.00%']
+
+def test_lines_of_a_dict(capsys):
+    targets = {'inner': 30, 'out': 85}
+    fit(learner(model=Wide()), 5, sparse(targets, cos, layer_type=nn.Linear, verbose=True))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:7] == ["Pruning of weight until a sparsity of {'inner': 30, 'out': 85}%",
+        *[f'Sparsity at the end of epoch {i}: avg={v}%' for i,v in enumerate(['5.49', '19.87', '37.63', '52.01', '57.50'])],
+        "Final Sparsity: {'inner': 30.0, 'out': 85.0}"]
+    assert lines[-1].split() == ['Overall', 'all', '76,000', '25,000', '32.89%']
+
+def test_the_report_is_measured():
+    out = said(lambda: fit(learner(), 1, sparse(90, granularity='filter', verbose=True)))
+    n = 7*18 + 14*72
+    assert f'Final Sparsity: {100*n/N:.2f}%' in out and 'groups are dropped as a whole' in out
+
+def test_what_stays_dense_is_reported_with_its_reason():
+    out = said(lambda: fit(learner(), 1, sparse(50, nm=True, verbose=True)))
+    assert '0: stays dense: 2 inputs are no multiple of 4' in out
+
+def test_verbose_false_says_nothing():
+    assert said(lambda: fit(learner(), 2, sparse())) == ''
+
+def test_metrics_stay_where_they_are():
+    learn = fit(learner(), 1, sparse())
+    assert list(learn.recorder.metric_names) == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'time'] and len(learn.final_record) == 3

@@ -39,14 +39,18 @@ def _kth_numpy(a, k):
     k -= above.size + np.count_nonzero(a==common)
     return common if k <= 0 else _kth_numpy(a[a<common], k)
 
+def _kth_topk(flat, k):
+    "The `k`-th largest value of `flat` by `topk` from the nearer end, the fastest exact selection on CUDA"
+    if k*2 < len(flat): return flat.topk(k, sorted=False).values.min()
+    return flat.topk(len(flat)-k+1, largest=False, sorted=False).values.max()
+
 def kth_largest(
     t, # Scores, any shape, no NaN
     k, # From 1, the largest, to `t.numel()`
 ):
     "The `k`-th largest value of `t`, exact, as a 0-d tensor"
     flat = t.detach().reshape(-1)
-    if flat.is_cuda: return flat.topk(k, sorted=False).values.min() if k*2 < len(flat) \
-        else flat.topk(len(flat)-k+1, largest=False, sorted=False).values.max()
+    if flat.is_cuda: return _kth_topk(flat, k)
     if flat.dtype in (torch.bfloat16, torch.float16): return kth_largest(flat.float(), k).to(flat.dtype)
     return torch.as_tensor(_kth_numpy(flat.numpy(), k), dtype=flat.dtype)
 
@@ -77,7 +81,7 @@ def top_k_mask(
     return (_cut_ties_cuda if s.is_cuda else _cut_ties)(s.reshape(-1), thr, n_keep).view(s.shape)
 
 def _cut_ties_cuda(t, thr, n_keep):
-    "`t >= thr` cut to `n_keep`, without waiting for the device"
+    "`_cut_ties` without waiting for the device"
     above, ties = t > thr, t == thr
     return above | (ties & (ties.cumsum(0, dtype=torch.int32) <= n_keep-above.sum()))
 

@@ -118,12 +118,13 @@ class Normalizer:
 # %% ../nbs/02_criteria.ipynb #dc4b50bc
 STATE = ('init', 'prev', 'grad', 'opt', 'data', 'generator')
 
+def _name(f): return getattr(f, '__name__', None) or getattr(getattr(f, 'func', f), '__name__', repr(f))
+
 def needed_state(f):
     "Names among `STATE` that the score function `f` asks for; raises `ValueError` for anything else it can't do without"
     params = list(inspect.signature(f).parameters.values())[1:]
     unknown = [q.name for q in params if q.name not in STATE and q.default is q.empty and q.kind not in (q.VAR_KEYWORD, q.VAR_POSITIONAL)]
-    name = getattr(f, '__name__', f)
-    if unknown: raise ValueError(f"The criterion {name!r} asks for {unknown}; a score function may ask for {list(STATE)}")
+    if unknown: raise ValueError(f"The criterion {_name(f)!r} asks for {unknown}; a score function may ask for {list(STATE)}")
     return frozenset(q.name for q in params if q.name in STATE and q.kind != q.VAR_POSITIONAL)
 
 def _wide(t): return t.detach().float() if t.dtype in (torch.float16, torch.bfloat16) else t.detach()
@@ -142,6 +143,8 @@ class Criteria:
 
     @cached_property
     def needs(self): return needed_state(self.f)
+    @property
+    def name(self): return _name(self.f)
 
     @torch.no_grad()
     def __call__(self,

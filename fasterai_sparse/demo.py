@@ -58,7 +58,7 @@ def fashion_mnist(bs=128, path=None):
     "Fashion-MNIST, 60,000 and 10,000 images of 28×28 pixels, from the files of the Debian package"
     path = Path(path or '/usr/share/datasets/fashion-mnist')
     if not (path/'train-images-idx3-ubyte.gz').exists():
-        raise SystemExit(f'No Fashion-MNIST in {path}: install the Debian package dataset-fashion-mnist, or give the folder of its four .gz files with --path')
+        raise FileNotFoundError(f'No Fashion-MNIST in {path}: install the Debian package dataset-fashion-mnist, or give the folder of its four .gz files with --path')
     x = lambda s: _idx(path/f'{s}-images-idx3-ubyte.gz')[:,None].float()/255
     y = lambda s: _idx(path/f'{s}-labels-idx1-ubyte.gz').long()
     return whole_dls((x('train'), y('train')), (x('t10k'), y('t10k')), bs)
@@ -173,4 +173,5 @@ def main(args=None):
     p.add_argument('--epochs', default=15, type=int, help='epochs of each of the two trainings')
     p.add_argument('--out', default='demo_out', help='folder for the sparse model and the picture')
     p.add_argument('--path', help='folder of the data, where it is not in its usual place')
-    run_demo(**vars(p.parse_args(args)))
+    try: run_demo(**vars(p.parse_args(args)))
+    except FileNotFoundError as e: p.exit(2, f'{e}\n')

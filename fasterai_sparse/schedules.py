@@ -67,7 +67,7 @@ def sched_agp(start, end, pos):
     return end + (start-end)*(1-pos)**3
 
 def sched_onecycle(start, end, pos, a=14, b=6):
-    "Logistic: slow, fast, slow (Hubens et al. 2021, One-Cycle Pruning, eq. 2)"
+    "Logistic: slow, fast, slow (Hubens et al. 2021, One-Cycle Pruning)"
     return start + (end-start)*((1+math.exp(b-a)) / (1+math.exp(b-a*pos)) if pos > 0 else 0)
 
 def sched_dsd(start, end, pos):

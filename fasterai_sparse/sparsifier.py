@@ -68,7 +68,7 @@ class Sparsifier:
         self.criteria, self.allocation = as_criteria(criteria), as_allocation(context)
         self.granularity = _pattern(granularity, nm)
         if isinstance(self.granularity, NM): self.allocation = uniform_sparsity
-        if 'data' in self.criteria.needs and data is None: raise ValueError(f"The criterion {self.criteria.f.__name__!r} needs data=, a calibration batch")
+        if 'data' in self.criteria.needs and data is None: raise ValueError(f"The criterion {self.criteria.name!r} needs data=, a calibration batch")
         self.layers, self.groups, self.dense, self.refused = {}, {}, {}, {}
         self._find_layers()
         drops = [m for n,(m,_) in self.layers.items() if drops_outputs(m, self.groups[n])]
@@ -111,13 +111,13 @@ def generator(self:Sparsifier, name):
 @patch
 def _grad(self:Sparsifier, name):
     g = self.param(name).grad
-    if g is None: raise ValueError(f"The criterion {self.criteria.f.__name__!r} needs gradients, and {name} has none: run a backward pass first")
+    if g is None: raise ValueError(f"The criterion {self.criteria.name!r} needs gradients, and {name} has none: run a backward pass first")
     return g
 
 @patch
 def _opt_state(self:Sparsifier, name):
-    if self.opt is None: raise ValueError(f"The criterion {self.criteria.f.__name__!r} needs the optimizer's state: use it while training")
-    return self.opt.get(self.param(name), {})
+    if self.opt is None: raise ValueError(f"The criterion {self.criteria.name!r} needs the optimizer's state: use it while training")
+    return self.opt(self.param(name))
 
 @patch
 def _norms(self:Sparsifier, names):

@@ -12,7 +12,6 @@ from fastai.callback.training import GradientClip
 from torch import nn
 
 from .masks import *
-from .report import format_report
 from .schedules import *
 from .sparsifier import *
 
@@ -98,99 +97,102 @@ class SparsifyCallback(Callback):
             raise ValueError(f"update_every must be a positive whole number of batches, not {update_every!r}")
         self.make = partial(sparsifier, granularity=granularity, context=context, criteria=criteria, nm=nm, layer_type=layer_type, data=data)
         store_attr('sparsity,round_to,update_every,verbose')
-        self.part = model
-        self.sparsifier = None
+        self.part, self.sparsifier = model, None
 
-# %% ../nbs/08_sparsify_callback.ipynb #95f350e0
-@patch(as_prop=True)
-def position(self:SparsifyCallback):
-    "Share of training that is done when this batch is"
-    return min((self.epoch*self.n_iter + self.iter + 1) / (self.n_epoch*self.n_iter), 1.)
+    def before_fit(self):
+        self.run = not (hasattr(self.learn, 'lr_finder') or self.learn.lock.locked()) and self._set_up()   # validation holds the lock
 
-@patch
-def _due(self:SparsifyCallback, progress):
-    "Whether the masks are to follow `progress` now"
-    if progress == self.level: return False
-    edge = self.iter == self.n_iter-1 or self.position >= self.schedule.end_pct > self.last_position
-    if self.update_every: return edge or (self.iter+1) % self.update_every == 0
-    return edge or abs(progress-self.level) >= .01 and self.n_since >= 4
+    def before_batch(self):
+        self.stepped = False
+        self.learn.keep_masks.spare_grads = self._progress() < self.level   # what comes back is ranked by its gradient
 
-# %% ../nbs/08_sparsify_callback.ipynb #e30a9abe
-@patch
-def _progress(self:SparsifyCallback):
-    "Share of the target that is due, never less than what the fit found until the schedule has reached it"
-    p = min(max(self.schedule.progress(self.position), 0.), 1.)
-    if p >= self.floor: self.floor = 0.
-    return max(p, self.floor)
+    def after_step(self):
+        self.stepped = True
+        self._update()
 
-@patch
-def _update(self:SparsifyCallback):
-    progress = self._progress()
-    self.n_since += 1
-    if self._due(progress):
-        targets = {n: as_ratio(progress)*t for n,t in self.targets.items()} if isinstance(self.targets, dict) else as_ratio(progress)*self.targets
-        self.sparsifier.apply(targets, self.round_to, on_change=partial(clear_opt_state, self.opt))
-        self.level, self.n_since = progress, 0
-    self.last_position = self.position
+    def after_batch(self):
+        if not self.stepped: self._update()
 
-# %% ../nbs/08_sparsify_callback.ipynb #72e344fe
-@patch
-def _say(self:SparsifyCallback, text):
-    if self.verbose: print(text)
+    def after_epoch(self):
+        if self.verbose: print(f'Sparsity at the end of epoch {self.epoch}: {_average(self._sparsities())}')
 
-@patch
-def before_fit(self:SparsifyCallback):
-    self.run = not (hasattr(self.learn, 'lr_finder') or self.learn.lock.locked())   # validate and get_preds hold the lock
-    if not self.run: return
-    self.sparsifier = self.make(self.part or self.model)
-    self.targets = self.sparsifier.targets(self.sparsity)
-    if not self._leave_frozen(): return
-    self.sparsifier.opt = {p: _state_of(self.opt, p) for p in map(self.sparsifier.param, self.sparsifier.layers)} if 'opt' in self.sparsifier.criteria.needs else None
-    if not any(isinstance(cb, KeepMasks) for cb in self.learn.cbs):
-        self.learn.add_cb(KeepMasks())
-        self.learn.keep_masks.before_fit()
-    self.level, self.n_since, self.last_position = self._measured(), 0, 0.
-    self.floor = self.level
-    self._say(f'Pruning of {self.sparsifier.granularity} until a sparsity of {_percent(self.sparsity)}')
+    def after_fit(self):
+        if self.verbose: self._last_word()
 
+# %% ../nbs/08_sparsify_callback.ipynb #b815bb54
 def _percent(s): return f'{s}%' if isinstance(s, dict) else f'{s:g}%'
 
 @patch
+def _set_up(self:SparsifyCallback):
+    "Prepare a fit; whether there is anything to do in it"
+    self.sparsifier = self.make(self.part or self.model)
+    self.targets = self.sparsifier.targets(self.sparsity)
+    if not self._leave_frozen(): return False
+    if 'opt' in self.sparsifier.criteria.needs: self.sparsifier.opt = partial(_state_of, self.opt)
+    if not any(isinstance(cb, KeepMasks) for cb in self.learn.cbs):
+        self.learn.add_cb(KeepMasks())
+        self.learn.keep_masks.before_fit()
+    self.level = self.floor = self._measured()
+    self.n_since, self.last_position = 0, 0.
+    if self.verbose: print(f'Pruning of {self.sparsifier.granularity} until a sparsity of {_percent(self.sparsity)}')
+    return True
+
+@patch
 def _leave_frozen(self:SparsifyCallback):
-    "Take frozen layers out; whether any is left"
+    "Take frozen layers out; whether any other is left"
     frozen = [n for n in self.sparsifier.layers if not self.sparsifier.param(n).requires_grad]
     for n in frozen: self.sparsifier.leave_dense(n, 'frozen: left as it is')
     if isinstance(self.targets, dict): self.targets = {n: t for n,t in self.targets.items() if n not in frozen}
-    if not self.sparsifier.layers or self.targets == {}:
-        self._say('All layers to sparsify are frozen: waiting for a fit in which they train')
-        self.run = False
-    return self.run
+    left = bool(self.sparsifier.layers) and self.targets != {}
+    if not left and self.verbose: print('All layers to sparsify are frozen: waiting for a fit in which they train')
+    return left
+
+@patch
+def _target_of(self:SparsifyCallback, name): return self.targets[name] if isinstance(self.targets, dict) else self.targets
 
 @patch
 def _measured(self:SparsifyCallback):
     "Share of the target that the masks reach now"
     s = self.sparsifier
     names = self.targets if isinstance(self.targets, dict) else s.layers
-    target = sum((self.targets[n] if isinstance(self.targets, dict) else self.targets)*s.param(n).numel() for n in names)
+    target = sum(self._target_of(n)*s.param(n).numel() for n in names)
     zeros = sum(m.numel()-n_true(m.bool()) for n in names if (m := get_mask(*s.layers[n])) is not None)
     return min(float(zeros/target), 1.) if target else 0.
 
-# %% ../nbs/08_sparsify_callback.ipynb #20fc88a0
+# %% ../nbs/08_sparsify_callback.ipynb #95f350e0
 @patch
-def before_batch(self:SparsifyCallback):
-    self.stepped = False
-    self.learn.keep_masks.spare_grads = self._progress() < self.level   # what comes back is ranked by its gradient
+def _position(self:SparsifyCallback):
+    "Share of training that is done when this batch is"
+    return min((self.epoch*self.n_iter + self.iter + 1) / (self.n_epoch*self.n_iter), 1.)
 
 @patch
-def after_step(self:SparsifyCallback):
-    self.stepped = True
-    self._update()
+def _progress(self:SparsifyCallback):
+    "Share of the target that is due, never less than what the fit found until the schedule has reached it"
+    p = min(max(self.schedule.progress(self._position()), 0.), 1.)
+    if p >= self.floor: self.floor = 0.
+    return max(p, self.floor)
 
 @patch
-def after_batch(self:SparsifyCallback):
-    if not self.stepped: self._update()
+def _due(self:SparsifyCallback, progress):
+    "Whether the masks are to follow `progress` now"
+    if progress == self.level: return False
+    edge = self.iter == self.n_iter-1 or self._position() >= self.schedule.end_pct > self.last_position
+    if self.update_every: return edge or (self.iter+1) % self.update_every == 0
+    return edge or abs(progress-self.level) >= .01 and self.n_since >= 4
 
-# %% ../nbs/08_sparsify_callback.ipynb #b418b3ee
+@patch
+def _update(self:SparsifyCallback):
+    "Let the masks follow the schedule, if that is due"
+    progress = self._progress()
+    self.n_since += 1
+    if self._due(progress):
+        share = as_ratio(progress)
+        targets = {n: share*t for n,t in self.targets.items()} if isinstance(self.targets, dict) else share*self.targets
+        self.sparsifier.apply(targets, self.round_to, on_change=partial(clear_opt_state, self.opt))
+        self.level, self.n_since = progress, 0
+    self.last_position = self._position()
+
+# %% ../nbs/08_sparsify_callback.ipynb #e30a9abe
 @patch
 def _sparsities(self:SparsifyCallback):
     "Measured sparsity in percent, of all layers or of each that has a target"
@@ -199,26 +201,21 @@ def _sparsities(self:SparsifyCallback):
     df = df.loc[list(self.sparsifier.layers)]
     return 100*df.zeros.sum()/df.params.sum()
 
-@patch
-def after_epoch(self:SparsifyCallback):
-    if not self.verbose: return
-    s = self._sparsities()
-    self._say(f'Sparsity at the end of epoch {self.epoch}: ' + (f'avg={sum(s.values())/len(s):.2f}%' if isinstance(s, dict) else f'{s:.2f}%'))
-
-@patch
-def after_fit(self:SparsifyCallback):
-    if not self.verbose: return
-    s = self._sparsities()
-    self._say(f"Final Sparsity: { {n: round(v, 2) for n,v in s.items()} if isinstance(s, dict) else f'{s:.2f}%'}")
-    if why := self._shortfall(s): self._say(why)
-    self.sparsifier.print_sparsity()
+def _average(s): return f'avg={sum(s.values())/len(s):.2f}%' if isinstance(s, dict) else f'{s:.2f}%'
 
 @patch
 def _shortfall(self:SparsifyCallback, measured):
     "Why the model is not as sparse as was asked, or None where it is"
-    due = self.schedule.progress(1.)
-    asked = {n: 100*float(t)*due for n,t in self.targets.items()} if isinstance(measured, dict) else 100*float(self.targets)*due
-    off = [n for n in asked if abs(asked[n]-measured[n]) > .1] if isinstance(measured, dict) else abs(asked-measured) > .1
-    if not off: return
-    if self.last_position < 1: return f'The target was not reached: training ended after {self.last_position:.0%} of it'
-    return f'This is not the target of {_percent(self.sparsity)}: groups are dropped as a whole, or other weights were loaded'
+    due = 100*self.schedule.progress(1.)
+    pairs = [(due*float(self.targets[n]), s) for n,s in measured.items()] if isinstance(measured, dict) else [(due*float(self.targets), measured)]
+    if all(abs(asked-got) <= .1 for asked,got in pairs): return
+    if self.last_position < 1: return f'The target was not reached: training ended when {self.last_position:.0%} of it was done'
+    return f'This is not the target of {_percent(self.sparsity)}: groups are dropped as a whole, or other weights have been loaded'
+
+@patch
+def _last_word(self:SparsifyCallback):
+    measured = self._sparsities()
+    rounded = {n: round(float(s), 2) for n,s in measured.items()} if isinstance(measured, dict) else f'{measured:.2f}%'
+    print(f'Final Sparsity: {rounded}')
+    if why := self._shortfall(measured): print(why)
+    self.sparsifier.print_sparsity()

@@ -78,12 +78,12 @@ def small_cnn(c_in, n_out, width=32):
                          ConvLayer(2*width, 4*width, stride=2), ConvLayer(4*width, 4*width),
                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4*width, n_out))
 
-def demo_learner(dls, seed=0):
-    "A learner of `small_cnn` that fits `dls`, the same for the same `seed`"
+def demo_learner(dls, width=32, seed=0):
+    "A learner of a `small_cnn` that fits `dls`, the same for the same `seed`"
     set_seed(seed)
     x,y = dls.one_batch()
     n_out = int(max(int(b[1].max()) for b in dls.valid)) + 1
-    return Learner(dls, small_cnn(x.shape[1], n_out), loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=3e-3)
+    return Learner(dls, small_cnn(x.shape[1], n_out, width), loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=3e-3)
 
 # %% ../nbs/20_demo.ipynb #16ee1b04
 def file_bytes(model):
@@ -140,20 +140,22 @@ def _fit(learn, epochs, cbs=None):
     with learn.no_bar(): learn.fit_one_cycle(epochs, cbs=[PlainTable(), *L(cbs)])
 
 # %% ../nbs/20_demo.ipynb #9c1685fc
-datasets = {'digits': digits, 'fashion-mnist': fashion_mnist, 'pets': pets}
+datasets = {'digits': (digits, 15, 32), 'fashion-mnist': (fashion_mnist, 5, 16), 'pets': (pets, 5, 32)}   # epochs, width
 demo_schedules = ['agp', 'one_cycle', 'one_shot', 'iterative', 'cos', 'lin', 'dsd']
 
-def run_demo(data='digits', sparsity=90., schedule='agp', granularity='weight', context='local', epochs=15, out='demo_out', path=None):
+def run_demo(data='digits', sparsity=90., schedule='agp', granularity='weight', context='local', epochs=None, out='demo_out', path=None):
     "Train dense and sparse, print both, save the sparse model and a picture in `out`; returns both learners"
     cb = SparsifyCallback(sparsity, granularity, context, large_final, getattr(schedules, schedule))
+    make, default_epochs, width = datasets[data]
+    epochs, out = epochs or default_epochs, Path(out)
     set_seed(0)
-    dls, out = datasets[data](path=path), Path(out)
+    dls = make(path=path)
     out.mkdir(parents=True, exist_ok=True)
     print(f'Dense, {data}, {epochs} epochs')
-    dense = demo_learner(dls)
+    dense = demo_learner(dls, width)
     _fit(dense, epochs)
     print(f'\nThe same with SparsifyCallback: {sparsity:g} %, schedule {schedule}')
-    sparse = demo_learner(dls)
+    sparse = demo_learner(dls, width)
     _fit(sparse, epochs, [cb, measured := Measured()])
     print(f'\n{side_by_side(dense, sparse)}\n')
     plot_demo(cb, measured.percents, sparse.model, out/'sparsity.png')
@@ -170,7 +172,7 @@ def main(args=None):
     p.add_argument('--schedule', default='agp', choices=demo_schedules, help='how the sparsity rises over training')
     p.add_argument('--granularity', default='weight', help='what is dropped as a whole: weight, row, kernel, filter, …')
     p.add_argument('--context', default='local', choices=contexts, help='each layer for itself, or one ranking of all')
-    p.add_argument('--epochs', default=15, type=int, help='epochs of each of the two trainings')
+    p.add_argument('--epochs', type=int, help='epochs of each of the two trainings; None: 15 on digits, else 5')
     p.add_argument('--out', default='demo_out', help='folder for the sparse model and the picture')
     p.add_argument('--path', help='folder of the data, where it is not in its usual place')
     try: run_demo(**vars(p.parse_args(args)))

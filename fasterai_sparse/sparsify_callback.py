@@ -87,7 +87,7 @@ class SparsifyCallback(Callback):
         nm=False, # N:M pattern: True for 2:4, or `(n, m)`
         layer_type=nn.Conv2d, # Layers to sparsify, a module class or a tuple of them
         data=None, # Calibration batch for criteria that ask for `data`
-        update_every=None, # Batches between updates of the masks; None: when the level has moved by 1 % and 4 batches have passed
+        update_every=None, # Batches between updates of the masks; None: 4 to 32, when 1 % of the live weights is to change
         verbose=True, # Print the sparsity at each epoch, and a report at the end
         sparsifier=Sparsifier, # The class (or a `partial` of it) that makes the masks
     ):
@@ -133,6 +133,7 @@ def _set_up(self:SparsifyCallback):
         self.learn.add_cb(KeepMasks())
         self.learn.keep_masks.before_fit()
     self.level = self.floor = self._measured()
+    self.reach = float(sum(self.targets.values())/len(self.targets) if isinstance(self.targets, dict) else self.targets)
     self.n_since, self.last_position = 0, 0.
     if self.verbose: print(f'Pruning of {self.sparsifier.granularity} until a sparsity of {_percent(self.sparsity)}')
     return True
@@ -178,7 +179,8 @@ def _due(self:SparsifyCallback, progress):
     if progress == self.level: return False
     edge = self.iter == self.n_iter-1 or self._position() >= self.schedule.end_pct > self.last_position
     if self.update_every: return edge or (self.iter+1) % self.update_every == 0
-    return edge or abs(progress-self.level) >= .01 and self.n_since >= 4
+    moved, live = abs(progress-self.level)*self.reach, 1 - self.level*self.reach
+    return edge or self.n_since >= 32 or moved >= .01*live and self.n_since >= 4
 
 @patch
 def _update(self:SparsifyCallback):

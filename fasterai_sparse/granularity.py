@@ -106,6 +106,8 @@ class block:
         if not all(isinstance(n, int) and n > 0 for n in (self.rows, self.cols)):
             raise ValueError(f"A block has positive whole rows and cols, not {self.rows!r} x {self.cols!r}")
 
+    def __str__(self): return f'{self.rows}x{self.cols} blocks'
+
     def misfit(self, shape):
         r, c = shape[self.axes[0]], math.prod(shape)//shape[self.axes[0]]
         if r%self.rows or c%self.cols: return f'{r} x {c} is no multiple of the block {self.rows} x {self.cols}'
@@ -147,6 +149,8 @@ class NM:
     def __post_init__(self):
         if not (all(isinstance(v, int) for v in (self.n, self.m)) and 0 < self.n < self.m):
             raise ValueError(f"N:M needs whole 0 < n < m, not {self.n!r}:{self.m!r}")
+
+    def __str__(self): return f'{self.n}:{self.m}'
 
     @property
     def max_sparsity(self): return 1 - self.n/self.m

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['as_ratio', 'n_zeros', 'kth_largest', 'has_nan', 'n_true', 'top_k_mask', 'unmaskable', 'get_mask', 'masked_params',
-           'apply_masks', 'set_mask', 'mask_sparsity', 'watch_loads', 'remove_masks']
+           'apply_masks', 'set_mask', 'mask_sparsity', 'watch_loads', 'remove_masks', 'masks_off']
 
 # %% ../nbs/00_masks.ipynb #900367e9
 import math, warnings
+from contextlib import contextmanager
 from fractions import Fraction
 
 import numpy as np, torch
@@ -158,6 +159,9 @@ def _lift_live_zeros(p, mask):
     tiny = torch.tensor(max(1e-20, torch.finfo(p.dtype).tiny), dtype=p.dtype, device=p.device)
     p.copy_(torch.where((p==0) & mask, torch.copysign(tiny, p), p))
 
+def _follow_loads(m):
+    if _masks_follow not in m._load_state_dict_post_hooks.values(): m.register_load_state_dict_post_hook(_masks_follow)
+
 @torch.no_grad()
 def set_mask(
     m:nn.Module,
@@ -169,7 +173,7 @@ def set_mask(
     p, old = m._parameters[name], get_mask(m, name)
     if old is None:
         m.register_buffer(f'{name}_mask', torch.empty_like(p, dtype=torch.bool), persistent=False)
-        if _masks_follow not in m._load_state_dict_post_hooks.values(): m.register_load_state_dict_post_hook(_masks_follow)
+        _follow_loads(m)
     get_mask(m, name).copy_(mask)
     mask = torch.as_tensor(mask, device=p.device).bool()
     if p.dim() > 1: _lift_live_zeros(p, mask)
@@ -228,3 +232,15 @@ def remove_masks(model:nn.Module):
         _unhook(m._load_state_dict_post_hooks)
         _unhook(m._load_state_dict_pre_hooks)
     return model
+
+@contextmanager
+def masks_off(model:nn.Module):
+    "A plain model inside the block, without masks and hooks; after it they are back"
+    masks = [(m, f'{n}_mask', mask, f'{n}_mask' not in m._non_persistent_buffers_set) for m,n,_,mask in masked_params(model)]
+    watched = [m for m in model.modules() if _after_load in m._load_state_dict_post_hooks.values()]
+    try: yield remove_masks(model)
+    finally:
+        for m,b,mask,persistent in masks:
+            m.register_buffer(b, mask, persistent=persistent)
+            _follow_loads(m)
+        for m in watched: watch_loads(m)

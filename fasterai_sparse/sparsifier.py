@@ -7,7 +7,6 @@ __all__ = ['as_fraction', 'rounded_keep', 'Sparsifier']
 
 # %% ../nbs/07_sparsifier.ipynb #9e1042a5
 import math, os, warnings, zlib
-from copy import deepcopy
 from fractions import Fraction
 from numbers import Real
 from pathlib import Path
@@ -75,7 +74,7 @@ class Sparsifier:
         self.batchnorms, self.unknown = batchnorms_after(model) if drops else ({}, set())
         self.init, self.prev, self.opt, self.n_calls, self._history = {}, {}, None, 0, [] if undo else None
         for k in {'init', 'prev'} & self.criteria.needs: setattr(self, k, {n: self.param(n).detach().clone() for n in self.layers})
-        watch_loads(model)
+        self.spared = set() # Layers that keep a group only because they would be empty without it
 
     def _find_layers(self):
         "Sort the layers of `layer_type` into those to sparsify, those that stay dense and those that are refused"
@@ -180,6 +179,7 @@ def _batchnorm_changes(self:Sparsifier, bn, channels):
 @patch
 def _set(self:Sparsifier, changes, on_change=None):
     "Set all masks of `changes`, remembering what was there for `undo`"
+    watch_loads(self.model)
     saved = []
     for m,p,mask in changes:
         old = get_mask(m, p)
@@ -257,6 +257,7 @@ def _plan(self:Sparsifier, names, allocation, fraction, round_to, norms):
     fractions = list(allocation(params, fraction, names=names, sizes=sizes, **kw))
     for n,f,p,z,d in zip(names, fractions, params, sizes, n_dropped(fractions, [p.numel()//z for p,z in zip(params, sizes)], sizes)):
         n_groups = p.numel()//z
+        if n_groups-d == 1 and d and (scores or n_zeros(f, n_groups) > d): self.spared.add(n)
         yield n, scores[n] if n in scores else self.scores(n, norms), rounded_keep(f, n_groups, round_to) if round_to else n_groups-d
 
 # %% ../nbs/07_sparsifier.ipynb #84d9e035
@@ -275,6 +276,7 @@ def apply(self:Sparsifier,
     per_layer = target if isinstance(target, dict) else dict.fromkeys(names or self.layers, target)
     for f in per_layer.values(): self._check_reach(f)
     norms = self._norms(per_layer)
+    self.spared -= set(per_layer)
     jobs = [([n], uniform_sparsity, f) for n,f in target.items()] if isinstance(target, dict) else [(list(per_layer), self.allocation, target)]
     plan = [(n, self.new_mask(n, s, k)) for job in jobs for n,s,k in self._plan(*job, round_to, norms)]
     self._set([c for n,mask in plan for c in self._changes(n, mask)], on_change)
@@ -308,7 +310,7 @@ def report(self:Sparsifier,
     notes = {**self.refused, **self.dense}
     for n,(m,p) in self.layers.items():
         live = self.live(n)
-        if live is not None and live.numel() > 1 and n_true(live) == 1: notes[n] = 'one group is kept so that the layer is not empty'
+        if n in self.spared: notes[n] = 'one group is kept so that the layer is not empty'
         elif m in self.unknown and live is not None: notes[n] = 'the model could not be traced: a BatchNorm after it, if any, is not masked'
     return sparsity_report(self.model, example_input, self.layer_type, notes)
 
@@ -324,10 +326,9 @@ def save_model(self:Sparsifier,
     weights_only=False, # Only the `state_dict`, which `torch.load(path, weights_only=True)` reads
 )->None:
     "Save the sparse model as a plain one: no mask, no hook, nothing that would need this package to load"
-    plain = remove_masks(deepcopy(model or self.model))
     path = Path(path)
     tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     try:
-        torch.save(plain.state_dict() if weights_only else plain, tmp)
+        with masks_off(model or self.model) as plain: torch.save(plain.state_dict() if weights_only else plain, tmp)
         tmp.replace(path)
     finally: tmp.unlink(missing_ok=True)

@@ -65,8 +65,8 @@ def _is_layerwise(opt):
 def bake_masks(
     m, # A model or a Learner
 ):
-    "End all masks: zeros stay, buffers, hooks and `KeepMasks` go; what is left loads where this package is absent"
-    if isinstance(m, Learner): m.remove_cb(KeepMasks)
+    "End all masks: zeros stay, buffers, hooks and callbacks go; what is left loads where this package is absent"
+    if isinstance(m, Learner): m.remove_cb(KeepMasks).remove_cb(SparsifyCallback)
     remove_masks(m.model if isinstance(m, Learner) else m)
     return m
 

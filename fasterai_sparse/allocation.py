@@ -83,10 +83,11 @@ def global_sparsity(params, model_sparsity, *, scores, sizes, **kwargs):
     "The sparsity of each layer in one ranking of the groups of all layers; none is emptied below a sparsity of 1"
     budget, scores = n_zeros(model_sparsity, sum(p.numel() for p in params)), list(scores)
     dropped, spared = _drop_ranked(scores, sizes, budget), set()
-    while model_sparsity < 1 and (empty := {i for i,(d,s) in enumerate(zip(dropped, scores)) if d==s.numel()} - spared):
+    whole_layers = all(s.numel()==1 for s in scores)   # granularity 'layer': to empty them is what is asked
+    while model_sparsity < 1 and not whole_layers and (empty := {i for i,(d,s) in enumerate(zip(dropped, scores)) if d==s.numel()} - spared):
         for i in empty: scores[i] = _spared(scores[i])
         spared |= empty
-        dropped = _drop_ranked(scores, sizes, budget)
+        dropped = _drop_ranked(scores, sizes, min(budget, sum(p.numel() for p in params) - sum(sizes[i] for i in spared)))
     return [Fraction(d, s.numel()) for d,s in zip(dropped, scores)]
 
 # %% ../nbs/03_allocation.ipynb #36eea7a0
@@ -103,22 +104,36 @@ def wants(f, name):
     return name in inspect.signature(f).parameters
 
 # %% ../nbs/03_allocation.ipynb #a2cc3098
+def _give(counts, shares, limits, n):
+    "Add `n` to `counts` one by one, where most is missing of `shares` first, up to `limits`"
+    order = sorted(range(len(counts)), key=lambda i: (counts[i]-shares[i], i))
+    while n > 0 and (free := [i for i in order if counts[i] < limits[i]][:n]):
+        for i in free: counts[i] += 1
+        n -= len(free)
+    return n
+
 def largest_remainder(
     shares, # What each would get, exactly
     caps, # The most that each can get
+    now=None, # What each has: a total that rises takes from none, one that falls gives to none
 ):
     "Whole numbers next to `shares`, none above its cap, that sum to the rounded sum of `shares` where the caps allow"
     total = min(math.floor(sum(shares) + Fraction(1,2)), sum(caps))
-    counts = [min(math.floor(s), c) for s,c in zip(shares, caps)]
-    order = sorted(range(len(shares)), key=lambda i: (counts[i]-shares[i], i))
-    while (missing := total-sum(counts)) > 0:
-        for i in [i for i in order if counts[i] < caps[i]][:missing]: counts[i] += 1
+    floors = [min(math.floor(s), c) for s,c in zip(shares, caps)]
+    now = floors if now is None else now
+    rises = total >= sum(now)
+    counts = [max(f, min(d, f+1, c)) if rises else min(f, d) for f,d,c in zip(floors, now, caps)]
+    for i in sorted(range(len(counts)), key=lambda i: shares[i]-counts[i])[:max(sum(counts)-total, 0)]: counts[i] -= counts[i] > now[i]
+    missing = total - sum(counts)
+    if not rises: missing = _give(counts, shares, [min(d, c) for d,c in zip(now, caps)], missing)
+    _give(counts, shares, caps, missing)
     return counts
 
 def n_dropped(
     fractions, # Sparsity of each layer, from an allocation
     n_groups, # Groups of each layer
     sizes, # Weights per group of each layer
+    now=None, # Groups that each layer has dropped already
 ):
     "How many groups each layer drops; `ValueError` unless there is one fraction from 0 to 1 for each"
     fractions = list(fractions)
@@ -126,4 +141,4 @@ def n_dropped(
         raise ValueError(f"An allocation returns one fraction from 0 to 1 per layer, {len(n_groups)} here, not {fractions}")
     caps = [n if f==1 else n-1 for f,n in zip(fractions, n_groups)]
     if max(sizes, default=1) > 1: return [min(n_zeros(f, n), c) for f,n,c in zip(fractions, n_groups, caps)]
-    return largest_remainder([as_ratio(f)*n for f,n in zip(fractions, n_groups)], caps)
+    return largest_remainder([as_ratio(f)*n for f,n in zip(fractions, n_groups)], caps, now)

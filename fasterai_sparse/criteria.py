@@ -181,30 +181,30 @@ def squared_input(
     x, # Its input
 ):
     "Squared l2 norm over the batch of what each weight of `m` is multiplied with, broadcastable to the weight"
-    if isinstance(m, nn.Embedding): return torch.bincount(x.flatten(), minlength=m.num_embeddings)[:,None].float()
+    if isinstance(m, (nn.Embedding, nn.EmbeddingBag)): return torch.bincount(x.flatten(), minlength=m.num_embeddings)[:,None].float()
     x = x.detach().float()
     if isinstance(m, _ConvTransposeNd): return x.square().movedim(1, 0).flatten(1).sum(1).view(-1, *[1]*(m.weight.dim()-1))
     if isinstance(m, _ConvNd): return _conv_norm(m, x)
-    if m.weight.dim() != 2: raise ValueError(f"No input norm for {type(m).__name__}")
     return x.square().flatten(0, -2).sum(0).unsqueeze(1-out_in_axes(m)[1])
 
 # %% ../nbs/02_criteria.ipynb #eeb05122
 def input_norms(
     model:nn.Module,
-    data, # A batch, or an iterable of batches as a `DataLoader` gives (inputs first)
-    layers, # The layers to measure
+    data, # A batch (a tensor, or a tuple that begins with the inputs), or an iterable of batches such as a `DataLoader`
+    layers, # Name -> layer, those to measure
 ):
     "Layer -> l2 norm of what each of its weights meets over `data`; the model runs in eval mode, which is undone after"
     total = {}
     def hook(m, args): total[m] = total.get(m, 0) + squared_input(m, args[0])
-    handles, modes = [m.register_forward_pre_hook(hook) for m in layers], {m: m.training for m in model.modules()}
+    handles, modes = [m.register_forward_pre_hook(hook) for m in layers.values()], {m: m.training for m in model.modules()}
     device = next((p.device for p in model.parameters()), 'cpu')
     try:
         model.eval()
         with torch.no_grad():
-            for b in ([data] if torch.is_tensor(data) else data):
+            for b in ([data] if isinstance(data, (torch.Tensor, tuple)) else data):
                 model((b[0] if isinstance(b, (tuple,list)) else b).to(device))
     finally:
         for h in handles: h.remove()
         for m,t in modes.items(): m.training = t
+    if missed := [n for n,m in layers.items() if m not in total]: raise ValueError(f"No batch of data= reaches {missed}: name the other layers, or use another criterion")
     return {m: t.sqrt() for m,t in total.items()}

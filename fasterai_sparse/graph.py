@@ -30,11 +30,15 @@ def traced_parts(model:nn.Module, prefix=''):
 _pointwise = (nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
               nn.Softplus, nn.Sigmoid, nn.Tanh, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
+_pointwise_names = {'relu', 'relu_', 'relu6', 'leaky_relu', 'elu', 'selu', 'celu', 'gelu', 'silu', 'mish', 'hardswish', 'softplus', 'sigmoid',
+                    'tanh', 'dropout', 'contiguous', 'clone'}
+
 def _source(node, modules):
-    "The layer whose output reaches `node` through nothing but pointwise modules, or None"
-    while isinstance(node, fx.Node) and node.op == 'call_module':
-        m = modules[node.target]
-        if not isinstance(m, _pointwise): return m
+    "The layer whose output reaches `node` through nothing but pointwise operations, or None"
+    while isinstance(node, fx.Node):
+        if node.op == 'call_module':
+            if not isinstance(modules[node.target], _pointwise): return modules[node.target]
+        elif getattr(node.target, '__name__', node.target) not in _pointwise_names: return
         node = node.args[0] if node.args else None
 
 def n_outputs(m:nn.Module):

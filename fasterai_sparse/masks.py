@@ -107,6 +107,8 @@ def _nth_true(a, n):
     return start + np.flatnonzero(a)[n-1]
 
 # %% ../nbs/00_masks.ipynb #e0888f5c
+_dtypes = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
 def unmaskable(
     m:nn.Module,
     name='weight', # Parameter name
@@ -116,10 +118,11 @@ def unmaskable(
     if parametrize.is_parametrized(m, name): return 'is parametrized: call parametrize.remove_parametrizations first'
     if f'{name}_orig' in m._parameters: return f'is computed from {name}_orig (torch.nn.utils.prune or spectral_norm): remove that first'
     if f'{name}_g' in m._parameters: return 'is weight-normed: call remove_weight_norm first'
+    if p is None and 'quantized' in type(m).__module__: return 'is quantized: sparsify before quantizing'
     if p is None: return f'has no parameter {name!r}'
     if is_lazy(p): return 'is lazy: pass one batch through the model first'
     if p.is_meta: return 'is on the meta device: materialize the model first'
-    if p.layout != torch.strided or not p.is_floating_point(): return f'is not a dense floating-point tensor ({p.dtype}, {p.layout})'
+    if p.layout != torch.strided or p.dtype not in _dtypes: return f'is not a dense floating-point tensor ({p.dtype}, {p.layout})'
 
 # %% ../nbs/00_masks.ipynb #91465080
 def get_mask(m, name='weight'):
@@ -170,35 +173,39 @@ def set_mask(
 ):
     "Make `mask` the mask of `m`'s parameter `name` and apply it; raises `ValueError` where no mask can be carried"
     if why := unmaskable(m, name): raise ValueError(f"{type(m).__name__} {why}")
-    p, old = m._parameters[name], get_mask(m, name)
+    p, old, mask = m._parameters[name], get_mask(m, name), torch.as_tensor(mask)
+    if mask.dim() > p.dim() or any(a not in (1, b) for a,b in zip(reversed(mask.shape), reversed(p.shape))):
+        raise ValueError(f"A mask of shape {tuple(mask.shape)} does not fit {name} of shape {tuple(p.shape)}")
     if old is None:
         m.register_buffer(f'{name}_mask', torch.empty_like(p, dtype=torch.bool), persistent=False)
         _follow_loads(m)
     get_mask(m, name).copy_(mask)
-    mask = torch.as_tensor(mask, device=p.device).bool()
-    if p.dim() > 1: _lift_live_zeros(p, mask)
+    mask = mask.to(p.device).bool()
+    if name != 'bias': _lift_live_zeros(p, mask)
     if p.sum().isfinite(): _multiply(p, mask)
     else: p.masked_fill_(~mask, 0)   # inf times 0 would be NaN
 
 # %% ../nbs/00_masks.ipynb #5be9944a
-def _live_channels(m):
-    "Output channels of `m` that have any non-zero parameter, or None where it has no weight"
-    w, b = m._parameters.get('weight'), m._parameters.get('bias')
-    if w is None: return None
-    out = 1 if isinstance(m, nn.modules.conv._ConvTransposeNd) else 0
-    alive = w.detach().movedim(out, 0).flatten(1).ne(0).any(1) if w.dim() > 1 else w != 0
-    if b is not None and len(alive)*getattr(m, 'groups', 1) == len(b): alive = alive.repeat(len(b)//len(alive))
-    return alive | (b != 0) if b is not None and len(alive)==len(b) else alive
+def _along(kept, axis, n):
+    "Which of `n` outputs have any True in `kept`, when they lie along `axis` (repeated where groups share a weight), or None"
+    alive = kept.movedim(axis, 0).flatten(1).any(1) if kept.dim() > 1 else kept
+    return alive.repeat(n//len(alive)) if len(alive) and n % len(alive) == 0 else None
+
+def _bias_follows(bias, mask, old, new):
+    "The new mask of a `bias` whose weight's mask was `old` and is `new`"
+    for axis in range(old.dim()):
+        if (was := _along(old, axis, len(bias))) is not None and torch.equal(was, mask): return _along(new, axis, len(bias)) | (bias != 0)
+    return bias != 0
 
 @torch.no_grad()
 def _masks_follow(m, incompatible_keys):
     "Masks follow freshly loaded weights: what is non-zero is kept (a persistent mask was loaded itself)"
-    for name,mask in [(n,k) for o,n,_,k in masked_params(m) if o is m]:
-        p = m._parameters[name]
-        if f'{name}_mask' not in m._non_persistent_buffers_set: _multiply(p, mask); continue
-        channels = _live_channels(m) if p.dim()==1 else None
-        mask.copy_(p != 0 if channels is None or len(channels)!=len(p) else channels)
-        if p.dim() > 1: _lift_live_zeros(p, mask)
+    old = {n: k.bool().clone() for o,n,_,k in masked_params(m) if o is m}
+    for name,was in old.items():
+        p, mask = m._parameters[name], get_mask(m, name)
+        if f'{name}_mask' not in m._non_persistent_buffers_set: _multiply(p, mask)
+        elif name == 'bias' and 'weight' in old: mask.copy_(_bias_follows(p, was, old['weight'], m._parameters['weight'] != 0))
+        else: mask.copy_(p != 0)
 
 # %% ../nbs/00_masks.ipynb #d7bc003e
 def mask_sparsity(model):

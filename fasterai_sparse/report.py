@@ -47,18 +47,27 @@ def _positions(m, x, out):
     if isinstance(m, (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)): return x.numel()//x.shape[-1]
     return out.numel()//n_outputs(m)
 
+def _weights_used(m):
+    "The weights that a call of `m` uses; attention does not call its output projection but reads it"
+    own = [m._parameters.get(p) for p in weight_names(m)]
+    return own + [m.out_proj._parameters.get('weight')] if isinstance(m, nn.MultiheadAttention) else own
+
 def weight_uses(
     model:nn.Module,
     example_input, # A batch (tensor, or tuple of the arguments of `forward`)
 ):
-    "Module -> how often each of its weights is used in one pass over `example_input`"
-    uses, modes = {}, {m: m.training for m in model.modules()}
-    def hook(m, args, out): uses[m] = uses.get(m, 0) + _positions(m, args[0], out[0] if isinstance(out, tuple) else out)
-    handles = [m.register_forward_hook(hook) for m in {m for _,m,_ in maskable_weights(model)}]
+    "`id` of a weight -> how often each of its elements is used in one pass over `example_input`"
+    uses, modes, fast = {}, {m: m.training for m in model.modules()}, torch.backends.mha.get_fastpath_enabled()
+    def hook(m, args, kwargs, out):
+        n = _positions(m, next(iter([*args, *kwargs.values()])), out[0] if isinstance(out, tuple) else out)
+        for w in _weights_used(m): uses[id(w)] = uses.get(id(w), 0) + n
+    handles = [m.register_forward_hook(hook, with_kwargs=True) for m in model.modules() if _matches(m, None)]
     try:
         model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)   # it calls no module that could be counted
         with torch.no_grad(): model(*(example_input if isinstance(example_input, (tuple,list)) else (example_input,)))
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for h in handles: h.remove()
         for m,t in modes.items(): m.training = t
     return uses
@@ -70,12 +79,12 @@ def packed_bytes(n, n_nonzero, itemsize):
 
 def _row(name, m, pname, uses, notes):
     w = getattr(m, pname, None)
-    known = torch.is_tensor(w) and not is_lazy(w) and not w.is_meta
-    n, nnz, size = (w.numel(), int(w.detach().count_nonzero()), w.element_size()) if known else (0, 0, 0)
+    known = torch.is_tensor(w) and not is_lazy(w) and not w.is_meta and w.layout == torch.strided
+    n, nnz, size = (w.numel(), int((w.detach() != 0).count_nonzero()), w.element_size()) if known else (0, 0, 0)
     note = notes.get(name) or unmaskable(m, pname) or ('' if get_mask(m, pname) is not None else 'no mask')
     row = dict(layer=name, type=type(m).__name__, params=n, zeros=n-nnz, sparsity=100*(n-nnz)/n if n else 0.,
                bytes=n*size, packed_bytes=packed_bytes(n, nnz, size))
-    if uses is not None: row.update(flops=2*n*uses.get(m, 0), sparse_flops=2*nnz*uses.get(m, 0))
+    if uses is not None: row.update(flops=2*n*uses.get(id(w), 0), sparse_flops=2*nnz*uses.get(id(w), 0))
     return dict(row, note=note)
 
 def sparsity_report(

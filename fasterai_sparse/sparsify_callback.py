@@ -60,7 +60,7 @@ class KeepMasks(Callback):
 
 def _is_layerwise(opt):
     "Whether `opt` scales its step by the norm of a layer's gradient"
-    return any(getattr(f, '__name__', '') in ('larc_layer_lr', 'lamb_step') for o in _chain(opt) for f in getattr(o, 'cbs', []))
+    return any(getattr(f, '__name__', '') in ('larc_layer_lr', 'larc_step', 'lamb_step') for o in _chain(opt) for f in getattr(o, 'cbs', []))
 
 def bake_masks(
     m, # A model or a Learner
@@ -93,31 +93,37 @@ class SparsifyCallback(Callback):
     ):
         self.schedule = as_schedule(schedule)
         for s in (sparsity.values() if isinstance(sparsity, dict) else [sparsity]): as_fraction(s)
-        if update_every is not None and (not isinstance(update_every, int) or update_every < 1):
-            raise ValueError(f"update_every must be a positive whole number of batches, not {update_every!r}")
+        for name,n in (('update_every', update_every), ('round_to', round_to)): check_whole(name, n)
         self.make = partial(sparsifier, granularity=granularity, context=context, criteria=criteria, nm=nm, layer_type=layer_type, data=data)
         store_attr('sparsity,round_to,update_every,verbose')
-        self.part, self.sparsifier = model, None
+        self.part, self.sparsifier, self.started, self.n_epochs = model, None, False, 0
 
-    def before_fit(self):
-        self.run = not (hasattr(self.learn, 'lr_finder') or self.learn.lock.locked()) and self._set_up()   # validation holds the lock
+    def __call__(self, event_name):
+        "Nothing happens while the learner validates or predicts (it holds its lock then) or looks for a learning rate"
+        if self.learn.lock.locked() or hasattr(self.learn, 'lr_finder'): return
+        if event_name == 'before_fit': self.run, self.started = True, False   # an interrupted fit has cleaned up nothing
+        super().__call__(event_name)
 
-    def before_batch(self):
-        self.stepped = False
-        self.learn.keep_masks.spare_grads = self._progress() < self.level   # what comes back is ranked by its gradient
+    def before_fit(self): self.run = self.started = self._set_up()
+
+    def before_batch(self): self.keeper.spare_grads = self._progress() < self.level   # what comes back is ranked by its gradient
+
+    def after_cancel_step(self): self.cancelled = True
 
     def after_step(self):
-        self.stepped = True
-        self._update()
+        if not self.cancelled: self._update()
 
     def after_batch(self):
-        if not self.stepped: self._update()
+        if self.last_position < 1 == self._position(): self._update(at_any_price=True)
+        self.cancelled = False
 
     def after_epoch(self):
-        if self.verbose: print(f'Sparsity at the end of epoch {self.epoch}: {_average(self._sparsities())}')
+        if self.started and self.verbose: print(f'Sparsity at the end of epoch {self.n_epochs}: {_average(self._sparsities())}')
+        self.n_epochs += 1
 
     def after_fit(self):
-        if self.verbose: self._last_word()
+        if self.started and self.verbose: self._last_word()
+        self.started = False
 
 # %% ../nbs/08_sparsify_callback.ipynb #b815bb54
 def _percent(s): return f'{s}%' if isinstance(s, dict) else f'{s:g}%'
@@ -125,18 +131,28 @@ def _percent(s): return f'{s}%' if isinstance(s, dict) else f'{s:g}%'
 @patch
 def _set_up(self:SparsifyCallback):
     "Prepare a fit; whether there is anything to do in it"
-    self.sparsifier = self.make(self.part or self.model)
+    if self.part is not None and self.part not in self.model.modules(): raise ValueError(f"model= must be a part of the learner's model, not another {type(self.part).__name__}")
+    self.sparsifier = self.make(self.model if self.part is None else self.part)
     self.targets = self.sparsifier.targets(self.sparsity)
+    self.sparsifier.check(self.targets, self.round_to)
     if not self._leave_frozen(): return False
     if 'opt' in self.sparsifier.criteria.needs: self.sparsifier.opt = partial(_state_of, self.opt)
-    if not any(isinstance(cb, KeepMasks) for cb in self.learn.cbs):
-        self.learn.add_cb(KeepMasks())
-        self.learn.keep_masks.before_fit()
-    self.level = self.floor = self._measured()
+    self.keeper = self._keep_masks()
+    self.level = self._measured()
+    self.floor = min(self.level, 1.)
     self.reach = float(sum(self.targets.values())/len(self.targets) if isinstance(self.targets, dict) else self.targets)
-    self.n_since, self.last_position = 0, 0.
+    self.n_epochs, self.n_since, self.last_position, self.cancelled = 0, 0, 0., False
     if self.verbose: print(f'Pruning of {self.sparsifier.granularity} until a sparsity of {_percent(self.sparsity)}')
     return True
+
+@patch
+def _keep_masks(self:SparsifyCallback):
+    "The learner's `KeepMasks`, new where it has none"
+    kept = [cb for cb in self.learn.cbs if isinstance(cb, KeepMasks)] or [KeepMasks()]
+    if kept[0].learn is None:
+        self.learn.add_cb(kept[0])
+        kept[0].before_fit()
+    return kept[0]
 
 @patch
 def _leave_frozen(self:SparsifyCallback):
@@ -153,18 +169,18 @@ def _target_of(self:SparsifyCallback, name): return self.targets[name] if isinst
 
 @patch
 def _measured(self:SparsifyCallback):
-    "Share of the target that the masks reach now"
+    "How much of the target the masks reach now, 1 for all of it, in groups of the callback's own granularity"
     s = self.sparsifier
-    names = self.targets if isinstance(self.targets, dict) else s.layers
+    names = list(self.targets if isinstance(self.targets, dict) else s.layers)
     target = sum(self._target_of(n)*s.param(n).numel() for n in names)
-    zeros = sum(m.numel()-n_true(m.bool()) for n in names if (m := get_mask(*s.layers[n])) is not None)
-    return min(float(zeros/target), 1.) if target else 0.
+    dropped = sum(n_true(~live)*s.groups[n].size(s.param(n).shape) for n in names if (live := s.live(n)) is not None)
+    return float(dropped/target) if target else 1.
 
 # %% ../nbs/08_sparsify_callback.ipynb #95f350e0
 @patch
 def _position(self:SparsifyCallback):
     "Share of training that is done when this batch is"
-    return min((self.epoch*self.n_iter + self.iter + 1) / (self.n_epoch*self.n_iter), 1.)
+    return min((self.n_epochs*self.n_iter + self.iter + 1) / (self.n_epoch*self.n_iter), 1.)
 
 @patch
 def _progress(self:SparsifyCallback):
@@ -177,22 +193,30 @@ def _progress(self:SparsifyCallback):
 def _due(self:SparsifyCallback, progress):
     "Whether the masks are to follow `progress` now"
     if progress == self.level: return False
-    edge = self.iter == self.n_iter-1 or self._position() >= self.schedule.end_pct > self.last_position
-    if self.update_every: return edge or (self.iter+1) % self.update_every == 0
+    n_iter, seen = self.n_iter, self.last_position*self.n_epoch*self.n_iter   # batches up to the last step
+    passed = lambda every: (self.n_epochs*n_iter + self.iter + 1)//every > round(seen)//every
+    edge = passed(n_iter) or self._position() >= self.schedule.end_pct > self.last_position
+    if self.update_every: return edge or passed(self.update_every)
     moved, live = abs(progress-self.level)*self.reach, 1 - self.level*self.reach
     return edge or self.n_since >= 32 or moved >= .01*live and self.n_since >= 4
 
 @patch
-def _update(self:SparsifyCallback):
+def _update(self:SparsifyCallback, at_any_price=False):
     "Let the masks follow the schedule, if that is due"
     progress = self._progress()
     self.n_since += 1
-    if self._due(progress):
+    if self._due(progress) and not (at_any_price and self._blind()):
         share = as_ratio(progress)
         targets = {n: share*t for n,t in self.targets.items()} if isinstance(self.targets, dict) else share*self.targets
         self.sparsifier.apply(targets, self.round_to, on_change=partial(clear_opt_state, self.opt))
         self.level, self.n_since = progress, 0
     self.last_position = self._position()
+
+@patch
+def _blind(self:SparsifyCallback):
+    "Whether the criterion reads gradients that are not there, or are no numbers"
+    s = self.sparsifier
+    return 'grad' in s.criteria.needs and not all(s.param(n).grad is not None and s.param(n).grad.isfinite().all() for n in s.layers)
 
 # %% ../nbs/08_sparsify_callback.ipynb #e30a9abe
 @patch

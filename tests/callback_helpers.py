@@ -1,19 +1,19 @@
 "Small learners and what is asked of them; used by test_callback.py"
 import io
 from contextlib import redirect_stdout
+from functools import partial
 
 import torch
-from fastai.basics import *
-from fastai.callback.all import *
+from fastai.basics import (Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, accuracy, set_seed)
+from fastai.callback.progress import *   # learn.no_bar
+from fastai.callback.schedule import *   # learn.fit_one_cycle, fine_tune, lr_find
 from torch import nn
 
 from fasterai_sparse.all import *
 
-def batches(n, *shape, n_out=4): return list(zip(torch.randn(n, 8, *shape), torch.randint(n_out, (n, 8))))
+def images(n): return list(zip(torch.randn(n, 8, 2, 6, 6), torch.randint(4, (n, 8))))
 
-def loaders(n=6, *shape, make=batches):
-    shape = shape or (2, 6, 6)
-    return DataLoaders(DataLoader(make(n, *shape), bs=None), DataLoader(make(2, *shape), bs=None), device=torch.device('cpu'))
+def loaders(n=6, make=images): return DataLoaders(DataLoader(make(n), bs=None), DataLoader(make(2), bs=None), device=torch.device('cpu'))
 
 def convnet():
     return nn.Sequential(nn.Conv2d(2,8,3,padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8,16,3,padding=1), nn.BatchNorm2d(16),
@@ -32,9 +32,9 @@ def fit(learn, n_epoch=2, cbs=None, how='fit', **kwargs):
 def sparse(sparsity=90, schedule=lin, granularity='weight', context='local', criteria=large_final, verbose=False, **kwargs):
     return SparsifyCallback(sparsity, granularity, context, criteria, schedule, verbose=verbose, **kwargs)
 
-def at(event, f, order=66):
-    "A callback that calls `f(learn)` at `event`, last of all unless `order` says otherwise"
-    cb = Callback(**{event: lambda self: f(self.learn)})
+def at(event, f, order=66, always=False):
+    "A callback that calls `f(learn)` at `event`, in validations inside the fit too if `always`; last of all unless `order` says otherwise"
+    cb = Callback(**{event: lambda self: f(self.learn) if always or not self.learn.lock.locked() else None})
     cb.order, cb.run_valid = order, False
     return cb
 
@@ -68,13 +68,18 @@ def zeros(model, kind=nn.Conv2d): return sum(int((w==0).sum()) for w in weights(
 
 def masks(model): return [mask.clone() for *_,mask in masked_params(model)]
 
+def kept(m, name='weight'):
+    "The mask of `m`'s parameter `name`, True where there is none"
+    mask = get_mask(m, name)
+    return torch.tensor(True) if mask is None else mask.clone()
+
 def snapshot(model): return {k: v.clone() for k,v in model.state_dict().items()}
 
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 def all_same(xs, ys): return len(xs) == len(ys) and all(torch.equal(x, y) for x,y in zip(xs, ys))
 
-def dead_groups(w, dims): return int((w.detach() == 0).all(-1).all(-1).sum()) if dims == 2 else int((w.detach() == 0).flatten(1).all(1).sum())
+def dead_filters(w): return (w.detach() == 0).flatten(1).all(1)
 
 def said(f):
     "What `f` prints"

@@ -187,7 +187,7 @@ def test_each_call_draws_anew():
     assert not all(map(torch.equal, masks(nets[0]), masks(nets[1])))
 
 @contexts
-def test_the_layer_s_name_decides_and_not_its_place(context):
+def test_each_layer_draws_its_own(context):
     a, b = nn.Linear(30, 20), nn.Linear(30, 20)
     both = nn.ModuleDict(dict(a=a, b=b))
     Sparsifier(both, 'weight', context, random_criteria, layer_type=nn.Linear).sparsify_model(50)

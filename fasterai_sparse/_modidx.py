@@ -224,6 +224,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fasterai_sparse.masks._cut_ties': ('masks.html#_cut_ties', 'fasterai_sparse/masks.py'),
                                        'fasterai_sparse.masks._cut_ties_cuda': ('masks.html#_cut_ties_cuda', 'fasterai_sparse/masks.py'),
                                        'fasterai_sparse.masks._follow_loads': ('masks.html#_follow_loads', 'fasterai_sparse/masks.py'),
+                                       'fasterai_sparse.masks._is_watched': ('masks.html#_is_watched', 'fasterai_sparse/masks.py'),
                                        'fasterai_sparse.masks._kth_numpy': ('masks.html#_kth_numpy', 'fasterai_sparse/masks.py'),
                                        'fasterai_sparse.masks._kth_topk': ('masks.html#_kth_topk', 'fasterai_sparse/masks.py'),
                                        'fasterai_sparse.masks._lift_live_zeros': ( 'masks.html#_lift_live_zeros',

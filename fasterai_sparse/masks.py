@@ -213,15 +213,21 @@ def mask_sparsity(model):
     n = sum(mask.numel() for *_,mask in masked_params(model))
     return 1 - sum(n_true(mask.bool()) for *_,mask in masked_params(model))/n if n else 0.
 
-def _before_load(m, *args): m._sparsity_before_load = mask_sparsity(m)
+def _is_watched(m): return _after_load in m._load_state_dict_post_hooks.values()
+
+def _before_load(m, *args):
+    if '_sparsity_before_load' in m.__dict__: return   # a module around it reports
+    for part in m.modules():
+        if _is_watched(part): part._sparsity_before_load = None
+    m._sparsity_before_load = mask_sparsity(m)
 
 def _after_load(m, incompatible_keys):
     was, now = m.__dict__.pop('_sparsity_before_load'), mask_sparsity(m)
-    if abs(was-now) > 5e-4: warnings.warn(f"The loaded weights are {now:.2%} sparse where the model was {was:.2%}; its masks follow them")
+    if was is not None and abs(was-now) > 5e-4: warnings.warn(f"The loaded weights are {now:.2%} sparse where the model was {was:.2%}; its masks follow them")
 
 def watch_loads(model:nn.Module):
     "Warn when `model.load_state_dict` changes how sparse the masked weights are"
-    if _after_load in model._load_state_dict_post_hooks.values(): return
+    if _is_watched(model): return
     model.register_load_state_dict_pre_hook(_before_load)
     model.register_load_state_dict_post_hook(_after_load)
 
@@ -244,7 +250,7 @@ def remove_masks(model:nn.Module):
 def masks_off(model:nn.Module):
     "A plain model inside the block, without masks and hooks; after it they are back"
     masks = [(m, f'{n}_mask', mask, f'{n}_mask' not in m._non_persistent_buffers_set) for m,n,_,mask in masked_params(model)]
-    watched = [m for m in model.modules() if _after_load in m._load_state_dict_post_hooks.values()]
+    watched = [m for m in model.modules() if _is_watched(m)]
     try: yield remove_masks(model)
     finally:
         for m,b,mask,persistent in masks:

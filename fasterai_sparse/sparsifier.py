@@ -194,6 +194,7 @@ def _batchnorm_changes(self:Sparsifier, bn, channels):
     return [(bn, p, channels) for p in ('weight', 'bias') if getattr(bn, p, None) is not None]
 
 @patch
+@torch.no_grad()
 def _set(self:Sparsifier, changes, on_change=None):
     "Set all masks of `changes`, remembering what was there for `undo`"
     for m,p,_ in changes:

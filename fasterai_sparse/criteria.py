@@ -6,10 +6,11 @@
 __all__ = ['magnitude', 'STATE', 'random_criteria', 'large_final', 'squared_final', 'small_final', 'large_init', 'small_init',
            'large_init_large_final', 'small_init_small_final', 'magnitude_increase', 'movement', 'movmag',
            'updating_magnitude_increase', 'updating_movement', 'updating_movmag', 'wanda', 'grad_crit', 'Reducer',
-           'Normalizer', 'needed_state', 'Criteria', 'as_criteria', 'squared_input', 'input_norms']
+           'Normalizer', 'needed_state', 'Criteria', 'as_criteria', 'squared_input', 'evaluating', 'input_norms']
 
 # %% ../nbs/02_criteria.ipynb #cbc90271
 import inspect
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Callable
@@ -122,7 +123,8 @@ def _name(f): return getattr(f, '__name__', None) or getattr(getattr(f, 'func', 
 
 def needed_state(f):
     "Names among `STATE` that the score function `f` asks for; raises `ValueError` for anything else it can't do without"
-    params = list(inspect.signature(f).parameters.values())[1:]
+    try: params = list(inspect.signature(f).parameters.values())[1:]
+    except ValueError: return frozenset()   # a builtin such as torch.abs
     unknown = [q.name for q in params if q.name not in STATE and q.default is q.empty and q.kind not in (q.VAR_KEYWORD, q.VAR_POSITIONAL)]
     if unknown: raise ValueError(f"The criterion {_name(f)!r} asks for {unknown}; a score function may ask for {list(STATE)}")
     return frozenset(q.name for q in params if q.name in STATE and q.kind != q.VAR_POSITIONAL)
@@ -138,7 +140,7 @@ class Criteria:
 
     def __post_init__(self):
         for n in ('f', 'reducer') + (('normalizer',) if self.normalizer is not None else ()):
-            if not callable(getattr(self, n)): raise ValueError(f"The {n} of a Criteria must be a function, not {getattr(self, n)!r}")
+            if not callable(getattr(self, n)): raise ValueError(f"{'criteria' if n=='f' else n} must be a function, not {getattr(self, n)!r}")
         needed_state(self.f)
 
     @cached_property
@@ -188,23 +190,29 @@ def squared_input(
     return x.square().flatten(0, -2).sum(0).unsqueeze(1-out_in_axes(m)[1])
 
 # %% ../nbs/02_criteria.ipynb #eeb05122
+@contextmanager
+def evaluating(model:nn.Module, handles):
+    "Run `model` in eval mode and without gradients; afterwards modes are what they were and the hooks `handles` are gone"
+    modes = {m: m.training for m in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad(): yield
+    finally:
+        for h in handles: h.remove()
+        for m,t in modes.items(): m.training = t
+
 def input_norms(
     model:nn.Module,
-    data, # A batch (a tensor, or a tuple that begins with the inputs), or an iterable of batches such as a `DataLoader`
+    data, # A batch: a tensor, or a tuple whose last item is the target; or batches, in a list or `DataLoader`
     layers, # Name -> layer, those to measure
 ):
     "Layer -> l2 norm of what each of its weights meets over `data`; the model runs in eval mode, which is undone after"
     total = {}
     def hook(m, args): total[m] = total.get(m, 0) + squared_input(m, args[0])
-    handles, modes = [m.register_forward_pre_hook(hook) for m in layers.values()], {m: m.training for m in model.modules()}
     device = next((p.device for p in model.parameters()), 'cpu')
-    try:
-        model.eval()
-        with torch.no_grad():
-            for b in ([data] if isinstance(data, (torch.Tensor, tuple)) else data):
-                model((b[0] if isinstance(b, (tuple,list)) else b).to(device))
-    finally:
-        for h in handles: h.remove()
-        for m,t in modes.items(): m.training = t
+    with evaluating(model, [m.register_forward_pre_hook(hook) for m in layers.values()]):
+        for b in ([data] if isinstance(data, (torch.Tensor, tuple)) else data):
+            inputs = (b[:-1] or b) if isinstance(b, (tuple,list)) else [b]
+            model(*(x.to(device) for x in inputs))
     if missed := [n for n,m in layers.items() if m not in total]: raise ValueError(f"No batch of data= reaches {missed}: name the other layers, or use another criterion")
     return {m: t.sqrt() for m,t in total.items()}

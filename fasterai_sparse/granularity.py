@@ -61,6 +61,11 @@ class Granularities:
         raise ValueError(f"No granularities for {type(m).__name__}; use one of {cls._known()}, or add_granularity")
 
     @classmethod
+    def has(cls, m):
+        "Whether the type of `m` has granularities"
+        return any(k in cls._dims for t in type(m).__mro__ for k in (t, f'{t.__module__}.{t.__qualname__}'))
+
+    @classmethod
     def available_granularities(cls):
         "Layer type -> names of its granularities"
         return {t: list(g) for t,g in cls._dims.items()}
@@ -136,7 +141,7 @@ class block:
 def _rank_in_group(s):
     "Rank of each element along the last dimension, highest first, ties to the lowest index"
     m = s.shape[-1]
-    if m > 16: return s.argsort(-1, descending=True, stable=True).argsort(-1)
+    if m > 16: return s.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     rank = torch.zeros_like(s, dtype=torch.uint8)
     for j in range(m):
         for k in range(j+1, m):

@@ -27,41 +27,41 @@ def traced_parts(model:nn.Module, prefix=''):
         for n,child in model.named_children(): yield from traced_parts(child, f'{prefix}{n}.')
 
 # %% ../nbs/05_graph.ipynb #e9b22836
-_pointwise = (nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
+_channelwise = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
+              nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
               nn.Softplus, nn.Sigmoid, nn.Tanh, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
-_pointwise_names = {'relu', 'relu_', 'relu6', 'leaky_relu', 'elu', 'selu', 'celu', 'gelu', 'silu', 'mish', 'hardswish', 'softplus', 'sigmoid',
+_channelwise_names = {'relu', 'relu_', 'relu6', 'leaky_relu', 'elu', 'selu', 'celu', 'gelu', 'silu', 'mish', 'hardswish', 'softplus', 'sigmoid',
                     'tanh', 'dropout', 'contiguous', 'clone'}
 
+def _first(node): return next(iter([*node.args, *node.kwargs.values()]), None)
+
 def _source(node, modules):
-    "The layer whose output reaches `node` through nothing but pointwise operations, or None"
+    "The layer whose output reaches `node` through nothing but operations on each channel, or None"
     while isinstance(node, fx.Node):
         if node.op == 'call_module':
-            if not isinstance(modules[node.target], _pointwise): return modules[node.target]
-        elif getattr(node.target, '__name__', node.target) not in _pointwise_names: return
-        node = node.args[0] if node.args else None
+            if not isinstance(modules[node.target], _channelwise): return modules[node.target]
+        elif getattr(node.target, '__name__', node.target) not in _channelwise_names: return
+        node = _first(node)
 
 def n_outputs(m:nn.Module):
     "Output channels of the layer `m`"
     return m.out_channels if hasattr(m, 'out_channels') else m.weight.shape[out_in_axes(m)[0]]
 
-def _known(m):
-    try: return bool(Granularities.allowed_granularities(m))
-    except ValueError: return False
-
 def batchnorms_after(
     model:nn.Module,
 ):
     "Layer -> the BatchNorms that see its output and no other, and the set of layers of which this can't be known"
+    if not any(isinstance(m, _BatchNorm) for m in model.modules()): return {}, set()
     sources, seen = defaultdict(set), set()
     for _,part,graph in traced_parts(model):
         modules = dict(part.named_modules())
         calls = [n for n in graph.nodes if n.op=='call_module']
         seen |= {modules[n.target] for n in calls}
         for n in calls:
-            if isinstance(modules[n.target], _BatchNorm): sources[modules[n.target]].add(_source(n.args[0], modules))
+            if isinstance(modules[n.target], _BatchNorm): sources[modules[n.target]].add(_source(_first(n), modules))
     after = defaultdict(list)
     for bn,ms in sources.items():
         m = next(iter(ms))
-        if len(ms)==1 and m is not None and _known(m) and n_outputs(m)==bn.num_features: after[m].append(bn)
-    return dict(after), {m for m in model.modules() if _known(m)} - seen
+        if len(ms)==1 and m is not None and Granularities.has(m) and n_outputs(m)==bn.num_features: after[m].append(bn)
+    return dict(after), {m for m in model.modules() if Granularities.has(m)} - seen

@@ -41,7 +41,7 @@ def _kth_numpy(a, k):
     return common if k <= 0 else _kth_numpy(a[a<common], k)
 
 def _kth_topk(flat, k):
-    "The `k`-th largest value of `flat` by `topk` from the nearer end, the fastest exact selection on CUDA"
+    "The `k`-th largest value of `flat` by `topk` from the nearer end, the fastest exact selection on a GPU"
     if k*2 < len(flat): return flat.topk(k, sorted=False).values.min()
     return flat.topk(len(flat)-k+1, largest=False, sorted=False).values.max()
 
@@ -51,7 +51,7 @@ def kth_largest(
 ):
     "The `k`-th largest value of `t`, exact, as a 0-d tensor"
     flat = t.detach().reshape(-1)
-    if flat.is_cuda: return _kth_topk(flat, k)
+    if not flat.is_cpu: return _kth_topk(flat, k)
     if flat.dtype in (torch.bfloat16, torch.float16): return kth_largest(flat.float(), k).to(flat.dtype)
     return torch.as_tensor(_kth_numpy(flat.numpy(), k), dtype=flat.dtype)
 
@@ -62,7 +62,7 @@ def has_nan(t):
 
 def n_true(mask):
     "How many of the bool tensor `mask` are True"
-    return int(mask.count_nonzero()) if mask.is_cuda else int(np.count_nonzero(mask.numpy()))
+    return int(np.count_nonzero(mask.numpy())) if mask.is_cpu else int(mask.count_nonzero())
 
 def top_k_mask(
     t, # One score per weight or group, any shape; `inf` is kept first, `-inf` last
@@ -76,24 +76,25 @@ def top_k_mask(
     if n_keep == 0: return torch.zeros_like(t, dtype=torch.bool)
     if n_keep == n: return torch.ones_like(t, dtype=torch.bool) if live is None else live.clone()
     if has_nan(t): raise ValueError("Scores hold NaN, which has no rank")
-    s = t if live is None else t.masked_fill(~live, -math.inf)
-    thr = kth_largest(s, n_keep)
-    if live is not None and thr == -math.inf: return torch.zeros_like(live).masked_scatter_(live, top_k_mask(t[live], n_keep))
-    return (_cut_ties_cuda if s.is_cuda else _cut_ties)(s.reshape(-1), thr, n_keep).view(s.shape)
+    thr = kth_largest(t if live is None else t[live], n_keep)
+    flat, live = t.reshape(-1), None if live is None else live.reshape(-1)
+    return (_cut_ties if t.is_cpu else _cut_ties_on_device)(flat, thr, n_keep, live).view(t.shape)
 
-def _cut_ties_cuda(t, thr, n_keep):
+def _cut_ties_on_device(t, thr, n_keep, live=None):
     "`_cut_ties` without waiting for the device"
     above, ties = t > thr, t == thr
+    if live is not None: above, ties = above & live, ties & live
     return above | (ties & (ties.cumsum(0, dtype=torch.int32) <= n_keep-above.sum()))
 
-def _cut_ties(t, thr, n_keep):
-    "`t >= thr` cut to `n_keep`: past the last tie that has a place, only what is above `thr` stays"
+def _cut_ties(t, thr, n_keep, live=None):
+    "`t >= thr` among `live`, cut to `n_keep`: past the last tie that has a place, only what is above `thr` stays"
     mask = t >= thr
+    if live is not None: mask &= live
     spare = n_true(mask) - n_keep
     if spare:
-        ties = (t == thr).numpy()
+        ties = (mask & (t == thr)).numpy()
         first = _nth_true(ties, np.count_nonzero(ties)-spare+1)
-        mask[first:] = t[first:] > thr
+        mask[first:] &= t[first:] > thr
     return mask
 
 def _nth_true(a, n):
@@ -152,13 +153,15 @@ def apply_masks(
         for *_,p,mask in masked_params(module): _multiply(p, mask)
 
 # %% ../nbs/00_masks.ipynb #daff8910
-def _any_zero(p):
-    "Whether any element of `p` is exactly zero (numpy compares four times faster than torch on a CPU)"
-    return bool(((p if p.is_cuda or p.dtype==torch.bfloat16 else p.detach().numpy()) == 0).any())
+def _any_live_zero(p, mask):
+    "Whether any live element of `p` is exactly zero (numpy compares four times faster than torch on a CPU)"
+    if not p.is_cpu or p.dtype == torch.bfloat16: return bool(((p==0) & mask).any())
+    zero = p.detach().numpy() == 0
+    return bool(zero.any()) and bool((zero & mask.numpy()).any())
 
 def _lift_live_zeros(p, mask):
     "Write live weights that are exactly zero as the smallest number that survives a checkpoint"
-    if not _any_zero(p): return
+    if not _any_live_zero(p, mask): return
     tiny = torch.tensor(max(1e-20, torch.finfo(p.dtype).tiny), dtype=p.dtype, device=p.device)
     p.copy_(torch.where((p==0) & mask, torch.copysign(tiny, p), p))
 
@@ -193,9 +196,9 @@ def _along(kept, axis, n):
 
 def _bias_follows(bias, mask, old, new):
     "The new mask of a `bias` whose weight's mask was `old` and is `new`"
-    for axis in range(old.dim()):
-        if (was := _along(old, axis, len(bias))) is not None and torch.equal(was, mask): return _along(new, axis, len(bias)) | (bias != 0)
-    return bias != 0
+    along = {a: was for a in range(old.dim()) if (was := _along(old, a, len(bias))) is not None}
+    options = [_along(new, a, len(bias)) | (bias != 0) for a,was in along.items() if torch.equal(was, mask)]
+    return min(options, key=n_true, default=bias != 0)   # an open mask fits every axis; what was loaded tells which
 
 @torch.no_grad()
 def _masks_follow(m, incompatible_keys):

@@ -11,15 +11,13 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
+from .criteria import evaluating
 from .granularity import Granularities, weight_names
 from .graph import n_outputs
 from .masks import get_mask, unmaskable
 
 # %% ../nbs/06_report.ipynb #96b3794e
-def _matches(m, layer_type):
-    if layer_type is not None: return isinstance(m, layer_type)
-    try: return bool(Granularities.allowed_granularities(m))
-    except ValueError: return False
+def _matches(m, layer_type): return Granularities.has(m) if layer_type is None else isinstance(m, layer_type)
 
 def maskable_weights(
     model:nn.Module,
@@ -47,29 +45,29 @@ def _positions(m, x, out):
     if isinstance(m, (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)): return x.numel()//x.shape[-1]
     return out.numel()//n_outputs(m)
 
+def _weight(m, p):
+    "The parameter `p` of `m`, or `m` itself where its weight is computed anew in each pass"
+    return m if m._parameters.get(p) is None else m._parameters[p]
+
 def _weights_used(m):
     "The weights that a call of `m` uses; attention does not call its output projection but reads it"
-    own = [m._parameters.get(p) for p in weight_names(m)]
-    return own + [m.out_proj._parameters.get('weight')] if isinstance(m, nn.MultiheadAttention) else own
+    own = [_weight(m, p) for p in weight_names(m)]
+    return own + [_weight(m.out_proj, 'weight')] if isinstance(m, nn.MultiheadAttention) else own
 
 def weight_uses(
     model:nn.Module,
     example_input, # A batch (tensor, or tuple of the arguments of `forward`)
 ):
     "`id` of a weight -> how often each of its elements is used in one pass over `example_input`"
-    uses, modes, fast = {}, {m: m.training for m in model.modules()}, torch.backends.mha.get_fastpath_enabled()
+    uses, fast = {}, torch.backends.mha.get_fastpath_enabled()
     def hook(m, args, kwargs, out):
         n = _positions(m, next(iter([*args, *kwargs.values()])), out[0] if isinstance(out, tuple) else out)
         for w in _weights_used(m): uses[id(w)] = uses.get(id(w), 0) + n
-    handles = [m.register_forward_hook(hook, with_kwargs=True) for m in model.modules() if _matches(m, None)]
+    handles = [m.register_forward_hook(hook, with_kwargs=True) for m in model.modules() if Granularities.has(m)]
     try:
-        model.eval()
         torch.backends.mha.set_fastpath_enabled(False)   # it calls no module that could be counted
-        with torch.no_grad(): model(*(example_input if isinstance(example_input, (tuple,list)) else (example_input,)))
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for h in handles: h.remove()
-        for m,t in modes.items(): m.training = t
+        with evaluating(model, handles): model(*(example_input if isinstance(example_input, (tuple,list)) else (example_input,)))
+    finally: torch.backends.mha.set_fastpath_enabled(fast)
     return uses
 
 # %% ../nbs/06_report.ipynb #93ad12c7
@@ -77,14 +75,18 @@ def packed_bytes(n, n_nonzero, itemsize):
     "Bytes of `n` weights stored as a bitmask and the values that are not zero, or dense where that is smaller"
     return min(n*itemsize, -(-n//8) + n_nonzero*itemsize)
 
+def _mask_note(mask, w):
+    if mask is None: return 'no mask'
+    return 'weights under the mask are not zero: train with KeepMasks, or call apply_masks' if (w.detach()[~mask.bool()] != 0).any() else ''
+
 def _row(name, m, pname, uses, notes):
     w = getattr(m, pname, None)
     known = torch.is_tensor(w) and not is_lazy(w) and not w.is_meta and w.layout == torch.strided
     n, nnz, size = (w.numel(), int((w.detach() != 0).count_nonzero()), w.element_size()) if known else (0, 0, 0)
-    note = notes.get(name) or unmaskable(m, pname) or ('' if get_mask(m, pname) is not None else 'no mask')
+    note = notes.get(name) or unmaskable(m, pname) or _mask_note(get_mask(m, pname), w)
     row = dict(layer=name, type=type(m).__name__, params=n, zeros=n-nnz, sparsity=100*(n-nnz)/n if n else 0.,
                bytes=n*size, packed_bytes=packed_bytes(n, nnz, size))
-    if uses is not None: row.update(flops=2*n*uses.get(id(w), 0), sparse_flops=2*nnz*uses.get(id(w), 0))
+    if uses is not None: row.update({k: 2*count*uses.get(id(_weight(m, pname)), 0) for k,count in (('flops', n), ('sparse_flops', nnz))})
     return dict(row, note=note)
 
 def sparsity_report(

@@ -9,11 +9,11 @@ __all__ = ['as_fraction', 'check_whole', 'rounded_keep', 'Sparsifier']
 import math, os, warnings, zlib
 from fractions import Fraction
 from functools import partial
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
-from fastcore.basics import patch
+from fastcore.basics import ifnone, patch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -37,7 +37,7 @@ def as_fraction(
 # %% ../nbs/07_sparsifier.ipynb #bfe4171b
 def check_whole(name, n):
     "Raise `ValueError` unless the argument `name` is None or a positive whole number"
-    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1): raise ValueError(f"{name} must be a positive whole number, not {n!r}")
+    if n is not None and (isinstance(n, bool) or not isinstance(n, Integral) or n < 1): raise ValueError(f"{name} must be a positive whole number, not {n!r}")
 
 def _pattern(granularity, nm):
     "The granularity that `granularity` and `nm` stand for together"
@@ -58,15 +58,15 @@ def rounded_keep(
 
 # %% ../nbs/07_sparsifier.ipynb #20140302
 class Sparsifier:
-    "Make `model` sparse: score, allocate, select, and set masks that keep the zeros"
+    "Make `model` sparse: score, allocate, select, and set masks (`KeepMasks` holds them while the model trains on)"
     def __init__(self,
         model:nn.Module, # The model to sparsify
         granularity, # What stands or falls together: 'weight', 'kernel', 'filter', …, `block(4,1)` or `NM(2,4)`
         context, # How the sparsity is shared among layers: 'local', 'global' or an allocation
         criteria, # How important a weight is: a score function or a `Criteria`
         nm=False, # N:M pattern: True for 2:4, or `(n, m)`; it sets each layer's share, whatever the context
-        layer_type=nn.Conv2d, # Layers to sparsify, a module class or a tuple of them
-        data=None, # Calibration batch, or iterable of batches, for criteria that ask for `data`
+        layer_type=nn.Conv2d, # Layers to sparsify, a module class or a tuple of them; None for all that have granularities
+        data=None, # Calibration batch, or batches in a list or `DataLoader`, for criteria that ask for `data`
         undo=False, # Keep what `undo` needs (a copy of what each call changes)
         seed=0, # For random choices, which depend on it, the layer's name and the number of calls
     ):
@@ -98,6 +98,7 @@ class Sparsifier:
     def _misfit(self, name, m, p):
         "Why a weight that could carry a mask stays dense, or None"
         if m._parameters[p].numel() == 0: return 'it has no elements'
+        if 'data' in self.criteria.needs and isinstance(m, nn.modules.linear.NonDynamicallyQuantizableLinear): return 'attention reads it without a call that shows its input'
         if 'data' in self.criteria.needs and p != 'weight': raise ValueError(f"{self.criteria.name!r} has no input norms for {type(m).__name__} ({name})")
         return self.groups[name].misfit(m._parameters[p].shape)
 
@@ -146,7 +147,8 @@ def _norms(self:Sparsifier, names):
 @patch
 def scores(self:Sparsifier, name, norms):
     "One score per group of the layer called `name`"
-    get = dict(init=lambda: self.init[name], prev=lambda: self.prev[name], grad=lambda: self._grad(name), opt=lambda: self._opt_state(name),
+    here = lambda t: t.to(self.param(name).device)
+    get = dict(init=lambda: here(self.init[name]), prev=lambda: here(self.prev[name]), grad=lambda: self._grad(name), opt=lambda: self._opt_state(name),
                data=lambda: norms[self.layers[name][0]], generator=lambda: self.generator(name))
     s = self.criteria(self.param(name), self.groups[name], **{k: get[k]() for k in self.criteria.needs})
     if has_nan(s): raise ValueError(f"The scores of {name} hold NaN, which has no rank (NaN in its weights, its gradients or the criterion)")
@@ -187,11 +189,9 @@ def _changes(self:Sparsifier, name, mask):
     if not drops_outputs(m, g): return
     channels = dropped_outputs(m, mask)
     if m.bias is not None: yield m, 'bias', channels
-    for bn in self.batchnorms.get(m, []): yield from self._batchnorm_changes(bn, channels)
+    for bn in self.batchnorms.get(m, []): yield from _batchnorm_changes(bn, channels)
 
-@patch
-def _batchnorm_changes(self:Sparsifier, bn, channels):
-    return [(bn, p, channels) for p in ('weight', 'bias') if getattr(bn, p, None) is not None]
+def _batchnorm_changes(bn, channels): return [(bn, p, channels) for p in ('weight', 'bias') if getattr(bn, p, None) is not None]
 
 @patch
 @torch.no_grad()
@@ -207,7 +207,7 @@ def _set(self:Sparsifier, changes, on_change=None):
         if on_change: on_change(m._parameters[p], mask.logical_not() if old is None else mask != old)
         if isinstance(m, _BatchNorm) and p == 'weight' and old is not None: m.weight[mask & ~old] = 1.   # what comes back starts anew
         set_mask(m, mask, p)
-    if self._history is not None: self._history.append(saved)
+    if self._history is not None: self._history.append((saved, self.n_calls, {n: t.clone() for n,t in self.prev.items()}))
 
 @patch
 def sparsify_batchnorm(self:Sparsifier,
@@ -217,17 +217,20 @@ def sparsify_batchnorm(self:Sparsifier,
     "Mask the channels of `bn` whose filters in `m` are dropped (done by itself wherever the graph shows which BatchNorm follows)"
     name = self._name_of(m)[0]
     if not drops_outputs(m, self.groups[name]) or self.live(name) is None: return
-    self._set(self._batchnorm_changes(bn, dropped_outputs(m, self.live(name))))
+    self._set(_batchnorm_changes(bn, dropped_outputs(m, self.live(name))))
+    self.batchnorms.setdefault(m, []).append(bn)
+    self.unknown.discard(m)
 
 @patch
 @torch.no_grad()
 def undo(self:Sparsifier):
     "Take the last `sparsify_…` back: weights and masks are, to the bit, what they were"
     if not self._history: raise ValueError("Nothing to undo" if self._history == [] else "Nothing was kept to undo: create the Sparsifier with undo=True")
-    for m,p,w,mask in self._history.pop():
+    saved, self.n_calls, self.prev = self._history.pop()
+    for m,p,w,mask in saved:
+        if mask is not None: set_mask(m, mask, p)
+        elif get_mask(m, p) is not None: delattr(m, f'{p}_mask')
         m._parameters[p].copy_(w)
-        if mask is None: delattr(m, f'{p}_mask')
-        else: get_mask(m, p).copy_(mask)
 
 # %% ../nbs/07_sparsifier.ipynb #dedce5cb
 @patch
@@ -248,11 +251,13 @@ def targets(self:Sparsifier,
 ):
     "Weight name -> sparsity as a fraction, where `sparsity` is a dict; else the fraction for all; raises before anything changes"
     if not isinstance(sparsity, dict):
-        if self.refused: raise ValueError('; '.join(f"Layer {n!r} {why}" for n,why in self.refused.items()))
+        if self.refused: raise ValueError('; '.join(f"Layer {n!r} {why}" for n,why in self.refused.items()) + '; or name the other layers in a dict')
         return as_fraction(sparsity)
     if self.allocation is not uniform_sparsity: raise ValueError("A dict of sparsities says how they are shared: it needs context='local'")
     if not sparsity: raise ValueError(f"The dict of sparsities is empty; name some of {list(self.layers)}")
-    return {n: as_fraction(s) for k,s in sparsity.items() for n in self._name_of(k)}
+    pairs = [(n, as_fraction(s)) for k,s in sparsity.items() for n in self._name_of(k)]
+    if len(dict(pairs)) < len(pairs): raise ValueError(f"The dict of sparsities names a weight twice: {[n for n,_ in pairs]}")
+    return dict(pairs)
 
 @patch
 def check(self:Sparsifier, target, round_to=None):
@@ -262,7 +267,7 @@ def check(self:Sparsifier, target, round_to=None):
     if round_to is not None: raise ValueError("An N:M pattern leaves round_to no choice: leave it out")
     most = max(target.values(), default=0) if isinstance(target, dict) else target
     if most > self.granularity.max_sparsity:
-        raise ValueError(f"{self.granularity} makes a layer {self.granularity.max_sparsity:.0%} sparse at most, not {float(most):.2%}")
+        raise ValueError(f"{self.granularity} makes a layer {self.granularity.max_sparsity:.2%} sparse at most, not {float(most):.2%}")
 
 @patch
 def _ranking(self:Sparsifier, scores, n_zero):
@@ -278,14 +283,14 @@ def _plan(self:Sparsifier, names, allocation, fraction, round_to, norms):
     "Yield (name, scores, groups to keep) for each layer"
     params = [self.param(n) for n in names]
     sizes = [self.groups[n].size(p.shape) for n,p in zip(names, params)]
-    scores, kw = {}, {}
+    scores, state = {}, dict(names=names, sizes=sizes, emptied=self.spared)
     if wants(allocation, 'scores'):
         scores = {n: self.scores(n, norms) for n in names}
-        kw['scores'] = self._ranking(scores, n_zeros(fraction, sum(p.numel() for p in params)))
-    fractions, counts = list(allocation(params, fraction, names=names, sizes=sizes, **kw)), [p.numel()//z for p,z in zip(params, sizes)]
+        state['scores'] = self._ranking(scores, n_zeros(fraction, sum(p.numel() for p in params)))
+    fractions, counts = list(allocation(params, fraction, **takes(allocation, **state))), [p.numel()//z for p,z in zip(params, sizes)]
     now = [0 if (live := self.live(n)) is None else n_true(~live) for n in names]
     for n,f,n_groups,d in zip(names, fractions, counts, n_dropped(fractions, counts, sizes, now)):
-        if n_groups-d == 1 and d and (scores or n_zeros(f, n_groups) > d): self.spared.add(n)
+        if n_groups-d == 1 and n_zeros(f, n_groups) > d: self.spared.add(n)
         yield n, scores[n] if n in scores else self.scores(n, norms), rounded_keep(f, n_groups, round_to) if round_to else n_groups-d
 
 # %% ../nbs/07_sparsifier.ipynb #84d9e035
@@ -294,12 +299,11 @@ def _plan(self:Sparsifier, names, allocation, fraction, round_to, norms):
 def apply(self:Sparsifier,
     target, # A fraction for all layers together, or a dict of weight name -> fraction, from `targets`
     round_to=None, # Make the kept number of groups of each layer a multiple of this
-    names=None, # Only these layers
     on_change=None, # Called with each parameter and the bool mask of what changes, before it does
 ):
     "Set the masks for `target`; nothing changes unless all can be set"
     self.check(target, round_to)
-    per_layer = target if isinstance(target, dict) else dict.fromkeys(names or self.layers, target)
+    per_layer = target if isinstance(target, dict) else dict.fromkeys(self.layers, target)
     norms = self._norms(per_layer)
     self.spared -= set(per_layer)
     jobs = [([n], uniform_sparsity, f) for n,f in target.items()] if isinstance(target, dict) else [(list(per_layer), self.allocation, target)]
@@ -334,9 +338,8 @@ def report(self:Sparsifier,
     "`sparsity_report` of the layers of `layer_type`, with why any of them is dense or not what was asked"
     notes = {**self.refused, **self.dense}
     for n,(m,p) in self.layers.items():
-        live = self.live(n)
         if n in self.spared: notes[n] = 'one group is kept so that the layer is not empty'
-        elif m in self.unknown and live is not None: notes[n] = 'the model could not be traced: a BatchNorm after it, if any, is not masked'
+        elif m in self.unknown and get_mask(m, p) is not None: notes[n] = 'the model could not be traced: a BatchNorm after it, if any, is not masked'
     return sparsity_report(self.model, example_input, self.layer_type, notes)
 
 @patch
@@ -354,6 +357,6 @@ def save_model(self:Sparsifier,
     path = Path(path)
     tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     try:
-        with masks_off(model or self.model) as plain: torch.save(plain.state_dict() if weights_only else plain, tmp)
+        with masks_off(ifnone(model, self.model)) as plain: torch.save(plain.state_dict() if weights_only else plain, tmp)
         tmp.replace(path)
     finally: tmp.unlink(missing_ok=True)

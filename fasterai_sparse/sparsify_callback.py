@@ -6,11 +6,14 @@
 __all__ = ['clear_opt_state', 'KeepMasks', 'bake_masks', 'SparsifyCallback']
 
 # %% ../nbs/08_sparsify_callback.ipynb #f1f475a6
+from fractions import Fraction
+
 import torch
 from fastai.basics import *
 from fastai.callback.training import GradientClip
 from torch import nn
 
+from .allocation import uniform_sparsity
 from .masks import *
 from .schedules import *
 from .sparsifier import *
@@ -47,7 +50,8 @@ class KeepMasks(Callback):
     spare_grads = False # Leave gradients under the masks for this step
 
     def before_fit(self):
-        watch_loads(self.model)
+        self.spare_grads = False
+        watch_loads(get_model(self.model))
         apply_masks(self.model)
         self.reads_norms = any(isinstance(cb, GradientClip) for cb in self.learn.cbs) or _is_layerwise(self.opt)
 
@@ -114,7 +118,7 @@ class SparsifyCallback(Callback):
         if not self.cancelled: self._update()
 
     def after_batch(self):
-        if self.last_position < 1 == self._position(): self._update(at_any_price=True)
+        if self.last_position < 1 == self._position(): self._update()
         self.cancelled = False
 
     def after_epoch(self):
@@ -126,23 +130,33 @@ class SparsifyCallback(Callback):
         self.started = False
 
 # %% ../nbs/08_sparsify_callback.ipynb #b815bb54
-def _percent(s): return f'{s}%' if isinstance(s, dict) else f'{s:g}%'
+@patch
+def _names(self:SparsifyCallback): return list(self.targets if isinstance(self.targets, dict) else self.sparsifier.layers)
+
+@patch
+def _target_of(self:SparsifyCallback, name): return self.targets[name] if isinstance(self.targets, dict) else self.targets
+
+@patch
+def _asked(self:SparsifyCallback):
+    "The target as it is printed"
+    percent = {n: 100*float(self._target_of(n)) for n in self._names()}
+    return f'{ {n: int(p) if p==int(p) else p for n,p in percent.items()} }%' if isinstance(self.targets, dict) else f'{self.sparsity:g}%'
 
 @patch
 def _set_up(self:SparsifyCallback):
     "Prepare a fit; whether there is anything to do in it"
     if self.part is not None and self.part not in self.model.modules(): raise ValueError(f"model= must be a part of the learner's model, not another {type(self.part).__name__}")
-    self.sparsifier = self.make(self.model if self.part is None else self.part)
+    self.sparsifier = self.make(get_model(self.model) if self.part is None else self.part)
     self.targets = self.sparsifier.targets(self.sparsity)
     self.sparsifier.check(self.targets, self.round_to)
     if not self._leave_frozen(): return False
     if 'opt' in self.sparsifier.criteria.needs: self.sparsifier.opt = partial(_state_of, self.opt)
     self.keeper = self._keep_masks()
     self.level = self._measured()
-    self.floor = min(self.level, 1.)
-    self.reach = float(sum(self.targets.values())/len(self.targets) if isinstance(self.targets, dict) else self.targets)
+    self._start_from_here()
+    self.reach = float(sum(self._target_of(n) for n in self._names())/len(self._names()))
     self.n_epochs, self.n_since, self.last_position, self.cancelled = 0, 0, 0., False
-    if self.verbose: print(f'Pruning of {self.sparsifier.granularity} until a sparsity of {_percent(self.sparsity)}')
+    if self.verbose: print(f'Pruning of {self.sparsifier.granularity} until a sparsity of {self._asked()}')
     return True
 
 @patch
@@ -165,16 +179,33 @@ def _leave_frozen(self:SparsifyCallback):
     return left
 
 @patch
-def _target_of(self:SparsifyCallback, name): return self.targets[name] if isinstance(self.targets, dict) else self.targets
-
-@patch
 def _measured(self:SparsifyCallback):
     "How much of the target the masks reach now, 1 for all of it, in groups of the callback's own granularity"
-    s = self.sparsifier
-    names = list(self.targets if isinstance(self.targets, dict) else s.layers)
+    s, names = self.sparsifier, self._names()
     target = sum(self._target_of(n)*s.param(n).numel() for n in names)
     dropped = sum(n_true(~live)*s.groups[n].size(s.param(n).shape) for n in names if (live := s.live(n)) is not None)
     return float(dropped/target) if target else 1.
+
+@patch
+def _start_from_here(self:SparsifyCallback):
+    "Remember how sparse the fit found the model, or each layer where each goes its own way, as what the schedule has to reach first"
+    s, local = self.sparsifier, self.sparsifier.allocation is uniform_sparsity
+    self.floor = 0. if local else min(self.level, 1.)
+    live = {n: s.live(n) for n in self._names()} if local else {}
+    self.found = {n: min(Fraction(n_true(~l), l.numel()), self._target_of(n)) for n,l in live.items() if l is not None}
+    if self.found: s.allocation = partial(_not_below, self.found)
+
+def _not_below(found, params, model_sparsity, *, names, **kwargs):
+    "The same sparsity in every layer, but in those of `found` that have more"
+    return [max(model_sparsity, found.get(n, 0)) for n in names]
+
+@patch
+def _due_targets(self:SparsifyCallback, progress):
+    "What the masks should be at `progress` of the target; what a layer had is forgotten when the schedule passes it"
+    share = as_ratio(progress)
+    for n in [n for n,f in self.found.items() if f <= share*self._target_of(n)]: del self.found[n]
+    if not isinstance(self.targets, dict): return share*self.targets
+    return {n: max(share*t, self.found.get(n, 0)) for n,t in self.targets.items()}
 
 # %% ../nbs/08_sparsify_callback.ipynb #95f350e0
 @patch
@@ -201,30 +232,29 @@ def _due(self:SparsifyCallback, progress):
     return edge or self.n_since >= 32 or moved >= .01*live and self.n_since >= 4
 
 @patch
-def _update(self:SparsifyCallback, at_any_price=False):
+def _update(self:SparsifyCallback):
     "Let the masks follow the schedule, if that is due"
     progress = self._progress()
     self.n_since += 1
-    if self._due(progress) and not (at_any_price and self._blind()):
-        share = as_ratio(progress)
-        targets = {n: share*t for n,t in self.targets.items()} if isinstance(self.targets, dict) else share*self.targets
-        self.sparsifier.apply(targets, self.round_to, on_change=partial(clear_opt_state, self.opt))
+    if self._due(progress) and not self._blind():
+        self.sparsifier.apply(self._due_targets(progress), self.round_to, on_change=partial(clear_opt_state, self.opt))
         self.level, self.n_since = progress, 0
     self.last_position = self._position()
 
 @patch
 def _blind(self:SparsifyCallback):
-    "Whether the criterion reads gradients that are not there, or are no numbers"
-    s = self.sparsifier
-    return 'grad' in s.criteria.needs and not all(s.param(n).grad is not None and s.param(n).grad.isfinite().all() for n in s.layers)
+    "Whether there is nothing to go by: the loss is no number, or gradients that the criterion reads are none, not there or all zero"
+    if not self.loss.isfinite().all(): return True
+    grads = [self.sparsifier.param(n).grad for n in self.sparsifier.layers] if 'grad' in self.sparsifier.criteria.needs else []
+    return any(g is None or not g.isfinite().all() for g in grads) or bool(grads) and not any(g.count_nonzero() for g in grads)
 
 # %% ../nbs/08_sparsify_callback.ipynb #e30a9abe
 @patch
 def _sparsities(self:SparsifyCallback):
     "Measured sparsity in percent, of all layers or of each that has a target"
     df = self.sparsifier.report().set_index('layer')
-    if isinstance(self.targets, dict): return df.sparsity[list(self.targets)].to_dict()
-    df = df.loc[list(self.sparsifier.layers)]
+    df = df.loc[self._names()]
+    if isinstance(self.targets, dict): return df.sparsity.to_dict()
     return 100*df.zeros.sum()/df.params.sum()
 
 def _average(s): return f'avg={sum(s.values())/len(s):.2f}%' if isinstance(s, dict) else f'{s:.2f}%'
@@ -236,7 +266,8 @@ def _shortfall(self:SparsifyCallback, measured):
     pairs = [(due*float(self.targets[n]), s) for n,s in measured.items()] if isinstance(measured, dict) else [(due*float(self.targets), measured)]
     if all(abs(asked-got) <= .1 for asked,got in pairs): return
     if self.last_position < 1: return f'The target was not reached: training ended when {self.last_position:.0%} of it was done'
-    return f'This is not the target of {_percent(self.sparsity)}: groups are dropped as a whole, or other weights have been loaded'
+    if self.level != due/100: return 'The target was not reached: the last batches had no finite loss, or no gradients for the criterion'
+    return f'This is not the target of {self._asked()}: groups are dropped as a whole, the context shares it otherwise, or other weights have been loaded'
 
 @patch
 def _last_word(self:SparsifyCallback):

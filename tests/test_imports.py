@@ -25,7 +25,7 @@ BLOCK = '''
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] == 'torchvision' or name.startswith('fastai.vision'): raise ImportError(f'{name} is blocked')
+        if name.startswith(('torchvision', 'fastai.vision')): raise ImportError(f'{name} is blocked')
 sys.meta_path.insert(0, Block())
 '''
 
@@ -44,44 +44,46 @@ def test_the_block_blocks():
 try: import torchvision
 except ImportError as e: print(e)''')
 
-def test_nothing_heavy_is_imported():
-    loaded = set(python('import sys; import fasterai_sparse.all; print(*{m.split(".")[0] for m in sys.modules})').split())
-    assert not loaded - fastai_brings() - {'fasterai_sparse'}
+def packages(lines):
+    "Packages that are loaded when `lines` have run"
+    return set(python(f'import sys; {lines}; print(*{{m.split(".")[0] for m in sys.modules}})').split())
 
-@cache
-def fastai_brings():
-    "Packages that the core's two fastai imports load anyway"
-    lines = 'import sys; from fastai.basics import *; from fastai.callback.all import *; print(*{m.split(".")[0] for m in sys.modules})'
-    return set(python(lines).split())
+def test_nothing_heavy_is_imported():
+    fastai = packages('from fastai.basics import *; from fastai.callback.all import *')
+    assert packages('import fasterai_sparse.all') - fastai == {'fasterai_sparse'}
 
 # --- names
 
-@cache
-def namespaces():
-    "First lines of a notebook -> names they bind that `from fasterai_sparse.all import *` binds to something else; and the package's own"
-    return json.loads(python('''
-import json
+NAMESPACES = '''import json
 mine = {}
 exec('from fasterai_sparse.all import *', mine)
-firsts = ['from fastai.vision.all import *', 'from fastai.tabular.all import *', 'from fastai.text.all import *', 'from fastai.collab import *',
-    'from fastai.basics import *\\nfrom fastai.callback.all import *', 'from fastcore.all import *',
-    'import random, math, torch, time, os, re, sys\\nimport numpy as np, pandas as pd\\nimport matplotlib.pyplot as plt\\nfrom pathlib import Path\\n'
-    'from functools import partial, reduce\\nfrom copy import deepcopy, copy\\nfrom torch import nn, tensor, optim\\nimport torch.nn.functional as F\\n'
+firsts = ['from fastai.vision.all import *', 'from fastai.tabular.all import *', 'from fastai.text.all import *',
+    'from fastai.collab import *', 'from fastai.basics import *\\nfrom fastai.callback.all import *',
+    'from fastcore.all import *',
+    'import random, math, torch, time, os, re, sys\\nimport numpy as np, pandas as pd, matplotlib.pyplot as plt\\n'
+    'from pathlib import Path\\nfrom functools import partial, reduce\\nfrom copy import deepcopy, copy\\n'
+    'from torch import nn, tensor, optim\\nimport torch.nn.functional as F\\n'
     'from torch.utils.data import DataLoader, Dataset']
 found = {}
 for f in firsts:
     ns = {}
     exec(f, ns)
     found[f] = sorted(n for n in mine if n in ns and not n.startswith('__') and ns[n] is not mine[n])
-print(json.dumps([found, sorted(n for n in mine if not n.startswith('__'))]))'''))
+print(json.dumps([found, sorted(n for n in mine if not n.startswith('__'))]))'''
+
+@cache
+def namespaces():
+    "First lines of a notebook -> names of theirs that the package binds anew; and all names of the package"
+    return json.loads(python(NAMESPACES))
 
 @pytest.mark.parametrize('which', range(7))
 def test_nothing_bound_before_is_overridden(which):
     first, names = list(namespaces()[0].items())[which]
     assert names == [], f'after {first!r}'
 
-USUAL = '''random math torch nn F np pd plt tensor Tensor L Path partial os sys re time copy deepcopy json pickle warnings inspect itertools
-    block weight mask model learn dls data x y path opt loss metrics params groups scores name names layer layers cb sparsity'''.split()
+USUAL = '''random math torch nn F np pd plt tensor Tensor L Path partial os sys re time copy deepcopy json pickle
+    warnings inspect itertools block weight mask model learn dls data x y path opt loss metrics params groups
+    scores name names layer layers cb sparsity'''.split()
 
 @pytest.mark.parametrize('name', USUAL)
 def test_no_usual_name_is_taken(name):
@@ -123,7 +125,9 @@ def test_docstrings(o):
     assert doc and doc.strip() and not doc.startswith(f'{o.__name__}(')   # a dataclass without one gets its signature
     assert len(doc.strip().splitlines()[0]) <= 160
 
-def public_methods(cls): return {n: f for n,f in inspect.getmembers(cls, inspect.isroutine) if n[0] != '_' and f.__module__.startswith('fasterai')}
+def public_methods(cls):
+    own = lambda f: (inspect.isfunction(f) or inspect.ismethod(f)) and f.__module__.startswith('fasterai_sparse')
+    return {n: f for n,f in inspect.getmembers(cls, own) if n[0] != '_'}
 
 @pytest.mark.parametrize('cls', ['Sparsifier', 'Schedule', 'Granularities'])
 def test_docstrings_of_methods(cls):
@@ -139,7 +143,8 @@ def test_no_mutable_module_state(m):
 @pytest.mark.parametrize('name', criteria.__all__)
 def test_criteria_carry_nothing(name):
     o = getattr(criteria, name)
-    if inspect.isfunction(o): assert not vars(o) and not any(isinstance(d, (dict, list, set)) for d in o.__defaults__ or ())
+    if not inspect.isfunction(o): return
+    assert not vars(inspect.unwrap(o)) and not any(isinstance(d, (dict, list, set)) for d in o.__defaults__ or ())
 
 @pytest.mark.parametrize('name', ['one_shot', 'iterative', 'agp', 'one_cycle', 'cos', 'lin', 'dsd'])
 def test_schedules_are_immutable(name):
@@ -178,7 +183,8 @@ def normal(r): return {o.replace('>=', ' >= ').replace('==', ' == ').replace(' '
 
 def test_requirements_are_those_of_settings():
     s = settings()
-    assert requirements() == {None: normal(s['requirements']), **{e: normal(s[f'{e}_requirements']) for e in ('dev', 'docs', 'bench')}}
+    extras = {e: normal(s[f'{e}_requirements']) for e in ('dev', 'docs', 'bench')}
+    assert requirements() == {None: normal(s['requirements']), **extras}
 
 def test_requirements_are_ranges_and_the_core_has_no_torchvision():
     core = normal(settings()['requirements'])
@@ -186,7 +192,8 @@ def test_requirements_are_ranges_and_the_core_has_no_torchvision():
 
 def test_constraints_fit_the_ranges():
     from packaging.requirements import Requirement
-    pins = dict(l.split('==') for l in (ROOT/'constraints.txt').read_text().split('\n') if '==' in l and not l.startswith('#'))
+    lines = (ROOT/'constraints.txt').read_text().splitlines()
+    pins = dict(l.split('==') for l in lines if '==' in l and not l.startswith('#'))
     s = settings()
     reqs = [Requirement(r) for k in ('requirements', 'dev_requirements', 'docs_requirements') for r in s[k].split()]
     assert {'torch', 'fastai'} <= pins.keys()

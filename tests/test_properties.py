@@ -21,15 +21,14 @@ def size(model): return sum(p.numel() for p in model.parameters() if p.dim() > 1
 
 def random_net():
     make = lambda: pick([lambda: nn.Linear(rand(1,20), rand(1,20)), lambda: nn.Conv2d(rand(1,8), rand(1,8), rand(1,3)),
-                         lambda: nn.ConvTranspose1d(rand(1,8), rand(1,8), 3), lambda: nn.Embedding(rand(1,20), rand(1,9))])()
+        lambda: nn.ConvTranspose1d(rand(1,8), rand(1,8), 3), lambda: nn.Embedding(rand(1,20), rand(1,9))])()
     return nn.ModuleList([make() for _ in range(rand(1,6))])
 
 def cnn(): return nn.Sequential(nn.Conv2d(3,10,3), nn.Conv2d(10,16,(3,2)), nn.Conv2d(16,7,1), nn.Conv2d(7,7,3))
 
 def random_scores(n, n_levels=None, special=False):
     s = torch.randn(n) if n_levels is None else torch.randint(n_levels, (n,)).float()
-    if special: s[torch.rand(n) < .2] = -math.inf; s[torch.rand(n) < .1] = math.inf
-    return s
+    return s.masked_fill(torch.rand(n) < .2, -math.inf).masked_fill(torch.rand(n) < .1, math.inf) if special else s
 
 def reference_mask(t, n_keep, live=None):
     "By a stable sort"
@@ -61,9 +60,23 @@ def test_top_k_mask_of_many(dtype):
 @seeds
 def test_kth_largest_is_the_sorted_one(seed):
     torch.manual_seed(seed)
-    for t in (random_scores(9_000), random_scores(9_000, 3), random_scores(9_000).relu(), random_scores(50, special=True)):
+    for t in (random_scores(9_000), random_scores(9_000, 3), random_scores(9_000).relu(),
+        random_scores(50, special=True)):
         ranked = t.sort(descending=True).values
         for k in (1, 2, len(t)//2, len(t)-1, len(t)): assert kth_largest(t, k) == ranked[k-1]
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_kth_largest_beside_a_common_value(dtype):
+    t = torch.cat([torch.rand(700)+1, torch.zeros(9_000), -torch.rand(300)-1])[torch.randperm(10_000)].to(dtype)
+    ranked = t.sort(descending=True).values
+    for k in (1, 699, 700, 701, 702, 9_699, 9_700, 9_701, 9_702, 10_000): assert kth_largest(t, k) == ranked[k-1]
+
+def test_what_has_no_rank():
+    for n_keep in (1, 2, 9_999):
+        t = torch.randn(10_000)
+        t[77] = math.nan
+        with pytest.raises(ValueError, match='NaN'): top_k_mask(t, n_keep)
+        with pytest.raises(ValueError, match="Can't keep 5 of 4"): top_k_mask(t[:4], 5)
 
 @seeds
 def test_drop_counted_is_drop_sorted(seed):
@@ -90,7 +103,8 @@ def test_dropped_groups_fit_the_budget():
 def test_the_total_is_exact(seed, context):
     torch.manual_seed(seed)
     net, percent = random_net(), pick([0, 100, rand(1,99), rand(1,999)/10])
-    Sparsifier(net, 'weight', context, pick([large_final, random_criteria, lambda p: p*0]), layer_type=None).sparsify_model(percent)
+    criteria = pick([large_final, random_criteria, lambda p: p*0])
+    Sparsifier(net, 'weight', context, criteria, layer_type=None).sparsify_model(percent)
     floor = 0 if percent == 100 else len(net)
     assert zeros(net) == min(half_up(percent, size(net)), size(net)-floor)
 
@@ -110,6 +124,20 @@ def test_largest_remainder_keeps_the_total(seed):
         counts = largest_remainder(shares, caps)
         assert all(0 <= c <= cap for c,cap in zip(counts, caps))
         assert sum(counts) == min(math.floor(sum(shares) + Fraction(1,2)), sum(caps))
+
+@pytest.mark.parametrize('falls', [False, True])
+@pytest.mark.parametrize('biggest,most_layers', [(30, 30), (100, 12), (1000, 20)])
+def test_rounding_is_exact_and_never_turns_back(biggest, most_layers, falls):
+    for _ in range(100):
+        sizes = [rand(1, pick([3, biggest])) for _ in range(rand(2, most_layers))]
+        caps, now = [n-1 for n in sizes], [n-1 if falls else 0 for n in sizes]
+        for s in sorted([rand(1, 950) for _ in range(15)], reverse=falls):
+            shares = [Fraction(s, 1000)*n for n in sizes]
+            counts = largest_remainder(shares, caps, now)
+            total = min(math.floor(sum(shares) + Fraction(1,2)), sum(caps))
+            assert sum(counts) == total
+            assert all(c >= n if total >= sum(now) else c <= n for c,n in zip(counts, now))
+            now = counts
 
 @contexts
 @pytest.mark.parametrize('granularity', Granularities.allowed_granularities(nn.Conv2d(1,1,1)))
@@ -141,7 +169,7 @@ def test_rounding_drops_nothing_on_the_way_down(seed, context):
     torch.manual_seed(seed)
     net = nn.ModuleList([nn.Linear(rand(1, 200), rand(1, 3)) for _ in range(6)])
     s = Sparsifier(net, 'weight', context, large_final, layer_type=nn.Linear)
-    for i in range(900, 0, -7):
+    for i in range(900, 10, -7):
         before = masks(net)
         s.sparsify_model(i/10)
         assert not any((old & ~now).any() for now,old in zip(masks(net), before))
@@ -197,7 +225,8 @@ def test_each_layer_draws_its_own(context):
 def test_n_of_m_is_exact(seed):
     torch.manual_seed(seed)
     n, m = pick([(1,2), (2,4), (1,4), (3,4), (4,8), (1,16)])
-    layer = pick([lambda: nn.Linear(m*rand(1,5), rand(1,9)), lambda: nn.Conv2d(m*rand(1,3), rand(1,5), 3), lambda: nn.ConvTranspose2d(m*rand(1,3), 4, 3)])()
+    layer = pick([lambda: nn.Linear(m*rand(1,5), rand(1,9)), lambda: nn.Conv2d(m*rand(1,3), rand(1,5), 3),
+        lambda: nn.ConvTranspose2d(m*rand(1,3), 4, 3)])()
     if rand(0,1): nn.init.constant_(layer.weight, 1.)
     net = nn.ModuleList([layer])
     s = Sparsifier(net, 'weight', 'local', large_final, nm=(n, m), layer_type=type(layer))

@@ -9,7 +9,8 @@ from fastai.callback.schedule import SchedCos, SchedExp, SchedPoly, combine_sche
 from fasterai_sparse.all import *
 
 golden = json.loads((Path(__file__).parent/'golden'/'schedules.json').read_text())
-printed = {'one_cycle_50_5': (one_cycle, 50), 'cos_mean_57_5_5': (cos, 57.5), 'agp_90_10': (agp, 90), 'iterative3_90_10': (iterative, 90),
+printed = {'one_cycle_50_5': (one_cycle, 50), 'cos_mean_57_5_5': (cos, 57.5), 'agp_90_10': (agp, 90),
+    'iterative3_90_10': (iterative, 90),
            'iterative5_90_10': (partial(iterative, n_steps=5), 90), 'one_shot_90_10': (one_shot, 90)}
 table = dict(one_shot=one_shot, iterative=iterative, agp=agp, one_cycle=one_cycle, cos=cos, lin=lin)
 
@@ -19,7 +20,8 @@ def test_every_golden_series_is_tested(): assert set(printed) == set(golden) - {
 def test_golden_values(name):
     sched, target = printed[name]
     n = len(golden[name])
-    for i,want in enumerate(golden[name]): assert target*as_schedule(sched).progress((i+1)/n) == pytest.approx(want, abs=.01)
+    for i,want in enumerate(golden[name]):
+        assert target*as_schedule(sched).progress((i+1)/n) == pytest.approx(want, abs=.01)
 
 @pytest.mark.parametrize('sched', table.values(), ids=table)
 def test_start_end_and_never_down(sched):
@@ -40,15 +42,18 @@ def test_iterative_is_not_lifted_by_rounding():
     steps = {round(iterative.progress(.2+.8*k/3 + e), 9) for k in (1,2) for e in (-1e-12, 1e-12)}
     assert steps == {round(1/3, 9), round(2/3, 9)}
 
-@pytest.mark.parametrize('f,at_half', [(SchedCos(0,1), .5), (SchedPoly(0,1,2), .25), (lambda pos: pos**2, .25), (lambda start,end,pos: end*pos, .5),
+@pytest.mark.parametrize('f,at_half', [(SchedCos(0,1), .5), (SchedPoly(0,1,2), .25), (lambda pos: pos**2, .25),
+    (lambda start,end,pos: end*pos, .5),
     (combine_scheds([.5,.5], [SchedCos(0,1), SchedCos(1,1)]), 1), (partial(agp), 1-.625**3), (lin, .5)])
 def test_whatever_can_be_a_schedule(f, at_half): assert as_schedule(f).progress(.5) == pytest.approx(at_half)
 
-@pytest.mark.parametrize('bad', [None, 'agp', 3, lambda a,b: a, lambda pos: 2*pos, lambda pos: -pos, lambda pos: math.nan, SchedExp(.1, 2.)])
+@pytest.mark.parametrize('bad', [None, 'agp', 3, lambda a,b: a, lambda pos: 2*pos, lambda pos: -pos,
+    lambda pos: math.nan, SchedExp(.1, 2.)])
 def test_what_can_not(bad):
     with pytest.raises(ValueError): as_schedule(bad)
 
-@pytest.mark.parametrize('kw', [dict(start_pct=.5, end_pct=.5), dict(start_pct=-.1), dict(end_pct=1.2), dict(start_val=-1), dict(end_val=50)])
+@pytest.mark.parametrize('kw', [dict(start_pct=.5, end_pct=.5), dict(start_pct=-.1), dict(end_pct=1.2),
+    dict(start_val=-1), dict(end_val=50)])
 def test_bad_windows(kw):
     with pytest.raises(ValueError): Schedule(sched_agp, **kw)
 

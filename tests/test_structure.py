@@ -1,10 +1,11 @@
-"Layers of every kind, what falls together, and what it costs: each structure defect of the peer library, N:M, blocks, FLOPs"
+"Layers of every kind, what falls together and what it costs: structure defects of the peer library, N:M, blocks, FLOPs"
 import re
 from functools import partial
 
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrizations, prune, spectral_norm
 
 from fasterai_sparse.all import *
 
@@ -22,7 +23,8 @@ def live_channels(t): return t.transpose(0, 1).flatten(1).any(1)
 
 images = {1: (11,), 2: (9,8), 3: (5,6,7)}
 convs = {'Conv1d': nn.Conv1d, 'Conv2d': nn.Conv2d, 'Conv3d': nn.Conv3d,
-         'ConvTranspose1d': nn.ConvTranspose1d, 'ConvTranspose2d': nn.ConvTranspose2d, 'ConvTranspose3d': nn.ConvTranspose3d}
+         'ConvTranspose1d': nn.ConvTranspose1d, 'ConvTranspose2d': nn.ConvTranspose2d,
+         'ConvTranspose3d': nn.ConvTranspose3d}
 batchnorm = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 @pytest.mark.parametrize('groups', [1, 2, 4])
@@ -34,7 +36,8 @@ def test_dropped_filters_are_silent_channels(conv, groups):
     sparse(net, 50, 'filter')
     for training in (True, False):
         assert live_channels(net.train(training)(torch.randn(2, 4, *images[d]))).sum() == 8
-    assert zeros(net[0].weight)*2 == net[0].weight.numel() and zeros(net[0].bias) == zeros(net[2].weight) == zeros(net[2].bias) == 8
+    assert zeros(net[0].weight)*2 == net[0].weight.numel()
+    assert zeros(net[0].bias) == zeros(net[2].weight) == zeros(net[2].bias) == 8
 
 def test_grouped_transposed_filters():
     m = nn.ConvTranspose2d(6, 12, 3, groups=3)
@@ -78,7 +81,8 @@ class Registered(nn.Module):
 
 def test_order_c1_c2_b1_b2():
     net = sparse(Registered(), {'c1': 25, 'c2': 75}, 'filter')
-    assert torch.equal(get_mask(net.b2), get_mask(net.c1, 'bias')) and torch.equal(get_mask(net.b1), get_mask(net.c2, 'bias'))
+    assert torch.equal(get_mask(net.b2), get_mask(net.c1, 'bias'))
+    assert torch.equal(get_mask(net.b1), get_mask(net.c2, 'bias'))
     assert (zeros(net.b2.weight), zeros(net.b1.weight)) == (2, 6)
 
 def bn_after(between):
@@ -94,15 +98,26 @@ def bn_after(between):
 def test_batchnorm_after_a_functional_activation(between):
     assert live_channels(bn_after(between).eval()(torch.randn(2,3,9,9))).sum() == 4
 
-@pytest.mark.parametrize('between', [lambda x: x.flip(1), lambda x: x + x.flip(1), lambda x: x.roll(1, 1)], ids=['flip', 'sum', 'roll'])
+@pytest.mark.parametrize('between', [lambda x: x.flip(1), lambda x: x + x.flip(1), lambda x: x.roll(1, 1)],
+    ids=['flip', 'sum', 'roll'])
 def test_batchnorm_of_other_channels_is_left(between): assert get_mask(bn_after(between).bn) is None
 
 def test_both_batchnorms_of_a_convolution_that_is_used_twice():
     class Twice(nn.Module):
-        def __init__(self): super().__init__(); self.conv, self.b1, self.b2 = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+        def __init__(self):
+            super().__init__()
+            self.conv, self.b1, self.b2 = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.BatchNorm2d(8)
         def forward(self, x): return self.b1(self.conv(x)) + self.b2(self.conv(x.flip(2)))
     net = sparse(Twice(), 50, 'filter')
     assert torch.equal(get_mask(net.b1), get_mask(net.b2)) and zeros(net.b1.weight) == 4
+
+def test_a_batchnorm_of_two_convolutions_belongs_to_neither():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c1, self.c2, self.bn = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        def forward(self, x): return self.bn(self.c1(x)) + self.bn(self.c2(x))
+    assert get_mask(sparse(Shared(), 50, 'filter').bn) is None
 
 def test_linear_rows_take_bias_and_batchnorm():
     net = sparse(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)), {'0': 50}, 'row')
@@ -113,7 +128,8 @@ def test_bias_and_batchnorm_stay_unless_filters_fall(granularity):
     net = sparse(nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)), 50, granularity)
     assert get_mask(net[0], 'bias') is None and get_mask(net[1]) is None
 
-@pytest.mark.parametrize('make', [lambda: nn.Embedding(12, 8), lambda: nn.EmbeddingBag(12, 8)], ids=['Embedding', 'EmbeddingBag'])
+@pytest.mark.parametrize('make', [lambda: nn.Embedding(12, 8), lambda: nn.EmbeddingBag(12, 8)],
+    ids=['Embedding', 'EmbeddingBag'])
 @pytest.mark.parametrize('granularity,dim', [('row', 1), ('column', 0)])
 def test_embedding(make, granularity, dim):
     m = sparse(make(), 25, granularity)
@@ -145,7 +161,8 @@ def test_a_recurrent_layer_by_name():
 def test_multihead_attention_in_proj_weight():
     m, x = nn.MultiheadAttention(8, 2), torch.randn(5, 3, 8)
     sparse(m, 50)
-    assert zeros(m.in_proj_weight) == 96 and zeros(m.out_proj.weight) == 32 and get_mask(m, 'in_proj_weight').shape == (24, 8)
+    assert zeros(m.in_proj_weight) == 96 and zeros(m.out_proj.weight) == 32
+    assert get_mask(m, 'in_proj_weight').shape == (24, 8)
     assert m(x, x, x)[0].isfinite().all()
 
 def test_multihead_attention_with_own_key_and_value_sizes():
@@ -192,7 +209,8 @@ def test_tied_weights_count_once(context):
     net = LM()
     s = sparsifier(net, context=context)
     s.sparsify_model(50)
-    assert s.report().params.sum() == 56 and s.report().zeros.sum() == 28 == zeros(net.emb.weight) + zeros(net.mid.weight)
+    assert s.report().params.sum() == 56
+    assert s.report().zeros.sum() == 28 == zeros(net.emb.weight) + zeros(net.mid.weight)
     assert net.out.weight is net.emb.weight and len(list(masked_params(net))) == 2
 
 def test_a_tied_weight_by_its_other_layer():
@@ -209,7 +227,8 @@ def test_a_layer_that_is_used_twice_has_one_mask():
 
 # What the weights meet
 
-@pytest.mark.parametrize('kw', [dict(groups=2), dict(groups=4), dict(groups=2, stride=2, padding=1), dict(dilation=2), dict(padding='same'),
+@pytest.mark.parametrize('kw', [dict(groups=2), dict(groups=4), dict(groups=2, stride=2, padding=1), dict(dilation=2),
+    dict(padding='same'),
                                 dict(padding=1, padding_mode='circular')], ids=str)
 def test_wanda_on_grouped_conv(kw):
     m, x = nn.Conv2d(4, 8, 3, bias=False, **kw), torch.randn(2, 4, 9, 8)
@@ -250,7 +269,8 @@ def test_wanda_where_a_layer_has_many_weights_is_refused(make):
     class Net(nn.Module):
         def __init__(self): super().__init__(); self.layer = make(8, 8)
         def forward(self, x): return self.layer(x) if isinstance(self.layer, nn.LSTM) else self.layer(x, x, x)
-    with pytest.raises(ValueError, match='LSTM|MultiheadAttention|layer'): sparse(Net(), 50, criteria=wanda, data=torch.randn(3, 4, 8))
+    with pytest.raises(ValueError, match='LSTM|MultiheadAttention|layer'):
+        sparse(Net(), 50, criteria=wanda, data=torch.randn(3, 4, 8))
 
 def test_wanda_of_a_layer_that_no_batch_reaches():
     class Net(nn.Module):
@@ -269,14 +289,26 @@ def test_wanda_on_batches_of_inputs_and_targets():
         masks.append(get_mask(sparse(nn.Linear(8, 4), 50, criteria=wanda, data=data)))
     assert all(torch.equal(m, masks[0]) for m in masks)
 
+def test_wanda_leaves_the_model_as_it_was():
+    net, x = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 4)).train(), torch.randn(5, 8)
+    net[2].eval()
+    state = {n: v.clone() for n,v in net.state_dict().items()}
+    for data in (x, x[:,:7]):   # the second fails on the way
+        try: input_norms(net, data, {'0': net[0], '3': net[3]})
+        except RuntimeError: pass
+        assert [m.training for m in net] == [True, True, False, True] and not any(m._forward_pre_hooks for m in net)
+    assert all(torch.equal(v, state[n]) for n,v in net.state_dict().items())
+
 # N:M
 
 def per_group(m, group=4, name='weight'):
     "How many weights each group keeps along the inputs"
-    return set((getattr(m, name).movedim(out_in_axes(m)[1], -1).unflatten(-1, (-1, group)) != 0).sum(-1).flatten().tolist())
+    groups = getattr(m, name).movedim(out_in_axes(m)[1], -1).unflatten(-1, (-1, group))
+    return set((groups != 0).sum(-1).flatten().tolist())
 
-nm_layers = {'Linear': lambda: nn.Linear(16, 6), 'Conv1d': lambda: nn.Conv1d(8, 6, 3), 'Conv2d': lambda: nn.Conv2d(8, 6, 3),
-    'Conv2d grouped': lambda: nn.Conv2d(16, 6, 3, groups=2), 'Conv3d': lambda: nn.Conv3d(8, 3, 2), 'ConvTranspose2d': lambda: nn.ConvTranspose2d(8, 6, 3),
+nm_layers = {'Linear': lambda: nn.Linear(16, 6), 'Conv1d': lambda: nn.Conv1d(8, 6, 3),
+    'Conv2d': lambda: nn.Conv2d(8, 6, 3), 'Conv2d grouped': lambda: nn.Conv2d(16, 6, 3, groups=2),
+    'Conv3d': lambda: nn.Conv3d(8, 3, 2), 'ConvTranspose2d': lambda: nn.ConvTranspose2d(8, 6, 3),
     'Embedding': lambda: nn.Embedding(5, 8), 'Conv1D': Conv1D}
 
 @pytest.mark.parametrize('nm,percent,n,m', [(True, 50, 2, 4), ((1,4), 75, 1, 4), ((4,8), 50, 4, 8)])
@@ -297,8 +329,16 @@ def test_nm_keeps_the_largest_of_each_group(make):
     kept = get_mask(layer).movedim(axis, -1).unflatten(-1, (-1, 4))
     assert torch.equal((groups*kept).sum(-1), groups.topk(2, -1).values.sum(-1))
 
+@pytest.mark.parametrize('m', [4, 32])
+def test_nm_ties_go_to_the_first_of_each_group(m):
+    layer = nn.Linear(64, 3)
+    nn.init.constant_(layer.weight, .5)
+    sparse(layer, 50, nm=(m//2, m))
+    assert torch.equal(get_mask(layer), (torch.arange(64) % m < m//2).expand(3, 64))
+
 def test_nm_on_recurrent_and_attention_weights():
-    rnn, attention = sparse(nn.GRU(8, 12), 50, nm=True), sparse(nn.MultiheadAttention(8, 2), 50, nm=True, layer_type=nn.MultiheadAttention)
+    rnn = sparse(nn.GRU(8, 12), 50, nm=True)
+    attention = sparse(nn.MultiheadAttention(8, 2), 50, nm=True, layer_type=nn.MultiheadAttention)
     for m,name in ((rnn,'weight_ih_l0'), (rnn,'weight_hh_l0'), (attention,'in_proj_weight')):
         assert set((getattr(m, name).unflatten(1, (-1,4)) != 0).sum(-1).flatten().tolist()) == {2}
 
@@ -344,12 +384,15 @@ def test_nm_on_a_model_that_is_sparse_already(percent):
     assert max(per_group(m)) <= 2
 
 def test_nm_round_to():
-    with pytest.raises(ValueError, match='round_to'): sparsifier(nn.Linear(8, 8), nm=True).sparsify_model(50, round_to=8)
+    with pytest.raises(ValueError, match='round_to'):
+        sparsifier(nn.Linear(8, 8), nm=True).sparsify_model(50, round_to=8)
 
 # Blocks
 
-block_layers = {'Conv1d': lambda: nn.Conv1d(4, 8, 3), 'Conv2d': lambda: nn.Conv2d(4, 8, 3), 'Conv2d grouped': lambda: nn.Conv2d(8, 8, 3, groups=2),
-    'Conv3d': lambda: nn.Conv3d(2, 8, 2), 'ConvTranspose1d': lambda: nn.ConvTranspose1d(4, 8, 3), 'ConvTranspose2d': lambda: nn.ConvTranspose2d(4, 8, (3,2)),
+block_layers = {'Conv1d': lambda: nn.Conv1d(4, 8, 3), 'Conv2d': lambda: nn.Conv2d(4, 8, 3),
+    'Conv2d grouped': lambda: nn.Conv2d(8, 8, 3, groups=2),
+    'Conv3d': lambda: nn.Conv3d(2, 8, 2), 'ConvTranspose1d': lambda: nn.ConvTranspose1d(4, 8, 3),
+    'ConvTranspose2d': lambda: nn.ConvTranspose2d(4, 8, (3,2)),
     'Linear': lambda: nn.Linear(12, 8), 'Embedding': lambda: nn.Embedding(8, 12), 'Conv1D': lambda: Conv1D(8, 12)}
 
 def blocks(m, rows, cols, w=None):
@@ -396,21 +439,27 @@ def test_criteria_noop_leaves_weights():
         for n in s.layers: s.scores(n, {})
     assert all(torch.equal(m.weight, w) for m,w in zip(net, before))
 
-bad_arguments = [dict(granularity='filters'), dict(granularity=3), dict(granularity=None), dict(granularity=('weight','filter')),
-    dict(context='gloal'), dict(context=None), dict(context=3), dict(criteria='magnitude'), dict(criteria=None), dict(criteria=3),
+bad_arguments = [dict(granularity='filters'), dict(granularity=3), dict(granularity=None),
+    dict(granularity=('weight','filter')),
+    dict(context='gloal'), dict(context=None), dict(context=3),
+    dict(criteria='magnitude'), dict(criteria=None), dict(criteria=3),
     dict(nm=3), dict(nm='2:4'), dict(nm=(4,2)), dict(nm=(2,4,8)), dict(nm=None), dict(nm=(2.,4)),
-    dict(layer_type='Linear'), dict(layer_type=3), dict(layer_type=nn.Linear(2,2)), dict(layer_type=nn.Conv2d), dict(layer_type=nn.ReLU)]
+    dict(layer_type='Linear'), dict(layer_type=3), dict(layer_type=nn.Linear(2,2)), dict(layer_type=nn.Conv2d),
+    dict(layer_type=nn.ReLU)]
 
 @pytest.mark.parametrize('bad', bad_arguments, ids=str)
 def test_bad_arguments_fail_at_construction(bad):
     (name, value), = bad.items()
     shown = getattr(value, '__name__', str(value)) if isinstance(value, type) else str(value)
     shown = '4:2' if value == (4,2) else '2.0:4' if value == (2.,4) else shown
-    with pytest.raises((ValueError, TypeError), match=re.escape(shown)): sparsifier(nn.Sequential(nn.Linear(8, 8)), **bad)
+    with pytest.raises((ValueError, TypeError), match=re.escape(shown)):
+        sparsifier(nn.Sequential(nn.Linear(8, 8)), **bad)
 
-@pytest.mark.parametrize('criteria', [lambda p, hessian: p, lambda p, w0, **kw: p, partial(lambda p, power, **kw: p**power)])
+@pytest.mark.parametrize('criteria', [lambda p, hessian: p, lambda p, w0, **kw: p,
+    partial(lambda p, power, **kw: p**power)])
 def test_criteria_that_ask_for_unknown_state(criteria):
-    with pytest.raises(ValueError, match="asks for.*'init', 'prev', 'grad', 'opt', 'data', 'generator'"): sparsifier(nn.Linear(8, 8), criteria=criteria)
+    with pytest.raises(ValueError, match="asks for.*'init', 'prev', 'grad', 'opt', 'data', 'generator'"):
+        sparsifier(nn.Linear(8, 8), criteria=criteria)
 
 def test_wanda_without_data():
     with pytest.raises(ValueError, match="'wanda' needs data="): sparsifier(nn.Linear(8, 8), criteria=wanda)
@@ -466,12 +515,19 @@ def test_flops_of_a_layer_that_is_used_twice():
 
 def test_flops_of_tied_weights():
     df = sparsity_report(LM(), torch.randint(10, (2, 3))).set_index('layer')
-    assert df.flops.to_dict() == {'emb': 2*40*6, 'mid': 2*16*6}   # the lookup is free, the product with the tied weight is not
+    assert df.flops.to_dict() == {'emb': 2*40*6, 'mid': 2*16*6}   # the lookup is free, the product is not
 
 def test_flops_of_attention():
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     df = sparsity_report(layer, torch.randn(2, 5, 8)).set_index('layer')
-    assert df.flops.to_dict() == {'self_attn.in_proj_weight': 2*192*10, 'self_attn.out_proj': 2*64*10, 'linear1': 2*128*10, 'linear2': 2*128*10}
+    assert df.flops.to_dict() == {'self_attn.in_proj_weight': 2*192*10, 'self_attn.out_proj': 2*64*10,
+        'linear1': 2*128*10, 'linear2': 2*128*10}
+
+@pytest.mark.parametrize('wrap', [lambda m: prune.l1_unstructured(m, 'weight', .5), spectral_norm,
+    parametrizations.weight_norm], ids=['pruned', 'spectral_norm', 'parametrized'])
+def test_flops_of_weights_that_are_computed(wrap):
+    net = nn.Sequential(nn.Linear(6, 8), wrap(nn.Linear(8, 4)), wrap(nn.Linear(4, 2)))
+    assert sparsity_report(net, torch.randn(5, 6)).flops.tolist() == [480, 320, 80]
 
 def test_flops_of_an_embedding_are_none():
     assert sparsity_report(nn.Embedding(10, 4), torch.randint(10, (2,3))).flops.tolist() == [0]
@@ -487,7 +543,8 @@ def test_flops_leave_the_model_as_it_was():
     net[1].eval()
     before = net[1].running_mean.clone()
     sparsity_report(net, torch.randn(2,3,8,8))
-    assert [m.training for m in net] == [True, False, True] and torch.equal(net[1].running_mean, before) and not net[0]._forward_hooks
+    assert [m.training for m in net] == [True, False, True] and torch.equal(net[1].running_mean, before)
+    assert not net[0]._forward_hooks
 
 def test_bytes():
     df = sparsity_report(sparse(nn.Sequential(nn.Linear(100, 10), nn.Linear(10, 3).half()), {'0': 90}))
@@ -499,6 +556,7 @@ def test_the_printed_report(capsys):
     s.print_sparsity()
     lines = capsys.readouterr().out.split('\n')
     row = '{:<30} {:<15} {:<10} {:<10} '.format
-    assert lines[1] == 'Sparsity Report:' and lines[2] == '-'*80 and lines[3] == row('Layer', 'Type', 'Params', 'Zeros') + 'Sparsity  '
+    assert lines[1] == 'Sparsity Report:' and lines[2] == '-'*80
+    assert lines[3] == row('Layer', 'Type', 'Params', 'Zeros') + 'Sparsity  '
     assert lines[5] == row('0', 'Linear', '1,000', '900') + '   90.00%'
     assert lines[8] == row('Overall', 'all', '1,030', '900') + '   87.38%'

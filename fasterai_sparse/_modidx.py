@@ -223,6 +223,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fasterai_sparse.graph.traced_parts': ('graph.html#traced_parts', 'fasterai_sparse/graph.py')},
             'fasterai_sparse.masks': { 'fasterai_sparse.masks._after_load': ('masks.html#_after_load', 'fasterai_sparse/masks.py'),
                                        'fasterai_sparse.masks._along': ('masks.html#_along', 'fasterai_sparse/masks.py'),
+                                       'fasterai_sparse.masks._among': ('masks.html#_among', 'fasterai_sparse/masks.py'),
                                        'fasterai_sparse.masks._any_live_zero': ('masks.html#_any_live_zero', 'fasterai_sparse/masks.py'),
                                        'fasterai_sparse.masks._before_load': ('masks.html#_before_load', 'fasterai_sparse/masks.py'),
                                        'fasterai_sparse.masks._bias_follows': ('masks.html#_bias_follows', 'fasterai_sparse/masks.py'),

@@ -64,6 +64,11 @@ def n_true(mask):
     "How many of the bool tensor `mask` are True"
     return int(np.count_nonzero(mask.numpy())) if mask.is_cpu else int(mask.count_nonzero())
 
+def _among(t, live):
+    "What `t` holds where `live`; numpy picks it several times faster than torch on a CPU"
+    if not t.is_cpu or t.dtype == torch.bfloat16: return t[live]
+    return torch.from_numpy(t.reshape(-1).numpy()[np.flatnonzero(live.reshape(-1).numpy())])
+
 def top_k_mask(
     t, # One score per weight or group, any shape; `inf` is kept first, `-inf` last
     n_keep, # How many survive
@@ -76,7 +81,7 @@ def top_k_mask(
     if n_keep == 0: return torch.zeros_like(t, dtype=torch.bool)
     if n_keep == n: return torch.ones_like(t, dtype=torch.bool) if live is None else live.clone()
     if has_nan(t): raise ValueError("Scores hold NaN, which has no rank")
-    thr = kth_largest(t if live is None else t[live], n_keep)
+    thr = kth_largest(t if live is None else _among(t, live), n_keep)
     flat, live = t.reshape(-1), None if live is None else live.reshape(-1)
     return (_cut_ties if t.is_cpu else _cut_ties_on_device)(flat, thr, n_keep, live).view(t.shape)
 

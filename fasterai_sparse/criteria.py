@@ -6,7 +6,8 @@
 __all__ = ['magnitude', 'STATE', 'random_criteria', 'large_final', 'squared_final', 'small_final', 'large_init', 'small_init',
            'large_init_large_final', 'small_init_small_final', 'magnitude_increase', 'movement', 'movmag',
            'updating_magnitude_increase', 'updating_movement', 'updating_movmag', 'wanda', 'grad_crit', 'Reducer',
-           'Normalizer', 'needed_state', 'Criteria', 'as_criteria', 'squared_input', 'evaluating', 'input_norms']
+           'Normalizer', 'needed_state', 'Criteria', 'as_criteria', 'squared_input', 'evaluating', 'call_with',
+           'input_norms']
 
 # %% ../nbs/02_criteria.ipynb #cbc90271
 import inspect
@@ -201,9 +202,18 @@ def evaluating(model:nn.Module, handles):
         for h in handles: h.remove()
         for m,t in modes.items(): m.training = t
 
+def _to(b, device):
+    if isinstance(b, dict): return {k: _to(v, device) for k,v in b.items()}
+    return [_to(x, device) for x in b] if isinstance(b, (tuple,list)) else b.to(device)
+
+def call_with(model, batch):
+    "Call `model` with a batch: a tensor, a tuple or list of arguments, or a dict of them by name"
+    if isinstance(batch, dict): return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple,list)) else model(batch)
+
 def input_norms(
     model:nn.Module,
-    data, # A batch: a tensor, or a tuple whose last item is the target; or batches, in a list or `DataLoader`
+    data, # A batch: a tensor, a dict of arguments, or a tuple whose last item is the target; or batches, in a list or `DataLoader`
     layers, # Name -> layer, those to measure
 ):
     "Layer -> l2 norm of what each of its weights meets over `data`; the model runs in eval mode, which is undone after"
@@ -211,8 +221,8 @@ def input_norms(
     def hook(m, args): total[m] = total.get(m, 0) + squared_input(m, args[0])
     device = next((p.device for p in model.parameters()), 'cpu')
     with evaluating(model, [m.register_forward_pre_hook(hook) for m in layers.values()]):
-        for b in ([data] if isinstance(data, (torch.Tensor, tuple)) else data):
-            inputs = (b[:-1] or b) if isinstance(b, (tuple,list)) else [b]
-            model(*(x.to(device) for x in inputs))
+        for b in ([data] if isinstance(data, (torch.Tensor, tuple, dict)) else data):
+            if isinstance(b, (tuple,list)): b = b[:-1] or b   # without the target
+            call_with(model, _to(b, device))
     if missed := [n for n,m in layers.items() if m not in total]: raise ValueError(f"No batch of data= reaches {missed}: name the other layers, or use another criterion")
     return {m: t.sqrt() for m,t in total.items()}

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
-from .criteria import evaluating
+from .criteria import call_with, evaluating
 from .granularity import Granularities, weight_names
 from .graph import n_outputs
 from .masks import get_mask, unmaskable
@@ -56,7 +56,7 @@ def _weights_used(m):
 
 def weight_uses(
     model:nn.Module,
-    example_input, # A batch (tensor, or tuple of the arguments of `forward`)
+    example_input, # A batch (tensor, or tuple or dict of the arguments of `forward`)
 ):
     "`id` of a weight -> how often each of its elements is used in one pass over `example_input`"
     uses, fast = {}, torch.backends.mha.get_fastpath_enabled()
@@ -66,7 +66,7 @@ def weight_uses(
     handles = [m.register_forward_hook(hook, with_kwargs=True) for m in model.modules() if Granularities.has(m)]
     try:
         torch.backends.mha.set_fastpath_enabled(False)   # it calls no module that could be counted
-        with evaluating(model, handles): model(*(example_input if isinstance(example_input, (tuple,list)) else (example_input,)))
+        with evaluating(model, handles): call_with(model, example_input)
     finally: torch.backends.mha.set_fastpath_enabled(fast)
     return uses
 

@@ -125,6 +125,7 @@ def unmaskable(
     if f'{name}_orig' in m._parameters: return f'is computed from {name}_orig (torch.nn.utils.prune or spectral_norm): remove that first'
     if f'{name}_g' in m._parameters: return 'is weight-normed: call remove_weight_norm first'
     if p is None and 'quantized' in type(m).__module__: return 'is quantized: sparsify before quantizing'
+    if p is None and torch.is_tensor(getattr(m, name, None)): return f'has {name} computed by another module (as WeightDropout does)'
     if p is None: return f'has no parameter {name!r}'
     if is_lazy(p): return 'is lazy: pass one batch through the model first'
     if p.is_meta: return 'is on the meta device: materialize the model first'

@@ -900,3 +900,13 @@ def test_metrics_stay_where_they_are():
     learn = fit(learner(), 1, sparse())
     assert list(learn.recorder.metric_names) == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'time']
     assert len(learn.final_record) == 3
+
+# --- wrapped models
+
+def test_data_parallel_is_looked_through(tmp_path):
+    learn, cb = learner(model=nn.DataParallel(convnet())), sparse({'0': 50, '3': 90})
+    fit(learn, 2, cb)
+    assert [int((w==0).sum()) for w in weights(learn.model)] == [72, n_zeros(.9, 1152)]
+    cb.sparsifier.save_model(tmp_path/'m.pth', weights_only=True)
+    convnet().load_state_dict(torch.load(tmp_path/'m.pth'))
+    with pytest.warns(UserWarning, match='0.00% sparse'): learn.model.module.load_state_dict(convnet().state_dict())

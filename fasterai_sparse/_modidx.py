@@ -370,6 +370,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'fasterai_sparse/sparsifier.py'),
                                             'fasterai_sparse.sparsifier.check_whole': ( 'sparsifier.html#check_whole',
                                                                                         'fasterai_sparse/sparsifier.py'),
+                                            'fasterai_sparse.sparsifier.masks_from_zeros': ( 'sparsifier.html#masks_from_zeros',
+                                                                                             'fasterai_sparse/sparsifier.py'),
                                             'fasterai_sparse.sparsifier.rounded_keep': ( 'sparsifier.html#rounded_keep',
                                                                                          'fasterai_sparse/sparsifier.py')},
             'fasterai_sparse.sparsify_callback': { 'fasterai_sparse.sparsify_callback.KeepMasks': ( 'sparsify_callback.html#keepmasks',

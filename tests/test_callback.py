@@ -910,3 +910,11 @@ def test_data_parallel_is_looked_through(tmp_path):
     cb.sparsifier.save_model(tmp_path/'m.pth', weights_only=True)
     convnet().load_state_dict(torch.load(tmp_path/'m.pth'))
     with pytest.warns(UserWarning, match='0.00% sparse'): learn.model.module.load_state_dict(convnet().state_dict())
+
+def test_zeros_from_a_file_are_held(tmp_path):
+    learn = fit(learner(), 2, sparse())
+    torch.save(learn.model.state_dict(), tmp_path/'m.pth')
+    fresh = learner(cbs=KeepMasks())
+    fresh.model.load_state_dict(torch.load(tmp_path/'m.pth'))
+    masks_from_zeros(fresh.model)
+    assert zeros(fit(fresh, 2).model) == n_zeros(.9, N) and all_same(masks(fresh.model), masks(learn.model))

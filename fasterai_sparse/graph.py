@@ -8,7 +8,6 @@ __all__ = ['traced_parts', 'n_outputs', 'batchnorms_after']
 # %% ../nbs/05_graph.ipynb #36a3b8ad
 from collections import defaultdict
 
-import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 

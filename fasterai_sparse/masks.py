@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['as_ratio', 'n_zeros', 'kth_largest', 'has_nan', 'n_true', 'top_k_mask', 'unmaskable', 'get_mask', 'masked_params',
-           'apply_masks', 'set_mask', 'mask_sparsity', 'watch_loads', 'remove_masks', 'masks_off']
+           'zero_masked', 'apply_masks', 'set_mask', 'mask_sparsity', 'watch_loads', 'remove_masks', 'masks_off']
 
 # %% ../nbs/00_masks.ipynb #900367e9
 import math, warnings
@@ -144,8 +144,8 @@ def masked_params(model):
             if p is not None and mask is not None: yield m, b.removesuffix('_mask'), p, mask
 
 # %% ../nbs/00_masks.ipynb #6e33413f
-def _multiply(p, mask):
-    "`p` times `mask` in place; as bytes, a bool mask is twice as fast"
+def zero_masked(p, mask):
+    "Zero in place what `mask` drops from `p`; as bytes, a bool mask is twice as fast"
     p.mul_(mask.view(torch.uint8) if mask.dtype==torch.bool else mask)
 
 def apply_masks(
@@ -156,7 +156,7 @@ def apply_masks(
     "Zero what the masks in `module` drop; with `inplace=False`, return the masked tensors instead"
     if not inplace: return [p*mask for *_,p,mask in masked_params(module)]
     with torch.no_grad():
-        for *_,p,mask in masked_params(module): _multiply(p, mask)
+        for *_,p,mask in masked_params(module): zero_masked(p, mask)
 
 # %% ../nbs/00_masks.ipynb #daff8910
 def _any_live_zero(p, mask):
@@ -191,7 +191,7 @@ def set_mask(
     get_mask(m, name).copy_(mask)
     mask = mask.to(p.device).bool()
     if name != 'bias': _lift_live_zeros(p, mask)
-    if p.sum().isfinite(): _multiply(p, mask)
+    if p.sum().isfinite(): zero_masked(p, mask)
     else: p.masked_fill_(~mask, 0)   # inf times 0 would be NaN
 
 # %% ../nbs/00_masks.ipynb #5be9944a
@@ -212,7 +212,7 @@ def _masks_follow(m, incompatible_keys):
     old = {n: k.bool().clone() for o,n,_,k in masked_params(m) if o is m}
     for name,was in old.items():
         p, mask = m._parameters[name], get_mask(m, name)
-        if f'{name}_mask' not in m._non_persistent_buffers_set: _multiply(p, mask)
+        if f'{name}_mask' not in m._non_persistent_buffers_set: zero_masked(p, mask)
         elif name == 'bias' and 'weight' in old: mask.copy_(_bias_follows(p, was, old['weight'], m._parameters['weight'] != 0))
         else: mask.copy_(p != 0)
 

@@ -8,13 +8,13 @@ __all__ = ['maskable_weights', 'weight_uses', 'packed_bytes', 'sparsity_report',
 # %% ../nbs/06_report.ipynb #fe49ea4c
 import pandas as pd, torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
 from .criteria import call_with, evaluating
 from .granularity import Granularities, weight_names
 from .graph import n_outputs
-from .masks import get_mask, unmaskable
+from .masks import get_mask, n_true, unmaskable
 
 # %% ../nbs/06_report.ipynb #96b3794e
 def _matches(m, layer_type): return Granularities.has(m) if layer_type is None else isinstance(m, layer_type)
@@ -75,15 +75,16 @@ def packed_bytes(n, n_nonzero, itemsize):
     "Bytes of `n` weights stored as a bitmask and the values that are not zero, or dense where that is smaller"
     return min(n*itemsize, -(-n//8) + n_nonzero*itemsize)
 
-def _mask_note(mask, w):
+def _mask_note(mask, nonzero):
     if mask is None: return 'no mask'
-    return 'weights under the mask are not zero: train with KeepMasks, or call apply_masks' if (w.detach()[~mask.bool()] != 0).any() else ''
+    return 'weights under the mask are not zero: train with KeepMasks, or call apply_masks' if (nonzero & ~mask.bool()).any() else ''
 
 def _row(name, m, pname, uses, notes):
     w = getattr(m, pname, None)
     known = torch.is_tensor(w) and not is_lazy(w) and not w.is_meta and w.layout == torch.strided
-    n, nnz, size = (w.numel(), int((w.detach() != 0).count_nonzero()), w.element_size()) if known else (0, 0, 0)
-    note = notes.get(name) or unmaskable(m, pname) or _mask_note(get_mask(m, pname), w)
+    nonzero = w.detach() != 0 if known else torch.zeros(0, dtype=torch.bool)
+    n, nnz, size = nonzero.numel(), n_true(nonzero), w.element_size() if known else 0
+    note = notes.get(name) or unmaskable(m, pname) or _mask_note(get_mask(m, pname), nonzero)
     row = dict(layer=name, type=type(m).__name__, params=n, zeros=n-nnz, sparsity=100*(n-nnz)/n if n else 0.,
                bytes=n*size, packed_bytes=packed_bytes(n, nnz, size))
     if uses is not None: row.update({k: 2*count*uses.get(id(_weight(m, pname)), 0) for k,count in (('flops', n), ('sparse_flops', nnz))})

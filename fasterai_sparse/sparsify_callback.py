@@ -58,7 +58,7 @@ class KeepMasks(Callback):
     def before_step(self):
         if not self.reads_norms or self.spare_grads: return
         for _,_,p,mask in masked_params(self.model):
-            if p.grad is not None: p.grad.mul_(mask)
+            if p.grad is not None: zero_masked(p.grad, mask)
 
     def after_step(self): apply_masks(self.model)
 

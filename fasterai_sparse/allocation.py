@@ -11,7 +11,7 @@ from fractions import Fraction
 
 import numpy as np, torch
 
-from .masks import as_ratio, n_zeros
+from .masks import as_ratio, n_zeros, sunk
 
 # %% ../nbs/03_allocation.ipynb #6a3852da
 def uniform_sparsity(params, model_sparsity, **kwargs):
@@ -29,16 +29,24 @@ def _drop_sorted(scores, sizes, budget):
     return [int(d.sum()) for d in dropped.split(ns)]
 
 # %% ../nbs/03_allocation.ipynb #4e819286
-def _bracket(arrays, sizes, budget):
+def _bracket(arrays, sizes, budget, among):
     "Two values of a sample between which the threshold should lie"
     step = sum(map(len, arrays))//100_000 + 1
-    vals = np.concatenate([a[::step] for a in arrays])
-    weights = np.repeat(np.array(sizes, dtype=np.int64), [len(a[::step]) for a in arrays])
-    order = vals.argsort()
-    at, slack = np.searchsorted(weights[order].cumsum()*step, budget), len(vals)//250 + 1
-    return vals[order[max(at-slack, 0)]], vals[order[min(at+slack, len(vals)-1)]]
+    parts = [a[::step] if l is None else a[::step][l[::step]] for a,l in zip(arrays, among)]
+    vals = np.concatenate(parts)
+    slack = len(vals)//250 + 1
+    if len(set(sizes)) == 1: vals, at = np.sort(vals), budget//(sizes[0]*step)
+    else:
+        weights, order = np.repeat(np.array(sizes, dtype=np.int64), list(map(len, parts))), vals.argsort()
+        vals, at = vals[order], np.searchsorted(weights[order].cumsum()*step, budget)
+    return (vals[max(at-slack, 0)], vals[min(at+slack, len(vals)-1)]) if len(vals) else (-np.inf, np.inf)
 
-def _between(arrays, lo, hi): return [np.count_nonzero(a<lo) for a in arrays], [a[(a>=lo) & (a<=hi)] for a in arrays]
+def _of(mask, live): return mask if live is None else np.logical_and(mask, live, out=mask)
+
+def _between(arrays, lo, hi, among):
+    "How many of each of the `arrays` lie below `lo`, and what lies from `lo` to `hi`"
+    below, reach = [_of(a<lo, l) for a,l in zip(arrays, among)], [_of(a<=hi, l) for a,l in zip(arrays, among)]
+    return [np.count_nonzero(b) for b in below], [a[np.flatnonzero(b ^ r)] for a,b,r in zip(arrays, below, reach)]
 
 def _weigh(counts, sizes): return sum(int(c)*z for c,z in zip(counts, sizes))
 
@@ -52,15 +60,18 @@ def _threshold(parts, sizes, budget):
         else: last = mid-1
     return vals[first]
 
-def _drop_counted(scores, sizes, budget):
+def _drop_counted(scores, sizes, budget, live):
     "`_drop_sorted`, by counting"
-    arrays = [s.reshape(-1).numpy() for s in scores]
-    below, parts = _between(arrays, *_bracket(arrays, sizes, budget))
-    if not 0 <= budget-_weigh(below, sizes) < _weigh(map(len, parts), sizes): below, parts = [0]*len(arrays), arrays
+    arrays, among = [s.reshape(-1).numpy() for s in scores], [None if l is None else l.reshape(-1).numpy() for l in live]
+    dead = [0 if l is None else len(l)-np.count_nonzero(l) for l in among]
+    budget -= _weigh(dead, sizes)
+    if budget == 0: return dead
+    below, parts = _between(arrays, *_bracket(arrays, sizes, budget, among), among)
+    if not 0 <= budget-_weigh(below, sizes) < _weigh(map(len, parts), sizes): below, parts = _between(arrays, -np.inf, np.inf, among)
     rest = budget - _weigh(below, sizes)
     thr = _threshold(parts, sizes, rest)
     more = [np.count_nonzero(p<thr) for p in parts]
-    counts, rest = [b+m for b,m in zip(below, more)], rest-_weigh(more, sizes)
+    counts, rest = [d+b+m for d,b,m in zip(dead, below, more)], rest-_weigh(more, sizes)
     for i in reversed(range(len(parts))):   # ties: the last come first
         ties = np.count_nonzero(parts[i]==thr)
         n = min(ties, rest//sizes[i])
@@ -68,26 +79,28 @@ def _drop_counted(scores, sizes, budget):
         if n < ties: break
     return counts
 
-def _drop_ranked(scores, sizes, budget):
-    "Number of groups each layer drops, in one ranking of all"
-    return (_drop_counted if scores[0].is_cpu else _drop_sorted)(scores, sizes, budget)
+def _drop_ranked(scores, sizes, budget, live):
+    "Number of groups each layer drops, in one ranking of all; what is not `live` comes first"
+    if scores[0].is_cpu: return _drop_counted(scores, sizes, budget, live)
+    return _drop_sorted([s if l is None else sunk(s, l) for s,l in zip(scores, live)], sizes, budget)
 
 # %% ../nbs/03_allocation.ipynb #a8b22b32
-def _spared(s):
+def _spared(s, live):
     "Scores `s` with the best group of the layer out of competition"
-    s = s.clone()
+    s = s.clone() if live is None else sunk(s, live)
     s.view(-1)[s.argmax()] = math.inf
     return s
 
-def global_sparsity(params, model_sparsity, *, scores, sizes, names=None, emptied=None, **kwargs):
-    "The sparsity of each layer in one ranking of the groups of all layers; none is emptied below a sparsity of 1 (`emptied` would be)"
-    budget, scores = n_zeros(model_sparsity, sum(p.numel() for p in params)), list(scores)
-    dropped, spared = _drop_ranked(scores, sizes, budget), set()
+def global_sparsity(params, model_sparsity, *, scores, sizes, live=None, names=None, emptied=None, **kwargs):
+    """The sparsity of each layer in one ranking of the groups of all layers; none is emptied below a sparsity of 1 (`emptied` would be).
+    Groups that are not `live` (bool tensors, or None where all are) come first."""
+    budget, scores, live = n_zeros(model_sparsity, sum(p.numel() for p in params)), list(scores), live or [None]*len(params)
+    dropped, spared = _drop_ranked(scores, sizes, budget, live), set()
     whole_layers = all(s.numel()==1 for s in scores)   # granularity 'layer': to empty them is what is asked
     while model_sparsity < 1 and not whole_layers and (empty := {i for i,(d,s) in enumerate(zip(dropped, scores)) if d==s.numel()} - spared):
-        for i in empty: scores[i] = _spared(scores[i])
+        for i in empty: scores[i] = _spared(scores[i], live[i])
         spared |= empty
-        dropped = _drop_ranked(scores, sizes, min(budget, sum(p.numel() for p in params) - sum(sizes[i] for i in spared)))
+        dropped = _drop_ranked(scores, sizes, min(budget, sum(p.numel() for p in params) - sum(sizes[i] for i in spared)), live)
     if emptied is not None: emptied |= {names[i] for i in spared}
     return [Fraction(d, s.numel()) for d,s in zip(dropped, scores)]
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
-from .masks import n_true, top_k_mask
+from .masks import n_true, sunk, top_k_mask
 
 # %% ../nbs/01_granularity.ipynb #e98f0cad
 _conv_groups = dict(weight='', shared_weight='o', channel='i', column='h', row='w', vector='w', kernel='dhw', filter='idhw',
@@ -101,6 +101,13 @@ class Spanning:
     def size(self, shape): return math.prod(shape[d] for d in self.dims)
     def reduce(self, scores, how): return how(scores, self.dims) if self.dims else scores
     def expand(self, mask, shape): return mask.expand(shape)
+    def drop(self, full, dropped):
+        "The mask of weights `full` without the groups that are True in `dropped`"
+        n = dropped.numel()
+        if self.dims != tuple(range(full.dim()-len(self.dims), full.dim())) or not full.is_contiguous(): return full & ~dropped
+        full = full.clone()
+        full.view(n, -1)[dropped.flatten().nonzero()[:,0]] = False   # quicker than to expand what is dropped
+        return full
     def select(self, scores, n_keep, live=None, revival=None):
         n_live = scores.numel() if live is None else n_true(live)
         return top_k_mask(scores, n_keep, live) if n_keep <= n_live else live | top_k_mask(revival(), n_keep-n_live, ~live)
@@ -135,20 +142,22 @@ class block:
         full = mask.expand(-1, self.rows, -1, self.cols)
         return full.reshape(moved).movedim(0, out)
 
+    def drop(self, full, dropped): return full & ~self.expand(dropped, full.shape)
+
     select = Spanning.select
 
 # %% ../nbs/01_granularity.ipynb #b26b94f4
-def _rank_in_group(s):
-    "Rank of each element along the last dimension, highest first, ties to the lowest index"
-    m = s.shape[-1]
-    if m > 16: return s.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+def _best_of(s, n):
+    "Bool tensor of the `n` highest along the first dimension of `s`, ties to the lowest index"
+    m = len(s)
+    if m > 16: return s.argsort(dim=0, descending=True, stable=True).argsort(dim=0) < n
     rank = torch.zeros_like(s, dtype=torch.uint8)
     for j in range(m):
         for k in range(j+1, m):
-            first = s[...,j] >= s[...,k]
-            rank[...,k] += first
-            rank[...,j] += ~first
-    return rank
+            first = s[j] >= s[k]
+            rank[k] += first
+            rank[j] += ~first
+    return rank < n
 
 @dataclass(frozen=True)
 class NM:
@@ -168,25 +177,36 @@ class NM:
     def size(self, shape): return 1
     def reduce(self, scores, how): return scores
     def expand(self, mask, shape): return mask
-    def groups(self, t): return t.movedim(self.axes[1], -1).unflatten(-1, (-1, self.m))
+
+    def planes(self, t):
+        "`t` as (m, …): the first, second, … of each group, contiguous"
+        a = self.axes[1]
+        return t.unflatten(a, (-1, self.m)).movedim(a+1, 0).contiguous()
+
+    def unplane(self, t):
+        "What `planes` made of a tensor, undone"
+        a = self.axes[1]
+        return t.movedim(0, a+1).flatten(a, a+1)
 
     def misfit(self, shape):
         if shape[self.axes[1]] % self.m: return f'{shape[self.axes[1]]} inputs are no multiple of {self.m}'
 
     def select(self, scores, n_keep, live=None, revival=None):
-        live = torch.ones_like(scores, dtype=torch.bool) if live is None else live
-        s, alive = self.groups(scores.masked_fill(~live, -math.inf)), self.groups(live)
-        met, n_met = alive.sum(-1) <= self.n, -(-(scores.numel()-n_keep)//(self.m-self.n))   # groups that meet the pattern, now and then
+        s = self.planes(scores if live is None else sunk(scores, live))
+        alive = torch.ones_like(s, dtype=torch.bool) if live is None else self.planes(live)
+        met, n_met = sum(p.to(torch.int16) for p in alive) <= self.n, -(-(scores.numel()-n_keep)//(self.m-self.n))   # groups that meet the pattern, now and then
         if n_met > met.numel(): raise ValueError(f"{self} keeps {met.numel()*self.n} of {scores.numel()} weights at least, not {n_keep}")
-        kept = (_rank_in_group(s) < self.n) & alive
+        kept = _best_of(s, self.n) & alive
         if n_met < (n := n_true(met)):
-            freed = top_k_mask(self.groups(revival()).sum(-1), n-n_met, met)
+            freed = top_k_mask(self.planes(revival()).sum(0), n-n_met, met)
             met = met & ~freed
-            alive = alive | freed[...,None]
-        else:
-            loss = s.masked_fill(kept | ~alive, 0).sum(-1).masked_fill_(met, -math.inf)
-            met = top_k_mask(-loss, n_met)
-        return torch.where(met[...,None], kept, alive).flatten(-2).movedim(-1, self.axes[1])
+            alive = alive | freed
+        else: met = met | top_k_mask(-_lost(s, alive & ~kept), n_met-n, ~met)
+        return self.unplane(kept | alive & ~met)
+
+def _lost(s, dropped):
+    "Sum of the scores that each group would lose; the very large count as very large, not as infinite"
+    return sum(p.clamp(-1e30, 1e30).mul_(d.view(torch.uint8)) for p,d in zip(s, dropped))
 
 # %% ../nbs/01_granularity.ipynb #b44124ba
 def group_weights(

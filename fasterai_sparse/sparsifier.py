@@ -81,7 +81,7 @@ class Sparsifier:
         self._find_layers()
         drops = [m for n,(m,_) in self.layers.items() if drops_outputs(m, self.groups[n])]
         self.batchnorms, self.unknown = batchnorms_after(model) if drops else ({}, set())
-        self.init, self.prev, self.opt, self.n_calls, self._history = {}, {}, None, 0, [] if undo else None
+        self.init, self.prev, self.opt, self.n_calls, self._history, self._lives = {}, {}, None, 0, [] if undo else None, {}
         for k in {'init', 'prev'} & self.criteria.needs: setattr(self, k, {n: self.param(n).detach().clone() for n in self.layers})
         self.spared = set() # Layers that keep a group only because they would be empty without it
 
@@ -159,7 +159,12 @@ def scores(self:Sparsifier, name, norms):
 def live(self:Sparsifier, name):
     "Mask of the groups of the layer called `name` that hold a live weight, or None where nothing is masked"
     mask = get_mask(*self.layers[name])
-    return mask if mask is None else self.groups[name].reduce(mask.bool(), lambda t,d: t.any(d, keepdim=True))
+    if mask is None: return
+    seen, version, live = self._lives.get(name, (None, None, None))
+    if seen is not mask or version != mask._version:
+        live = self.groups[name].reduce(mask.bool(), lambda t,d: t.any(d, keepdim=True))
+        self._lives[name] = mask, mask._version, live
+    return live
 
 @patch
 def revival(self:Sparsifier, name):
@@ -179,12 +184,20 @@ def new_mask(self:Sparsifier,
 
 # %% ../nbs/07_sparsifier.ipynb #4c70aabc
 @patch
+def _expanded(self:Sparsifier, name, mask, old):
+    "The mask of groups `mask` as one of weights, without those that had been dropped by themselves"
+    g, p = self.groups[name], self.param(name)
+    if old is None or g.size(p.shape) == 1: return g.expand(mask, p.shape)
+    live = self.live(name)
+    if (mask & ~live).any(): return g.expand(mask, p.shape) & (old.bool() | ~g.expand(live, p.shape))
+    return g.drop(old.bool(), live & ~mask)
+
+@patch
 def _changes(self:Sparsifier, name, mask):
     "Yield (module, parameter name, full mask) for the layer's weight and all that falls with its outputs"
     m, p = self.layers[name]
     g, old = self.groups[name], get_mask(m, p)
-    full = g.expand(mask, m._parameters[p].shape)
-    if old is not None and g != Spanning(): full = full & (old.bool() | ~g.expand(self.live(name), full.shape))
+    full = self._expanded(name, mask, old)
     yield m, p, full
     if not drops_outputs(m, g): return
     channels = dropped_outputs(m, mask)
@@ -270,13 +283,14 @@ def check(self:Sparsifier, target, round_to=None):
         raise ValueError(f"{self.granularity} makes a layer {self.granularity.max_sparsity:.2%} sparse at most, not {float(most):.2%}")
 
 @patch
-def _ranking(self:Sparsifier, scores, n_zero):
-    "The scores as an allocation sees them: the dropped come last while sparsity rises, the live are beyond rank when it falls"
+def _ranking(self:Sparsifier, scores, n_zero, allocation):
+    "What an allocation sees of the scores: the dropped come last while sparsity rises, the live are beyond rank when it falls"
     lives = {n: l for n in scores if (l := self.live(n)) is not None}
-    n_dead = sum(self.groups[n].size(self.param(n).shape)*n_true(~l) for n,l in lives.items())
+    n_dead = sum(self.groups[n].size(self.param(n).shape)*(l.numel()-n_true(l)) for n,l in lives.items())
     rises = n_zero >= n_dead
-    pick = lambda n,s: s if n not in lives else torch.where(lives[n], s, -math.inf) if rises else torch.where(lives[n], math.inf, self.revival(n))
-    return [pick(n, s) for n,s in scores.items()]
+    if rises and wants(allocation, 'live'): return dict(scores=list(scores.values()), live=[lives.get(n) for n in scores])
+    pick = lambda n,s: s if n not in lives else sunk(s, lives[n]) if rises else torch.where(lives[n], math.inf, self.revival(n))
+    return dict(scores=[pick(n, s) for n,s in scores.items()])
 
 @patch
 def _plan(self:Sparsifier, names, allocation, fraction, round_to, norms):
@@ -286,9 +300,9 @@ def _plan(self:Sparsifier, names, allocation, fraction, round_to, norms):
     scores, state = {}, dict(names=names, sizes=sizes, emptied=self.spared)
     if wants(allocation, 'scores'):
         scores = {n: self.scores(n, norms) for n in names}
-        state['scores'] = self._ranking(scores, n_zeros(fraction, sum(p.numel() for p in params)))
+        state |= self._ranking(scores, n_zeros(fraction, sum(p.numel() for p in params)), allocation)
     fractions, counts = list(allocation(params, fraction, **takes(allocation, **state))), [p.numel()//z for p,z in zip(params, sizes)]
-    now = [0 if (live := self.live(n)) is None else n_true(~live) for n in names]
+    now = [0 if (live := self.live(n)) is None else live.numel()-n_true(live) for n in names]
     for n,f,n_groups,d in zip(names, fractions, counts, n_dropped(fractions, counts, sizes, now)):
         if n_groups-d == 1 and n_zeros(f, n_groups) > d: self.spared.add(n)
         yield n, scores[n] if n in scores else self.scores(n, norms), rounded_keep(f, n_groups, round_to) if round_to else n_groups-d
@@ -309,6 +323,9 @@ def apply(self:Sparsifier,
     jobs = [([n], uniform_sparsity, f) for n,f in target.items()] if isinstance(target, dict) else [(list(per_layer), self.allocation, target)]
     plan = [(n, self.new_mask(n, s, k)) for job in jobs for n,s,k in self._plan(*job, round_to, norms)]
     self._set([c for n,mask in plan for c in self._changes(n, mask)], on_change)
+    for n,mask in plan:
+        full = get_mask(*self.layers[n])
+        self._lives[n] = full, full._version, mask if self.groups[n].size(full.shape) > 1 else full.bool()
     for n in per_layer:
         if self.prev: self.prev[n].copy_(self.param(n))
     self.n_calls += 1

@@ -8,7 +8,7 @@ __all__ = ['clear_opt_state', 'KeepMasks', 'bake_masks', 'SparsifyCallback']
 # %% ../nbs/08_sparsify_callback.ipynb #f1f475a6
 from fractions import Fraction
 
-import torch
+import numpy as np, torch
 from fastai.basics import *
 from fastai.callback.training import GradientClip
 from torch import nn
@@ -28,6 +28,15 @@ def _state_of(opt, p):
     *_,inner = _chain(opt)
     return inner.state.get(p, {})
 
+def _past_of(opt, p):
+    "All that the optimizers keep of each element of `p`: tensors of its shape"
+    for s in _state_of(opt, p).values():
+        if torch.is_tensor(s) and s.shape == p.shape: yield s
+    for o in _chain(opt):
+        for slow,fast in zip(getattr(o, 'slow_weights', None) or [], o.param_lists if hasattr(o, 'slow_weights') else []):
+            for s,f in zip(slow, fast):
+                if f is p: yield s
+
 @torch.no_grad()
 def clear_opt_state(
     opt, # The learner's optimizer: fastai's, wrapped or not
@@ -35,12 +44,11 @@ def clear_opt_state(
     changed, # Bool mask of the weights whose past is to be forgotten
 ):
     "Zero all of the optimizer's state of `p` where `changed`"
-    for s in _state_of(opt, p).values():
-        if torch.is_tensor(s) and s.shape == p.shape: s.masked_fill_(changed, 0)
-    for o in _chain(opt):
-        for slow,fast in zip(getattr(o, 'slow_weights', None) or [], o.param_lists if hasattr(o, 'slow_weights') else []):
-            for s,f in zip(slow, fast):
-                if f is p: s.masked_fill_(changed, 0)
+    past = list(_past_of(opt, p))
+    few = torch.from_numpy(np.flatnonzero(changed.numpy())) if past and p.is_cpu else None   # quicker than a mask where little changes
+    for s in past:
+        if few is not None and s.is_contiguous(): s.view(-1).index_fill_(0, few, 0)
+        else: s.masked_fill_(changed, 0)
 
 # %% ../nbs/08_sparsify_callback.ipynb #9bdb57eb
 class KeepMasks(Callback):

@@ -86,17 +86,30 @@ def test_drop_counted_is_drop_sorted(seed):
         sizes = [pick([1, 1, 2, 3, 9, 50]) for _ in scores]
         total = sum(z*len(s) for s,z in zip(scores, sizes))
         for budget in (0, total, rand(0, total), rand(0, total)):
-            assert _drop_counted(scores, sizes, budget) == _drop_sorted(scores, sizes, budget)
+            assert _drop_counted(scores, sizes, budget, [None]*len(scores)) == _drop_sorted(scores, sizes, budget)
+
+@seeds
+def test_drop_counted_takes_the_dead_first(seed):
+    torch.manual_seed(seed)
+    for _ in range(20):
+        scores = [random_scores(rand(1, 300), pick([None, 1, 2, 6])) for _ in range(rand(1,6))]
+        sizes = [pick([1, 1, 2, 3, 9, 50]) for _ in scores]
+        live = [pick([None, torch.rand(s.shape) > .4]) for s in scores]
+        sunken = [s if l is None else torch.where(l, s, -torch.inf) for s,l in zip(scores, live)]
+        dead = sum(z*int((~l).sum()) for z,l in zip(sizes, live) if l is not None)
+        total = sum(z*len(s) for s,z in zip(scores, sizes))
+        for budget in (dead, total, rand(dead, total), rand(dead, total)):
+            assert _drop_counted(scores, sizes, budget, live) == _drop_sorted(sunken, sizes, budget)
 
 def test_drop_counted_of_many():
     scores = [torch.randn(150_000), torch.randn(90_000)*3, torch.randn(2_000).relu()]
     for budget in (5, 100_000, 300_000, 401_000):
-        assert _drop_counted(scores, [1,3,2], budget) == _drop_sorted(scores, [1,3,2], budget)
+        assert _drop_counted(scores, [1,3,2], budget, [None]*3) == _drop_sorted(scores, [1,3,2], budget)
 
 def test_dropped_groups_fit_the_budget():
     scores, sizes = [random_scores(500), random_scores(300, 4)], [2, 7]
     for budget in range(0, 3100, 111):
-        assert 0 <= budget - sum(d*z for d,z in zip(_drop_ranked(scores, sizes, budget), sizes)) < 7
+        assert 0 <= budget - sum(d*z for d,z in zip(_drop_ranked(scores, sizes, budget, [None]*2), sizes)) < 7
 
 @contexts
 @pytest.mark.parametrize('seed', range(25))

@@ -1,0 +1,120 @@
+"Run by test_distributed.py on two ranks, with the names of criteria: prints what each fit left behind, as JSON"
+import hashlib, json, os, sys, types
+
+os.environ['ACCELERATE_USE_CPU'] = 'true'
+
+import torch.distributed as dist
+from fastai.basics import LongTensor
+from torch.nn.parallel import DistributedDataParallel
+
+class Accelerator:
+    "What fastai asks of accelerate, where that is not installed"
+    def __init__(self): dist.is_initialized() or dist.init_process_group('gloo')
+    def prepare(self, model): return DistributedDataParallel(model)
+    def backward(self, loss): loss.backward()
+
+try: import accelerate
+except ModuleNotFoundError:
+    accelerate = sys.modules['accelerate'] = types.ModuleType('accelerate')
+    accelerate.Accelerator = Accelerator
+
+from fastai.basics import CancelStepException
+from fastai.callback.tracker import SaveModelCallback
+from fastai.distributed import DistributedDL
+
+import fasterai_sparse.criteria
+from callback_helpers import *
+
+def broadcast(self, t, rank):
+    t = LongTensor(t)
+    dist.broadcast(t, rank)
+    return t.tolist()
+
+DistributedDL._broadcast = broadcast   # fastai's sends it to a GPU first
+
+def digest(ts): return hashlib.sha1(b''.join(t.detach().contiguous().numpy().tobytes() for t in ts)).hexdigest()
+
+class Noted(Sparsifier):
+    "Notes its masks after each update"
+    def apply(self, *args, **kwargs):
+        super().apply(*args, **kwargs)
+        self.__dict__.setdefault('noted', []).append(digest(masks(self.model)))
+
+def items(n):
+    g = torch.Generator().manual_seed(0)
+    return list(zip(torch.randn(n, 2, 6, 6, generator=g), torch.randint(4, (n,), generator=g)))
+
+def make(net=convnet):
+    set_seed(dist.get_rank())   # nothing but the data is the same on both ranks
+    return Learner(DataLoaders(DataLoader(items(48), bs=4, shuffle=True), DataLoader(items(8), bs=4), device='cpu'), net(),
+                   loss_func=CrossEntropyLossFlat(), lr=1e-2)
+
+def gathered(o):
+    both = [None]*2
+    dist.all_gather_object(both, o)
+    return both
+
+def train(learn, *cbs, n_epoch=2):
+    batches, seen = collect('before_batch', lambda learn: (dist.get_world_size(), type(learn.model).__name__, len(learn.xb[0])))
+    with learn.distrib_ctx(sync_bn=False, in_notebook=False): fit(learn, n_epoch, [batches, *cbs])
+    assert seen == [(2, 'DistributedDataParallel', 4)]*6*n_epoch
+    return learn
+
+def left(learn, cb):
+    noted, ws = gathered(cb.sparsifier.noted), gathered(digest(learn.model.parameters()))
+    return dict(updates=len(noted[0]), masks=noted[0] == noted[1], weights=ws[0] == ws[1], zeros=gathered(zeros(learn.model)))
+
+def sparse80(**kwargs): return sparse(80, update_every=2, sparsifier=Noted, data=torch.stack([x for x,_ in items(16)]), **kwargs)
+
+def run(learn=None, net=convnet, cbs=(), **kwargs):
+    cb = sparse80(**kwargs)
+    return left(train(learn or make(net), cb, *cbs), cb)
+
+def twice():
+    "A fit, a plain one and one to a higher target: the masks are there when the model is wrapped again"
+    learn = train(make(), sparse(50))
+    n = zeros(train(learn).model)
+    return dict(run(learn), plain=n)
+
+def named():
+    learn, cb = make(), sparse({'0': 50, '3': 75}, sparsifier=Noted, verbose=True)
+    out = said(lambda: train(learn, cb))
+    return dict(left(learn, cb), counts=[int((w==0).sum()) for w in weights(learn.model)], out=gathered(out))
+
+def filters():
+    learn, cb = make(), sparse(50, granularity='filter', criteria=grad_crit, sparsifier=Noted)
+    return dict(left(train(learn, cb), cb), counts=[int(dead_filters(w).sum()) for w in weights(learn.model)])
+
+def back_to_dense(): return run(schedule=dsd)
+
+def reloaded():
+    "SaveModelCallback loads on all ranks what the first has saved"
+    return run(criteria=movement, cbs=[SaveModelCallback(with_opt=True)])
+
+def loader_as_data():
+    learn = make(unnormed)
+    cb = sparse(80, criteria=wanda, data=learn.dls.valid, sparsifier=Noted)
+    return left(train(learn, cb), cb)
+
+def unnormed(): return nn.Sequential(*(m for m in convnet() if not isinstance(m, nn.BatchNorm2d)))
+
+def wanda_without_batchnorm(): return run(net=unnormed, criteria=wanda)
+
+def one_loss_is_not_finite():
+    "The last step is skipped on both ranks, as after an overflow, and the loss is not finite on one of them"
+    def last(learn): return learn.epoch == 1 and learn.iter == learn.n_iter-1
+    def spoil(learn):
+        if last(learn) and dist.get_rank() == 1: learn.loss = learn.loss*torch.inf
+    def skip(learn):
+        if last(learn): raise CancelStepException()
+    return run(cbs=[at('after_loss', spoil), at('before_step', skip)])
+
+SCENES = [twice, named, filters, back_to_dense, reloaded, loader_as_data, wanda_without_batchnorm, one_loss_is_not_finite]
+
+if __name__ == '__main__':
+    Accelerator()
+    res = {f'{n}-{c}': run(criteria=getattr(fasterai_sparse.criteria, n), context=c) for n in sys.argv[1:] for c in ('local', 'global')}
+    res |= {f.__name__: f() for f in SCENES}
+    if dist.get_rank() == 0: print(json.dumps(res))
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,58 @@
+"Two ranks that train together keep the same masks: one start of torchrun, of which each test looks at a part"
+import inspect, json, os, subprocess, sys
+from pathlib import Path
+
+import pytest, torch.distributed as dist
+
+from callback_helpers import N, n_zeros
+from fasterai_sparse import criteria
+
+pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason='needs torch.distributed with gloo')
+
+CRITERIA = [n for n,f in vars(criteria).items() if inspect.isfunction(f) and f.__name__ == n and next(iter(inspect.signature(f).parameters), '') == 'p']
+
+@pytest.fixture(scope='module')
+def fits(tmp_path_factory):
+    worker = Path(__file__).parent/'ddp_worker.py'
+    cmd = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(worker), *CRITERIA]
+    r = subprocess.run(cmd, cwd=tmp_path_factory.mktemp('ddp'), env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=300)
+    assert r.returncode == 0, r.stderr[-3000:]
+    return json.loads(r.stdout.splitlines()[-1])
+
+def assert_alike(fit, expected):
+    assert fit['updates'] >= 4 and fit['masks'] and fit['weights'] and fit['zeros'] == [expected]*2
+
+def test_all_criteria_are_there(): assert len(CRITERIA) >= 16 and {'random_criteria', 'grad_crit', 'wanda'} <= set(CRITERIA)
+
+@pytest.mark.parametrize('context', ['local', 'global'])
+@pytest.mark.parametrize('name', CRITERIA)
+def test_masks_are_the_same_on_both_ranks(fits, name, context): assert_alike(fits[f'{name}-{context}'], n_zeros(.8, N))
+
+def test_masks_that_are_there_when_the_model_is_wrapped_again(fits):
+    assert_alike(fits['twice'], n_zeros(.8, N))
+    assert fits['twice']['plain'] == n_zeros(.5, N)
+
+def test_names_are_those_of_the_model_inside(fits):
+    assert_alike(fits['named'], 72+864)
+    assert fits['named']['counts'] == [72, 864]
+    lines = fits['named']['out'][0].splitlines()
+    assert any(l.split()[:2] == ['3', 'Conv2d'] for l in lines) and 'module' not in fits['named']['out'][0]
+
+def test_only_the_first_rank_speaks(fits):
+    first, second = fits['named']['out']
+    assert 'Final Sparsity' in first and second == ''
+
+def test_filters_with_their_batchnorm(fits):
+    assert_alike(fits['filters'], 4*18 + 8*72)
+    assert fits['filters']['counts'] == [4, 8]
+
+def test_what_comes_back_is_the_same_on_both_ranks(fits): assert_alike(fits['back_to_dense'], 0)
+
+def test_a_model_that_is_reloaded(fits):
+    fit = fits['reloaded']
+    assert fit['masks'] and fit['weights'] and fit['zeros'][0] == fit['zeros'][1] > 0
+
+@pytest.mark.parametrize('scene', ['loader_as_data', 'wanda_without_batchnorm'])
+def test_wanda(fits, scene): assert_alike(fits[scene], n_zeros(.8, N))
+
+def test_a_loss_that_is_not_finite_on_one_rank(fits): assert_alike(fits['one_loss_is_not_finite'], n_zeros(.8, N))

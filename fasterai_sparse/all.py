@@ -7,4 +7,6 @@ from .schedules import *
 from .graph import *
 from .report import *
 from .sparsifier import *
+from .training import *
+from .lottery import *
 from .sparsify_callback import *

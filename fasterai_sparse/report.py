@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
 from .criteria import call_with, evaluating
-from .granularity import Granularities, weight_names
+from .granularity import Granularities, weight_names, is_weight_dropout
 from .graph import n_outputs
 from .masks import get_mask, n_true, unmaskable
 
@@ -24,14 +24,14 @@ def maskable_weights(
     layer_type=None, # A module class or a tuple of them; None for all that have granularities
 ):
     "Yield (name, module, parameter name) of the weights of all layers of `layer_type`, tied ones once"
-    owner = {}
+    owner, made = {}, {m.module: m.layer_names for m in model.modules() if is_weight_dropout(m) and _matches(m, layer_type)}
     for name,m in model.named_modules():
         if _matches(m, None):
             for p in weight_names(m): owner.setdefault(id(m._parameters.get(p, m)), (name, m, p))
     done = set()
     for name,m in model.named_modules():
         if not _matches(m, layer_type): continue
-        for p in weight_names(m):
+        for p in (n for n in weight_names(m) if n not in made.get(m, ())):
             key = id(m._parameters.get(p, m))
             name_, m_, p_ = owner.get(key, (name, m, p))
             if key not in done: yield ('.'.join(o for o in (name_, '' if p_=='weight' else p_) if o) or 'model'), m_, p_
@@ -42,7 +42,7 @@ def _positions(m, x, out):
     "How often each weight of `m` is used"
     if isinstance(m, (nn.Embedding, nn.EmbeddingBag)): return 0
     if isinstance(m, _ConvTransposeNd): return x.numel()//m.in_channels
-    if isinstance(m, (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)): return x.numel()//x.shape[-1]
+    if isinstance(m, (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)) or is_weight_dropout(m): return x.numel()//x.shape[-1]
     return out.numel()//n_outputs(m)
 
 def _weight(m, p):

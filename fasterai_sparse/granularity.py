@@ -152,17 +152,26 @@ class block:
     select = Spanning.select
 
 # %% ../nbs/01_granularity.ipynb #b26b94f4
-def _best_of(s, n):
+def _ranked(s, n):
     "Bool tensor of the `n` highest along the first dimension of `s`, ties to the lowest index"
-    m = len(s)
-    if m > 16: return s.argsort(dim=0, descending=True, stable=True).argsort(dim=0) < n
-    rank = torch.zeros_like(s, dtype=torch.uint8)
-    for j in range(m):
-        for k in range(j+1, m):
-            first = s[j] >= s[k]
-            rank[k] += first
-            rank[j] += ~first
-    return rank < n
+    return s.argsort(dim=0, descending=True, stable=True).argsort(dim=0) < n
+
+def _nth(s, n):
+    "The `n`-th highest along the first dimension of `s`: what `n` rounds of bubble sort bring to the end"
+    s = list(s)
+    for last in range(len(s)-1, len(s)-1-n, -1):
+        for j in range(last): s[j], s[j+1] = torch.minimum(s[j], s[j+1]), torch.maximum(s[j], s[j+1])
+    return s[len(s)-n]
+
+def _best_of(s, n):
+    "`_ranked`, by a threshold; only groups with ties need their ranks"
+    if len(s) > 16: return _ranked(s, n)
+    best = s >= _nth(s, n)
+    tied = (_count(best) > n).flatten().nonzero()[:,0]
+    if len(tied): best.flatten(1)[:,tied] = _ranked(s.flatten(1)[:,tied], n)
+    return best
+
+def _count(planes): return sum(p.to(torch.int16) for p in planes)
 
 @dataclass(frozen=True)
 class NM:
@@ -186,7 +195,7 @@ class NM:
     def planes(self, t):
         "`t` as (m, …): the first, second, … of each group, contiguous"
         a = self.axes[1]
-        return t.unflatten(a, (-1, self.m)).movedim(a+1, 0).contiguous()
+        return t.unflatten(a, (-1, self.m)).movedim(a+1, 0).clone(memory_format=torch.contiguous_format)
 
     def unplane(self, t):
         "What `planes` made of a tensor, undone"
@@ -197,21 +206,22 @@ class NM:
         if shape[self.axes[1]] % self.m: return f'{shape[self.axes[1]]} inputs are no multiple of {self.m}'
 
     def select(self, scores, n_keep, live=None, revival=None):
-        s = self.planes(scores if live is None else sunk(scores, live))
+        s, top = self.planes(scores), scores.amax()
         alive = torch.ones_like(s, dtype=torch.bool) if live is None else self.planes(live)
-        met, n_met = sum(p.to(torch.int16) for p in alive) <= self.n, -(-(scores.numel()-n_keep)//(self.m-self.n))   # groups that meet the pattern, now and then
+        if live is not None: s = sunk(s, alive, inplace=True)
+        met, n_met = _count(alive) <= self.n, -(-(scores.numel()-n_keep)//(self.m-self.n))   # groups that meet the pattern, now and then
         if n_met > met.numel(): raise ValueError(f"{self} keeps {met.numel()*self.n} of {scores.numel()} weights at least, not {n_keep}")
         kept = _best_of(s, self.n) & alive
         if n_met < (n := n_true(met)):
             freed = top_k_mask(self.planes(revival()).sum(0), n-n_met, met)
             met = met & ~freed
             alive = alive | freed
-        else: met = met | top_k_mask(-_lost(s, alive & ~kept), n_met-n, ~met)
+        else: met = met | top_k_mask(-_lost(s, alive & ~kept, top), n_met-n, ~met)
         return self.unplane(kept | alive & ~met)
 
-def _lost(s, dropped):
-    "Sum of the scores that each group would lose; the very large count as very large, not as infinite"
-    return sum(p.clamp(-1e30, 1e30).mul_(d.view(torch.uint8)) for p,d in zip(s, dropped))
+def _lost(s, dropped, top):
+    "Sum of the scores that each group would lose; where the `top` of them is infinite, they count as very large"
+    return sum((p if top < torch.inf else p.clamp(max=1e30)).mul(d.view(torch.uint8)) for p,d in zip(s, dropped))
 
 # %% ../nbs/01_granularity.ipynb #b44124ba
 def group_weights(

@@ -84,11 +84,12 @@ def n_true(mask):
 def sunk(
     t, # Scores, without NaN
     live, # Bool tensor like `t`
+    inplace=False, # `t` may be written to
 ):
     "`t` with all that is not `live` below all that is (arithmetic is ten times faster than `where` on a CPU)"
     big = torch.finfo(t.dtype).max
     if t.is_cpu and t.dtype in (torch.float32, torch.float64) and all(v.abs() < big/2 for v in t.aminmax()):
-        return t.sub((~live).view(torch.uint8), alpha=big)
+        return (t.sub_ if inplace else t.sub)((~live).view(torch.uint8), alpha=big)
     return torch.where(live, t, -math.inf)
 
 def top_k_mask(

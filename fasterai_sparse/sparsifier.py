@@ -13,7 +13,7 @@ from numbers import Integral, Real
 from pathlib import Path
 
 import torch
-from fastcore.basics import ifnone, patch
+from fastcore.basics import ifnone, noop, patch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -59,6 +59,7 @@ def rounded_keep(
 # %% ../nbs/07_sparsifier.ipynb #20140302
 class Sparsifier:
     "Make `model` sparse: score, allocate, select, and set masks (`KeepMasks` holds them while the model trains on)"
+    share = staticmethod(noop)   # Makes what was measured from `data` the same on all ranks of a distributed training
     def __init__(self,
         model:nn.Module, # The model to sparsify
         granularity, # What stands or falls together: 'weight', 'kernel', 'filter', …, `block(4,1)` or `NM(2,4)`
@@ -142,7 +143,7 @@ def _opt_state(self:Sparsifier, name):
 @patch
 def _norms(self:Sparsifier, names):
     "Input norms of the layers, where the criterion asks for them"
-    return input_norms(self.model, self.data, {n: self.layers[n][0] for n in names}) if 'data' in self.criteria.needs else {}
+    return self.share(input_norms(self.model, self.data, {n: self.layers[n][0] for n in names})) if 'data' in self.criteria.needs else {}
 
 @patch
 def scores(self:Sparsifier, name, norms):

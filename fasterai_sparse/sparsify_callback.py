@@ -85,10 +85,9 @@ class SparsifyCallback(MaskUpdates):
         self.started = False
         self.run = self.started = self._set_up()
 
-    def before_epoch(self):
+    def before_train(self):
         if self.n_epochs == self.rewind_epoch: self._remember()
-
-    def before_train(self): self.trained = True
+        self.trained = self.has_trained = True
 
     def before_batch(self): self.keeper.spare_grads = self._progress() < self.level   # what comes back is ranked by its gradient
 
@@ -164,15 +163,21 @@ def _set_up(self:SparsifyCallback):
     if not self._leave_frozen(): return False
     self.sched = sched
     if 'opt' in self.sparsifier.criteria.needs: self.sparsifier.opt = partial(_state_of, self.opt)
+    if isinstance(self.model, nn.parallel.DistributedDataParallel): self.sparsifier.share = _from_first_rank
     self.keeper = self.keep_masks()
     if not any(isinstance(cb, _LastWord) and cb.cb is self for cb in self.learn.cbs): self.learn.add_cb(_LastWord(self))
     self.level = self._measured()
     self._start_from_here()
     self.reach = float(sum(self._target_of(n) for n in self._names())/len(self._names()))
     self.n_epochs, self.n_since, self.last_position, self.cancelled = 0, 0, 0., False
-    self.trained, self.measured, self.last, self.rewind_point = False, None, None, None
+    self.trained, self.has_trained, self.measured, self.last, self.rewind_point = False, self.n_epoch == 0, None, None, None
     if self.speaks: print(f'Pruning of {self.sparsifier.granularity} until a sparsity of {self._asked()}')
     return True
+
+def _from_first_rank(norms):
+    "What the first rank has measured: BatchNorm has other statistics on each"
+    for t in norms.values(): torch.distributed.broadcast(t, 0)
+    return norms
 
 @patch
 def _leave_frozen(self:SparsifyCallback):
@@ -252,7 +257,7 @@ def _update(self:SparsifyCallback):
 def _blind(self:SparsifyCallback):
     "Whether there is nothing to go by on any rank: the loss is no number, or gradients that the criterion reads are none, not there or all zero"
     blind = self._blind_here()
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return blind
+    if not isinstance(self.model, nn.parallel.DistributedDataParallel): return blind
     blind = torch.tensor(float(blind), device=self.loss.device)
     torch.distributed.all_reduce(blind)   # ranks that disagreed would go on with different masks
     return bool(blind)
@@ -302,9 +307,10 @@ def _last_word(self:SparsifyCallback, measured):
 
 # %% ../nbs/10_sparsify_callback.ipynb #8c75af49
 @patch
+@torch.no_grad()
 def _remember(self:SparsifyCallback):
     "Take the weights to go back to, and those that criteria compare with"
-    for n,t in self.sparsifier.init.items(): t.copy_(self.sparsifier.param(n))
+    for n in self.sparsifier.init.keys() & self.sparsifier.layers.keys(): self.sparsifier.init[n].copy_(self.sparsifier.param(n))
     if not self._rewinds(): return
     if self.speaks: print(f'Saving Weights at epoch {self.n_epochs}')
     self.rewind_point = RewindPoint(self.sparsifier.model)
@@ -333,6 +339,6 @@ def finish(self:SparsifyCallback):
     "The last word of a fit, when all other callbacks had theirs"
     if self.save_tickets and self.rewind_point: self._save_ticket('Final')
     if self.reset_end and self.rewind_point: self._rewind()
-    if self.speaks: self._last_word(self._sparsities())
+    if self.speaks and self.has_trained: self._last_word(self._sparsities())
     self.started = False
     self.learn.remove_cbs([cb for cb in self.learn.cbs if isinstance(cb, _LastWord) and cb.cb is self])

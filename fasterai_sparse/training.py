@@ -77,6 +77,10 @@ class KeepMasks(Callback):
 
     def after_step(self): apply_masks(self.model)
 
+    def before_validate(self): apply_masks(self.model)   # a step may have been cut short by a callback that cancelled it
+
+    def after_fit(self): apply_masks(self.model)
+
 def _spare_broadcast(model):
     "Have `DistributedDataParallel`, which wraps the model after this, leave masks out of what it sends at each batch: ranks agree on them anyway"
     names = [n for n,_ in model.named_buffers() if n.endswith('_mask')]

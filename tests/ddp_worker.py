@@ -46,8 +46,8 @@ def items(n):
 
 def make(net=convnet):
     set_seed(dist.get_rank())   # nothing but the data is the same on both ranks
-    return Learner(DataLoaders(DataLoader(items(48), bs=4, shuffle=True), DataLoader(items(8), bs=4), device='cpu'), net(),
-                   loss_func=CrossEntropyLossFlat(), lr=1e-2)
+    dls = DataLoaders(DataLoader(items(48), bs=4, shuffle=True), DataLoader(items(8), bs=4), device='cpu')
+    return Learner(dls, net(), loss_func=CrossEntropyLossFlat(), lr=1e-2)
 
 def gathered(o):
     both = [None]*2
@@ -55,19 +55,19 @@ def gathered(o):
     return both
 
 def train(learn, *cbs, n_epoch=2):
-    batches, seen = collect('before_batch', lambda learn: (dist.get_world_size(), type(learn.model).__name__, len(learn.xb[0])))
+    state = lambda learn: (dist.get_world_size(), type(learn.model).__name__, len(learn.xb[0]))
+    batches, seen = collect('before_batch', state)
     with learn.distrib_ctx(sync_bn=False, in_notebook=False): fit(learn, n_epoch, [batches, *cbs])
     assert seen == [(2, 'DistributedDataParallel', 4)]*6*n_epoch
     return learn
 
 def left(learn, cb):
     noted, ws = gathered(cb.sparsifier.noted), gathered(digest(learn.model.parameters()))
-    return dict(updates=len(noted[0]), masks=noted[0] == noted[1], weights=ws[0] == ws[1], zeros=gathered(zeros(learn.model)))
-
-def sparse80(**kwargs): return sparse(80, update_every=2, sparsifier=Noted, data=torch.stack([x for x,_ in items(16)]), **kwargs)
+    return dict(updates=len(noted[0]), masks=noted[0] == noted[1], weights=ws[0] == ws[1],
+                zeros=gathered(zeros(learn.model)))
 
 def run(learn=None, net=convnet, cbs=(), **kwargs):
-    cb = sparse80(**kwargs)
+    cb = sparse(80, update_every=2, sparsifier=Noted, data=torch.stack([x for x,_ in items(16)]), **kwargs)
     return left(train(learn or make(net), cb, *cbs), cb)
 
 def twice():
@@ -109,12 +109,14 @@ def one_loss_is_not_finite():
         if last(learn): raise CancelStepException()
     return run(cbs=[at('after_loss', spoil), at('before_step', skip)])
 
-SCENES = [twice, named, filters, back_to_dense, reloaded, loader_as_data, wanda_without_batchnorm, one_loss_is_not_finite]
+SCENES = [twice, named, filters, back_to_dense, reloaded, loader_as_data, wanda_without_batchnorm,
+          one_loss_is_not_finite]
 
 if __name__ == '__main__':
     Accelerator()
-    res = {f'{n}-{c}': run(criteria=getattr(fasterai_sparse.criteria, n), context=c) for n in sys.argv[1:] for c in ('local', 'global')}
-    res |= {f.__name__: f() for f in SCENES}
+    res = {f.__name__: f() for f in SCENES}
+    for n in sys.argv[1:]:
+        for c in ('local', 'global'): res[f'{n}-{c}'] = run(criteria=getattr(fasterai_sparse.criteria, n), context=c)
     if dist.get_rank() == 0: print(json.dumps(res))
     dist.barrier()
     dist.destroy_process_group()

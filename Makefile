@@ -2,7 +2,7 @@
 # make test    notebooks in sync with modules, notebook tests, pytest
 # make export  write modules and README from the notebooks
 # make docs    the static site, in docs/_build/html
-# make bench   benchmarks beside fasterai; writes benchmarks/*.md
+# make bench   speed and memory beside fasterai; writes benchmarks/*.md (accuracy.py and lottery.py there need Fashion-MNIST and an hour)
 PYTHON ?= python3
 DATA   ?= digits
 ARGS   ?=
@@ -33,7 +33,8 @@ docs: .venv/docs.done
 	$(MAKE) -C docs html
 
 bench: .venv/bench.done
-	for b in benchmarks/*.py; do python $$b; done
+	python benchmarks/one_shot.py
+	python benchmarks/training.py
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("fasterai_sparse needs Python 3.10 or newer")'

@@ -138,14 +138,14 @@ def _windowed(self:SparsifyCallback):
     return replace(s, start_pct=first/self.n_epoch, end_pct=last/self.n_epoch)
 
 @patch
-def _check_rewinds(self:SparsifyCallback, sched):
-    "Raise `ValueError` where the weights to go back to would not be there"
-    if not self._rewinds(): return
+def _check_rewinds(self:SparsifyCallback):
+    "Raise `ValueError` where the weights to go back to, or to compare with, would not be there"
+    if not self._rewinds() and 'init' not in self.sparsifier.criteria.needs: return
     skipped = max([cb._skip_to for cb in self.learn.cbs if isinstance(cb, SkipToEpoch)], default=0)
-    if self.rewind_epoch < skipped: raise ValueError(f"rewind_epoch={self.rewind_epoch} is over when the fit starts at epoch {skipped}: its weights are not there to go back to")
+    if self._rewinds() and self.rewind_epoch < skipped: raise ValueError(f"rewind_epoch={self.rewind_epoch} is over when the fit starts at epoch {skipped}: its weights are not there to go back to")
     if self.rewind_epoch >= max(self.n_epoch, 1): raise ValueError(f"rewind_epoch={self.rewind_epoch} never comes in a fit of {self.n_epoch} epochs")
-    first = next((i for i in range(1001) if sched.progress(i/1000) > 0), 1001)*self.n_epoch/1000
-    if self.rewind_epoch > first + 1e-9: raise ValueError(f"rewind_epoch={self.rewind_epoch} must not come after the schedule's first step, at epoch {first:g}")
+    if self.rewind_epoch and self.sched.progress(self.rewind_epoch/self.n_epoch) > 0:
+        raise ValueError(f"rewind_epoch={self.rewind_epoch} must come before the schedule's first step, which is taken by the end of epoch {self.rewind_epoch-1}")
 
 @patch
 def _rewinds(self:SparsifyCallback): return self.lth or self.reset_end or bool(self.save_tickets)
@@ -154,14 +154,13 @@ def _rewinds(self:SparsifyCallback): return self.lth or self.reset_end or bool(s
 def _set_up(self:SparsifyCallback):
     "Prepare a fit; whether there is anything to do in it"
     if self.part is not None and self.part not in self.model.modules(): raise ValueError(f"model= must be a part of the learner's model, not another {type(self.part).__name__}")
-    sched = self._windowed()
-    self._check_rewinds(sched)
     self.speaks = self.verbose and not rank_distrib()
     self.sparsifier = self.make(self.model if self.part is None else self.part)
     self.targets = self.sparsifier.targets(self.sparsity)
     self.sparsifier.check(self.targets, self.round_to)
     if not self._leave_frozen(): return False
-    self.sched = sched
+    self.sched = self._windowed()
+    self._check_rewinds()
     if 'opt' in self.sparsifier.criteria.needs: self.sparsifier.opt = partial(_state_of, self.opt)
     if isinstance(self.model, nn.parallel.DistributedDataParallel): self.sparsifier.share = _from_first_rank
     self.keeper = self.keep_masks()
@@ -248,10 +247,17 @@ def _update(self:SparsifyCallback):
     progress = self._progress()
     self.n_since += 1
     if self._due(progress) and not self._blind():
-        self.sparsifier.apply(self._due_targets(progress), self.round_to, on_change=partial(clear_opt_state, self.opt))
+        self.changed = False
+        self.sparsifier.apply(self._due_targets(progress), self.round_to, on_change=self._forget)
         self.level, self.n_since, self.measured, self.last = progress, 0, None, None
-        self._after_update()
+        if self.changed and self.rewind_point is not None: self._after_update()
     self.last_position = self._position()
+
+@patch
+def _forget(self:SparsifyCallback, p, changed):
+    "The optimizer forgets what it knew of the weights of `p` that come or go"
+    self.changed = self.changed or bool(changed.any())
+    clear_opt_state(self.opt, p, changed)
 
 @patch
 def _blind(self:SparsifyCallback):
@@ -316,9 +322,11 @@ def _remember(self:SparsifyCallback):
     self.rewind_point = RewindPoint(self.sparsifier.model)
 
 @patch
+@torch.no_grad()
 def _rewind(self:SparsifyCallback):
     if self.speaks: print(f'Resetting Weights to their epoch {self.rewind_epoch} values')
     self.rewind_point.rewind()
+    for n in self.sparsifier.prev.keys() & self.sparsifier.layers.keys(): self.sparsifier.prev[n].copy_(self.sparsifier.param(n))
     for p in self.sparsifier.model.parameters(): reset_opt_state(self.opt, p)
 
 @patch
@@ -340,5 +348,5 @@ def finish(self:SparsifyCallback):
     if self.save_tickets and self.rewind_point: self._save_ticket('Final')
     if self.reset_end and self.rewind_point: self._rewind()
     if self.speaks and self.has_trained: self._last_word(self._sparsities())
-    self.started = False
+    self.started, self.rewind_point = False, None
     self.learn.remove_cbs([cb for cb in self.learn.cbs if isinstance(cb, _LastWord) and cb.cb is self])

@@ -127,9 +127,10 @@ def add_column(
     name,
 ):
     "Put the column `name` before the metrics of the user; returns the name it got, another where the table has one of that name"
-    names, n_losses = recorder.metric_names, 2 if recorder.valid_metrics and not recorder.train_metrics else 1
+    names, both, n = recorder.metric_names, recorder.valid_metrics and recorder.train_metrics, len(recorder.metrics)
     name = next(n for n in (name, *(f'{name}_{i}' for i in range(2, 1000))) if n not in names)
-    names.items.insert(1+n_losses, name)
+    n_own = 2*n+1 if both else n   # columns from the first metric on: with both, those of the validation start with its loss
+    names.items.insert(len(names) - bool(recorder.add_time) - n_own, name)   # behind the columns that others have added
     return name
 
 def fill_column(

@@ -130,6 +130,8 @@ def needed_state(f):
     if unknown: raise ValueError(f"The criterion {_name(f)!r} asks for {unknown}; a score function may ask for {list(STATE)}")
     return frozenset(q.name for q in params if q.name in STATE and q.kind != q.VAR_POSITIONAL)
 
+_elementwise = (large_final, squared_final, small_final)   # look at one weight at a time, and at nothing else
+
 def _wide(t): return t.detach().float() if t.dtype in (torch.float16, torch.bfloat16) else t.detach()
 
 @dataclass(frozen=True)
@@ -157,10 +159,17 @@ class Criteria:
     ):
         "One score per group of `p`, float32 or wider"
         state = {k: _wide(v) if torch.is_tensor(v) else v for k,v in state.items() if k in self.needs}
+        by_rows = p.is_cpu and self.f in _elementwise and getattr(groups, 'dims', ()) and 0 not in groups.dims
+        parts = p.split(max(1, (1<<16)*len(p)//max(p.numel(), 1))) if by_rows else [p]   # what fits into the cache
+        scores = [groups.reduce(self._of_weights(q, state), self.reducer) for q in parts]
+        scores = torch.cat(scores) if by_rows else scores[0]
+        return scores if self.normalizer is None else self.normalizer(scores)
+
+    def _of_weights(self, p, state):
+        "One score per weight"
         scores = _wide(self.f(_wide(p), **state))
         if scores.shape != p.shape: raise ValueError(f"The criterion must return one score per weight, {tuple(p.shape)}, not {tuple(scores.shape)}")
-        scores = groups.reduce(scores, self.reducer)
-        return scores if self.normalizer is None else self.normalizer(scores)
+        return scores
 
 def as_criteria(f):
     "`f` as a `Criteria`: a plain score function is one"

@@ -156,20 +156,23 @@ def _ranked(s, n):
     "Bool tensor of the `n` highest along the first dimension of `s`, ties to the lowest index"
     return s.argsort(dim=0, descending=True, stable=True).argsort(dim=0) < n
 
-def _nth(s, n):
-    "The `n`-th highest along the first dimension of `s`: what `n` rounds of bubble sort bring to the end"
+def _split(s, n):
+    "The `n`-th highest along the first dimension of `s`, and the sum of all lower ones: `n` rounds of bubble sort"
     s = list(s)
     for last in range(len(s)-1, len(s)-1-n, -1):
         for j in range(last): s[j], s[j+1] = torch.minimum(s[j], s[j+1]), torch.maximum(s[j], s[j+1])
-    return s[len(s)-n]
+    return s[len(s)-n], sum(s[:len(s)-n])
 
 def _best_of(s, n):
-    "`_ranked`, by a threshold; only groups with ties need their ranks"
-    if len(s) > 16: return _ranked(s, n)
-    best = s >= _nth(s, n)
+    "`_ranked`, and the sum of what is not among them; only groups with ties need their ranks"
+    if len(s) > 16:
+        best = _ranked(s, n)
+        return best, torch.where(best, 0, s).sum(0)
+    nth, lost = _split(s, n)
+    best = s >= nth
     tied = (_count(best) > n).flatten().nonzero()[:,0]
     if len(tied): best.flatten(1)[:,tied] = _ranked(s.flatten(1)[:,tied], n)
-    return best
+    return best, lost
 
 def _count(planes): return sum(p.to(torch.int16) for p in planes)
 
@@ -206,22 +209,18 @@ class NM:
         if shape[self.axes[1]] % self.m: return f'{shape[self.axes[1]]} inputs are no multiple of {self.m}'
 
     def select(self, scores, n_keep, live=None, revival=None):
-        s, top = self.planes(scores), scores.amax()
+        s = self.planes(scores)
         alive = torch.ones_like(s, dtype=torch.bool) if live is None else self.planes(live)
-        if live is not None: s = sunk(s, alive, inplace=True)
-        met, n_met = _count(alive) <= self.n, -(-(scores.numel()-n_keep)//(self.m-self.n))   # groups that meet the pattern, now and then
+        n_alive = _count(alive)
+        met, n_met = n_alive <= self.n, -(-(scores.numel()-n_keep)//(self.m-self.n))   # groups that meet the pattern, now and then
         if n_met > met.numel(): raise ValueError(f"{self} keeps {met.numel()*self.n} of {scores.numel()} weights at least, not {n_keep}")
-        kept = _best_of(s, self.n) & alive
-        if n_met < (n := n_true(met)):
-            freed = top_k_mask(self.planes(revival()).sum(0), n-n_met, met)
-            met = met & ~freed
-            alive = alive | freed
-        else: met = met | top_k_mask(-_lost(s, alive & ~kept, top), n_met-n, ~met)
-        return self.unplane(kept | alive & ~met)
-
-def _lost(s, dropped, top):
-    "Sum of the scores that each group would lose; where the `top` of them is infinite, they count as very large"
-    return sum((p if top < torch.inf else p.clamp(max=1e30)).mul(d.view(torch.uint8)) for p,d in zip(s, dropped))
+        if n_met < (n := n_true(met)): return self.unplane(alive | top_k_mask(self.planes(revival()).sum(0), n-n_met, met))
+        best, lost = _best_of(s, self.n)
+        if not (met | (n_alive == self.m)).all():   # another granularity has left groups that are neither whole nor met
+            best, _ = _best_of(sunk(s, alive), self.n)
+            lost = torch.where(alive & ~best, s, 0).sum(0)
+        new = top_k_mask(-lost.clamp(-1e37, 1e37), n_met-n, ~met)   # what is infinite counts as very large
+        return self.unplane(alive & (best | ~new))
 
 # %% ../nbs/01_granularity.ipynb #b44124ba
 def group_weights(

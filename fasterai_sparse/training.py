@@ -64,7 +64,7 @@ class KeepMasks(Callback):
     spare_grads = False # Leave gradients under the masks for this step
 
     def before_fit(self):
-        self.spare_grads = False
+        self.spare_grads, self.rows = False, {}
         watch_loads(unwrapped(self.model))
         _spare_broadcast(self.model)
         apply_masks(self.model)
@@ -75,7 +75,18 @@ class KeepMasks(Callback):
         for _,_,p,mask in masked_params(self.model):
             if p.grad is not None: zero_masked(p.grad, mask)
 
-    def after_step(self): apply_masks(self.model)
+    def after_step(self):
+        with torch.no_grad():
+            for *_,p,mask in masked_params(self.model): self._apply(p, mask)
+
+    def _apply(self, p, mask):
+        "Zero in `p` what `mask` drops, whole rows by their number: a fraction of the memory to go through"
+        seen, version, rows = self.rows.get(id(mask), (None, None, None))
+        if seen is not mask or version != mask._version:
+            rows = dead_rows(mask)
+            self.rows[id(mask)] = mask, mask._version, rows
+        if rows is None or not p.is_contiguous(): zero_masked(p, mask)
+        else: p.index_fill_(0, rows, 0)
 
     def before_validate(self): apply_masks(self.model)   # a step may have been cut short by a callback that cancelled it
 

@@ -135,7 +135,7 @@ def index(pages):
     cs = pages.get(Path('index.ipynb'))
     tuts,refs = map(sorted, partition(set(pages)-{Path('index.ipynb')}, lambda p: p.parent.name=='tutorials'))
     opt = ':hidden:' if cs else ':maxdepth: 1'
-    trees = [toctree(c, ps, opt) for c,ps in (('Reference',refs), ('Tutorials',tuts)) if ps]
+    trees = [toctree(c, ps, opt) for c,ps in (('Tutorials',tuts), ('Reference',refs)) if ps]
     return (cs or [markdown(f'# {cfg.lib_name}')]) + trees
 
 def main():

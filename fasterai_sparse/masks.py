@@ -214,7 +214,9 @@ def write_masked(
 ):
     "Zero in place what `mask` drops from `p`, also where it is infinite"
     if lift: _lift_live_zeros(p, mask)
-    if p.sum().isfinite(): zero_masked(p, mask)
+    rows = dead_rows(mask) if p.is_contiguous() else None
+    if rows is not None: p.index_fill_(0, rows, 0)
+    elif p.sum().isfinite(): zero_masked(p, mask)
     else: p.masked_fill_(~mask, 0)   # inf times 0 would be NaN
 
 def _follow_loads(m):

@@ -102,7 +102,7 @@ def as_schedule(s):
     for i in range(201):
         try: v = float(sched.progress(i/200))
         except (TypeError, AttributeError) as e: raise ValueError(f"No schedule: {s!r} fails with {e}. Use agp, one_cycle, … , SchedCos(0,1), f(pos) or f(start, end, pos)") from e
-        if not -1e-9 <= v <= 1+1e-9: raise ValueError(f"The schedule gives {v} at {i/200:.0%} of training; it must stay from 0 to 1, the share of the target")
+        if not -1e-9 <= v <= 1+1e-9: raise ValueError(f"The schedule gives {v:.4g} at {i/200:.0%} of training; it must stay from 0 to 1, the share of the target")
     return sched
 
 # %% ../nbs/04_schedules.ipynb #8ee83614
@@ -121,5 +121,5 @@ def plot_schedules(
         xs = [i/1000 for i in range(1001)]
         ax.plot([n_epochs*x for x in xs], [sparsity*s.progress(x) for x in xs], label=name)
     ax.set(xlabel='epoch', ylabel='sparsity (%)')
-    ax.legend()
+    ax.legend(loc='center left', bbox_to_anchor=(1,.5))
     return ax

@@ -102,7 +102,7 @@ class SparsifyCallback(MaskUpdates):
 
     def after_validate(self):
         self.measured = self._sparsities()
-        if hasattr(self.learn, 'recorder'): fill_column(self.learn.recorder, self.column, _mean(self.measured))
+        if hasattr(self.learn, 'recorder'): fill_column(self.learn.recorder, self.column, round(_mean(self.measured), 2))
 
     def after_epoch(self):
         if self.trained: self.last = self._now()

@@ -35,11 +35,12 @@ class _LastWord(MaskUpdates):
     order = 65   # after SaveModelCallback (61), and all other trackers
     def __init__(self, cb): self.cb = cb
     def after_fit(self):
-        if self.cb.started and self.cb.learn is self.learn: self.cb.finish()
+        if self.cb.started and self.cb.learn is self.learn: self.cb._finish()
 
 class SparsifyCallback(MaskUpdates):
     "Make the model sparse along a `schedule` while it trains, and leave it so"
     order = Recorder.order + 1
+    waits = False   # All layers are frozen: in this fit it only measures
 
     def __init__(self,
         sparsity=None, # Target in percent, or a dict of layer names (or modules) to percent
@@ -80,10 +81,15 @@ class SparsifyCallback(MaskUpdates):
     def name_columns(self):
         if self.learn.cbs.items.count(self) == 1 and hasattr(self.learn, 'recorder'): self.column = add_column(self.learn.recorder, 'sparsity')
 
+    def __call__(self, event_name):
+        if self.waits and event_name not in ('before_fit', 'after_validate'): return
+        super().__call__(event_name)
+
     def before_fit(self):
         if self.learn.cbs.items.count(self) > 1: return self.learn.cbs.remove(self)   # it was given twice; the other call sets up
-        self.started = False
-        self.run = self.started = self._set_up()
+        self.started = self.waits = False
+        self.started = self._set_up()
+        self.waits = not self.started
 
     def before_train(self):
         if self.n_epochs == self.rewind_epoch: self._remember()
@@ -278,10 +284,14 @@ def _blind_here(self:SparsifyCallback):
 @patch
 def _sparsities(self:SparsifyCallback):
     "Measured sparsity in percent, of all layers or of each that has a target"
+    if self.waits: return _percent_zero([m._parameters[p] for m,p in self.sparsifier.matched.values() if m._parameters.get(p) is not None])
     params = {n: self.sparsifier.param(n) for n in self._names()}
-    zeros = {n: p.numel()-n_true(p != 0) for n,p in params.items()}
-    if isinstance(self.targets, dict): return {n: 100*zeros[n]/p.numel() for n,p in params.items()}
-    return 100*sum(zeros.values())/sum(p.numel() for p in params.values())
+    if isinstance(self.targets, dict): return {n: _percent_zero([p]) for n,p in params.items()}
+    return _percent_zero(params.values())
+
+def _percent_zero(params):
+    params = list(params)
+    return 100*sum(p.numel()-n_true(p != 0) for p in params)/max(sum(p.numel() for p in params), 1)
 
 @patch
 def _now(self:SparsifyCallback):
@@ -297,8 +307,9 @@ def _average(s): return f'avg={_mean(s):.2f}%' if isinstance(s, dict) else f'{s:
 def _shortfall(self:SparsifyCallback, measured):
     "Why the model is not as sparse as was asked, or None where it is"
     due = 100*self.sched.progress(1.)
-    pairs = [(due*float(self.targets[n]), s) for n,s in measured.items()] if isinstance(measured, dict) else [(due*float(self.targets), measured)]
-    if all(abs(asked-got) <= .1 for asked,got in pairs): return
+    sizes = {n: self.sparsifier.param(n).numel() for n in self._names()}
+    rows = [(due*float(self.targets[n]), s, sizes[n]) for n,s in measured.items()] if isinstance(measured, dict) else [(due*float(self.targets), measured, sum(sizes.values()))]
+    if all(abs(asked-got) <= max(.1, 100/n) for asked,got,n in rows): return   # a weight more or less is rounding
     if self.last is not None and _mean(self.last) - _mean(measured) > .1: return f'The weights that were loaded at the end are less sparse than those trained last ({_average(self.last)}): of an epoch before the end of the schedule, as SaveModelCallback may choose'
     if self.last_position < 1: return f'The target was not reached: training ended when {self.last_position:.0%} of it was done'
     if self.level != due/100: return 'The target was not reached: the last batches had no finite loss, or no gradients for the criterion'
@@ -343,7 +354,7 @@ def _after_update(self:SparsifyCallback):
     if self.save_tickets: self._save_ticket('Intermediate')
 
 @patch
-def finish(self:SparsifyCallback):
+def _finish(self:SparsifyCallback):
     "The last word of a fit, when all other callbacks had theirs"
     if self.save_tickets and self.rewind_point: self._save_ticket('Final')
     if self.reset_end and self.rewind_point: self._rewind()

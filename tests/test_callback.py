@@ -918,3 +918,17 @@ def test_zeros_from_a_file_are_held(tmp_path):
     fresh.model.load_state_dict(torch.load(tmp_path/'m.pth'))
     masks_from_zeros(fresh.model)
     assert zeros(fit(fresh, 2).model) == n_zeros(.9, N) and all_same(masks(fresh.model), masks(learn.model))
+
+# --- while it waits, and what is only rounding
+
+def test_a_callback_that_waits_still_fills_its_column():
+    learn = learner()
+    for m in learn.model: m.requires_grad_(isinstance(m, nn.Linear))
+    fit(learn, 2, sparse())
+    names, rows = list(learn.recorder.metric_names[1:-1]), learn.recorder.values
+    assert 'sparsity' in names and all(len(row) == len(names) and row[names.index('sparsity')] == 0 for row in rows)
+    assert learn.final_record[-1] == learn.validate()[-1]
+
+def test_rounding_to_whole_weights_is_no_shortfall():
+    out = said(lambda: fit(learner(), 2, sparse({'0': 30, '3': 80}, verbose=True)))   # 43 of 144 weights are 29.86 %
+    assert 'not the target' not in out and "'0': 29.86" in out

@@ -179,8 +179,8 @@ def zero_masked(p, mask):
 
 def dead_rows(mask):
     "Indices of the rows of `mask` that are all False, where every other row is all True and rows are long; else None"
-    if mask.dim() < 2 or mask.numel() < 64*len(mask) or not mask.is_contiguous(): return
-    rows = mask.view(len(mask), -1)
+    if mask.dim() < 2 or mask.numel() < 64*len(mask) or mask.numel() == 0: return
+    rows = mask.flatten(1)
     if torch.equal(rows[:,0], rows[:,-1]) and bool((rows == rows[:,:1]).all()): return (~rows[:,0]).nonzero()[:,0]
 
 def apply_masks(
@@ -214,8 +214,7 @@ def write_masked(
 ):
     "Zero in place what `mask` drops from `p`, also where it is infinite"
     if lift: _lift_live_zeros(p, mask)
-    rows = dead_rows(mask) if p.is_contiguous() else None
-    if rows is not None: p.index_fill_(0, rows, 0)
+    if mask.shape == p.shape and (rows := dead_rows(mask)) is not None: p.index_fill_(0, rows, 0)
     elif p.sum().isfinite(): zero_masked(p, mask)
     else: p.masked_fill_(~mask, 0)   # inf times 0 would be NaN
 

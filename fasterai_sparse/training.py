@@ -85,7 +85,7 @@ class KeepMasks(Callback):
         if seen is not mask or version != mask._version:
             rows = dead_rows(mask)
             self.rows[id(mask)] = mask, mask._version, rows
-        if rows is None or not p.is_contiguous(): zero_masked(p, mask)
+        if rows is None: zero_masked(p, mask)
         else: p.index_fill_(0, rows, 0)
 
     def before_validate(self): apply_masks(self.model)   # a step may have been cut short by a callback that cancelled it

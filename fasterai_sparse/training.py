@@ -109,7 +109,6 @@ class MaskUpdates(Callback):
     def __call__(self, event_name):
         if event_name == 'before_fit': self.name_columns()   # the recorder starts a new table for whatever comes
         if self.learn.lock.locked() or hasattr(self.learn, 'lr_finder'): return
-        if event_name == 'before_fit': self.run = True   # an interrupted fit has cleaned up nothing
         super().__call__(event_name)
 
     def name_columns(self): pass

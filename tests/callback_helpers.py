@@ -104,3 +104,13 @@ def held_tensors(*roots):
         if hasattr(o, '__self__'): todo.append(o.__self__)
         todo.append(getattr(o, '__dict__', None))
     return found
+
+def copied_by(cb, f):
+    "What `f` makes of the learner of the callback `cb`, without `cb` and the graph of the batch, which can't be copied"
+    learn = cb.learn
+    graph = {k: learn.__dict__.pop(k, None) for k in ('pred', 'loss', 'loss_grad')}
+    learn.remove_cb(cb)
+    res = f(learn)
+    learn.add_cb(cb)
+    learn.__dict__.update(graph)
+    return res

@@ -621,13 +621,7 @@ class Copies(Callback):
         if event_name == self.event: self.seen += 1
         if event_name == self.event and self.seen == 8 and self.copy is None: self._take()
         return super().__call__(event_name)
-    def _take(self):
-        learn = self.learn
-        graph = {k: learn.__dict__.pop(k, None) for k in ('pred', 'loss', 'loss_grad')}   # a graph can't be copied
-        learn.remove_cb(self)
-        self.copy = self.f(learn)
-        learn.add_cb(self)
-        learn.__dict__.update(graph)
+    def _take(self): self.copy = copied_by(self, self.f)
 
 COPIES = dict(deepcopy=deepcopy, pickle=lambda learn: pickle.loads(pickle.dumps(learn)),
               callback=lambda learn: pickle.loads(pickle.dumps(learn.sparsify)).learn)

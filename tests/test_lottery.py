@@ -516,12 +516,7 @@ class Copied(Callback):
     def __init__(self, copy): self.f, self.copy = copy, None
     def after_batch(self):
         if self.train_iter != 14 or self.copy: return
-        learn = self.learn
-        graph = {k: learn.__dict__.pop(k, None) for k in ('pred', 'loss', 'loss_grad')}   # a graph can't be copied
-        learn.remove_cb(self)
-        self.copy = self.f(learn)
-        learn.add_cb(self)
-        learn.__dict__.update(graph)
+        self.copy = copied_by(self, self.f)
 
 def by_callback(learn): return pickled(learn.sparsify).learn
 

@@ -932,3 +932,27 @@ def test_a_callback_that_waits_still_fills_its_column():
 def test_rounding_to_whole_weights_is_no_shortfall():
     out = said(lambda: fit(learner(), 2, sparse({'0': 30, '3': 80}, verbose=True)))   # 43 of 144 weights are 29.86 %
     assert 'not the target' not in out and "'0': 29.86" in out
+
+# --- what is remembered of masks follows them
+
+@pytest.mark.parametrize('granularity', ['weight', 'kernel', 'filter'])
+def test_nothing_is_left_under_the_masks_after_any_step(granularity):
+    spy, left = collect('after_batch', lambda l: sum(int((p*~mask).count_nonzero()) for *_,p,mask in masked_params(l.model)))
+    fit(learner(), 4, [sparse(80, granularity=granularity), spy])
+    assert len(left) == 24 and not any(left)
+
+def test_nothing_is_left_in_dropped_rows_after_any_step():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(72,32), nn.Linear(32,4))   # nothing between them stops the gradient of a dropped row
+    spy, left = collect('before_batch', lambda l: sum(int((p*~mask).count_nonzero()) for *_,p,mask in masked_params(l.model)))
+    fit(learner(model=model), 4, [sparse(80, granularity='row', layer_type=nn.Linear), spy])
+    assert len(left) == 24 and not any(left)
+
+def test_live_groups_follow_what_is_loaded():
+    model = convnet()
+    s = Sparsifier(model, 'filter', 'local', large_final)
+    s.sparsify_model(50)
+    with warnings.catch_warnings(): warnings.simplefilter('ignore'); model.load_state_dict(convnet().state_dict())
+    before = weights(model)[1].detach().abs().mean((1,2,3))
+    s.sparsify_model(25)
+    dropped = ~kept(model[3]).flatten(1).any(1)
+    assert torch.equal(dropped, ~top_k_mask(before, 12))

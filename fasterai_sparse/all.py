@@ -1,4 +1,7 @@
-"All public names: `from fasterai_sparse.all import *`"
+"All public names, and fastai's that a notebook needs beside them: `from fasterai_sparse.all import *`"
+from fastai.basics import *
+from fastai.callback.all import *
+
 from .masks import *
 from .granularity import *
 from .criteria import *
@@ -10,3 +13,6 @@ from .sparsifier import *
 from .training import *
 from .lottery import *
 from .sparsify_callback import *
+from .from_scratch import *
+from .drop_grow import *
+from .dynamic import *

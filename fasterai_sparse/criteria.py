@@ -24,7 +24,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from .granularity import Spanning, out_in_axes
 
 # %% ../nbs/02_criteria.ipynb #e982e765
-def random_criteria(p, generator, **kwargs):
+def random_criteria(p, generator=None, **kwargs):
     "Random scores"
     return torch.rand(p.shape, generator=generator).to(p.device)
 
@@ -150,6 +150,10 @@ class Criteria:
     def needs(self): return needed_state(self.f)
     @property
     def name(self): return _name(self.f)
+    @property
+    def is_elementwise(self):
+        "Whether the score of a weight depends on it alone, so that some can be scored without the others"
+        return self.f in _elementwise and self.normalizer is None
 
     @torch.no_grad()
     def __call__(self,

@@ -238,7 +238,7 @@ def group_weights(
 
 def drops_outputs(m:nn.Module, g):
     "Whether a dropped group of `g` is a whole output of `m`, so that its bias and BatchNorm fall with it"
-    if not isinstance(g, Spanning): return False
+    if not isinstance(g, Spanning) or not g.dims: return False
     if isinstance(m, _ConvNd): return g == group_weights(m, 'filter')
     return (isinstance(m, nn.Linear) or out_in_axes(m) == (1,0)) and g == group_weights(m, 'row')
 

@@ -21,7 +21,6 @@ from .masks import *
 from .schedules import *
 from .sparsifier import *
 from .training import *
-from .training import _state_of
 
 # %% ../nbs/10_sparsify_callback.ipynb #f8a27fa5
 def _one_of(**given):
@@ -76,7 +75,7 @@ class SparsifyCallback(MaskUpdates):
                              "partial(iterative, n_steps=5), or say with update_every= after how many batches to take a step")
         self.make = partial(sparsifier, granularity=granularity, context=context, criteria=criteria, nm=nm, layer_type=layer_type, data=data)
         store_attr('lth,rewind_epoch,reset_end,save_tickets,round_to,start_epoch,end_epoch,update_every,verbose')
-        self.part, self.sparsifier, self.started, self.n_epochs, self.rewind_point = model, None, False, 0, None
+        self.part, self.sparsifier, self.started, self.rewind_point = model, None, False, None
 
     def name_columns(self):
         if self.learn.cbs.items.count(self) == 1 and hasattr(self.learn, 'recorder'): self.column = add_column(self.learn.recorder, 'sparsity')
@@ -103,7 +102,7 @@ class SparsifyCallback(MaskUpdates):
         if not self.cancelled: self._update()
 
     def after_batch(self):
-        if self.last_position < 1 == self._position(): self._update()
+        if self.last_position < 1 == self.position(): self._update()
         self.cancelled = False
 
     def after_validate(self):
@@ -113,7 +112,7 @@ class SparsifyCallback(MaskUpdates):
     def after_epoch(self):
         if self.trained: self.last = self._now()
         if self.trained and self.speaks: print(f'Sparsity at the end of epoch {self.n_epochs}: {_average(self.last)}')
-        self.n_epochs, self.trained, self.measured = self.n_epochs+1, False, None
+        self.trained, self.measured = False, None
 
 # %% ../nbs/10_sparsify_callback.ipynb #b815bb54
 @patch
@@ -167,14 +166,14 @@ def _set_up(self:SparsifyCallback):
     if not self._leave_frozen(): return False
     self.sched = self._windowed()
     self._check_rewinds()
-    if 'opt' in self.sparsifier.criteria.needs: self.sparsifier.opt = partial(_state_of, self.opt)
+    if 'opt' in self.sparsifier.criteria.needs: self.sparsifier.opt = partial(state_of, self.opt)
     if isinstance(self.model, nn.parallel.DistributedDataParallel): self.sparsifier.share = _from_first_rank
     self.keeper = self.keep_masks()
     if not any(isinstance(cb, _LastWord) and cb.cb is self for cb in self.learn.cbs): self.learn.add_cb(_LastWord(self))
     self.level = self._measured()
     self._start_from_here()
     self.reach = float(sum(self._target_of(n) for n in self._names())/len(self._names()))
-    self.n_epochs, self.n_since, self.last_position, self.cancelled = 0, 0, 0., False
+    self.n_since, self.last_position, self.cancelled = 0, 0., False
     self.trained, self.has_trained, self.measured, self.last, self.rewind_point = False, self.n_epoch == 0, None, None, None
     if self.speaks: print(f'Pruning of {self.sparsifier.granularity} until a sparsity of {self._asked()}')
     return True
@@ -225,14 +224,9 @@ def _due_targets(self:SparsifyCallback, progress):
 
 # %% ../nbs/10_sparsify_callback.ipynb #95f350e0
 @patch
-def _position(self:SparsifyCallback):
-    "Share of training that is done when this batch is"
-    return min((self.n_epochs*self.n_iter + self.iter + 1) / (self.n_epoch*self.n_iter), 1.)
-
-@patch
 def _progress(self:SparsifyCallback):
     "Share of the target that is due, never less than what the fit found until the schedule has reached it"
-    p = min(max(self.sched.progress(self._position()), 0.), 1.)
+    p = min(max(self.sched.progress(self.position()), 0.), 1.)
     if p >= self.floor: self.floor = 0.
     return max(p, self.floor)
 
@@ -241,8 +235,8 @@ def _due(self:SparsifyCallback, progress):
     "Whether the masks are to follow `progress` now"
     if progress == self.level: return False
     n_iter, seen = self.n_iter, self.last_position*self.n_epoch*self.n_iter   # batches up to the last step
-    passed = lambda every: (self.n_epochs*n_iter + self.iter + 1)//every > round(seen)//every
-    edge = passed(n_iter) or self._position() >= self.sched.end_pct > self.last_position
+    passed = lambda every: self.n_batches()//every > round(seen)//every
+    edge = passed(n_iter) or self.position() >= self.sched.end_pct > self.last_position
     if self.update_every: return edge or passed(self.update_every)
     moved, live = abs(progress-self.level)*self.reach, 1 - self.level*self.reach
     return edge or self.n_since >= 32 or moved >= .01*live and self.n_since >= 4
@@ -257,7 +251,7 @@ def _update(self:SparsifyCallback):
         self.sparsifier.apply(self._due_targets(progress), self.round_to, on_change=self._forget)
         self.level, self.n_since, self.measured, self.last = progress, 0, None, None
         if self.changed and self.rewind_point is not None: self._after_update()
-    self.last_position = self._position()
+    self.last_position = self.position()
 
 @patch
 def _forget(self:SparsifyCallback, p, changed):

@@ -113,6 +113,7 @@ def format_report(
     lines = ['', 'Sparsity Report:', '-'*80, _line.format('Layer', 'Type', 'Params', 'Zeros') + f"{'Sparsity':<10}", '-'*80]
     lines += [row(r.layer, r.type, r.params, r.zeros) for r in df.itertuples()]
     lines += ['-'*80, row('Overall', 'all', int(df.params.sum()), int(df.zeros.sum()))]
+    if 'flops' in df and (dense := int(df.flops.sum())): lines.append(f'FLOPs: {int(df.sparse_flops.sum()):,d} of {dense:,d}, {df.sparse_flops.sum()/dense:.1%}')
     lines += [f'{r.layer}: {r.note}' for r in df.itertuples() if r.note not in ('', 'no mask')]
     return '\n'.join(lines)
 

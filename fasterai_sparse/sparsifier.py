@@ -373,9 +373,11 @@ def save_atomically(
     finally: tmp.unlink(missing_ok=True)
 
 @patch
-def print_sparsity(self:Sparsifier)->None:
+def print_sparsity(self:Sparsifier,
+    example_input=None, # A batch: adds FLOPs
+)->None:
     "Print the report"
-    print(format_report(self.report()))
+    print(format_report(self.report(example_input)))
 
 @patch
 def save_model(self:Sparsifier,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['random_score', 'weight_magnitude', 'gradient_magnitude', 'gradient_momentum', 'magnitude_and_gradient',
-           'drawn_places', 'mean_momentum', 'shared_out', 'DropGrow']
+           'drawn_places', 'mean_momentum', 'shared_out', 'check_drop_grow', 'DropGrow']
 
 # %% ../nbs/12_drop_grow.ipynb #3755808e
 import math
@@ -94,6 +94,12 @@ def shared_out(
     return largest_remainder(shares, caps)
 
 # %% ../nbs/12_drop_grow.ipynb #e5985072
+def check_drop_grow(keep, grow, granularity):
+    "Raise `ValueError` where `DropGrow` can't work with these scores or this granularity, whatever the model"
+    if isinstance(granularity, NM): raise ValueError("Weights that are dropped and grown one by one keep no N:M pattern: use another granularity")
+    if no := (as_criteria(grow).needs - {'grad', 'opt', 'generator'}) | (as_criteria(keep).needs & {'data'}):
+        raise ValueError(f"Drop and grow have no {sorted(no)} for scores: a grow score may ask for grad, opt and generator, a keep score for init and prev too")
+
 class DropGrow(Sparsifier):
     "Drop the weakest live weights of the masked layers of `model`, grow as many elsewhere"
     drop = 0. # Share of the live weights to drop
@@ -110,8 +116,7 @@ class DropGrow(Sparsifier):
     ):
         self.modules, self.grow, self.redistribute, self._lives = modules, as_criteria(grow), redistribute, {}
         self.grown, self.left = {}, {}   # name -> scores by which to grow; how many are left before
-        if isinstance(granularity, NM): raise ValueError("Weights that are dropped and grown one by one keep no N:M pattern: use another granularity")
-        if no := (self.grow.needs - {'grad', 'opt', 'generator'}) | (as_criteria(keep).needs & {'data'}): raise ValueError(f"Drop and grow have no {sorted(no)} for scores: a grow score may ask for grad, opt and generator, a keep score for init and prev too")
+        check_drop_grow(keep, grow, granularity)
         super().__init__(model, granularity, self.as_it_is if context is None else context, keep, layer_type=None, seed=seed)
         self.needs = self.criteria.needs | self.grow.needs | {k for k in STATE if redistribute and wants(redistribute, k)}
 
@@ -149,8 +154,13 @@ def _grow_scores(self:DropGrow, name):
 @patch
 @torch.no_grad()
 def read(self:DropGrow):
-    "Take the grow scores now, for an `apply` that comes when the gradients have been changed"
-    self.grown = {n: self._grow_scores(n) for n in self.layers if self._is_reached(n)}
+    "Take the grow scores now, for an `apply` that comes when gradients and the optimizer's state have been changed"
+    self.grown = {n: _own(self._grow_scores(n), self.param(n).grad, self.opt and self._opt_state(n)) for n in self.layers if self._is_reached(n)}
+
+def _own(scores, grad, state):
+    "`scores`, or a copy where they are the gradient or a part of the optimizer's state themselves"
+    others = {t.untyped_storage().data_ptr() for t in (grad, *(state or {}).values()) if torch.is_tensor(t)}
+    return scores.clone() if scores is not None and scores.untyped_storage().data_ptr() in others else scores
 
 @patch
 def _n_left(self:DropGrow, n):
@@ -190,7 +200,7 @@ def scores(self:DropGrow, name, norms):
 @patch
 def _strongest(self:DropGrow, name, n):
     "Mask of the best `n` of the live weights, by scores of these alone"
-    kept, at = self.live(name).clone(), true_places(self.live(name))
+    kept, at = self.live(name).clone(memory_format=torch.contiguous_format), true_places(self.live(name))
     kept.view(-1)[at[~top_k_mask(self.criteria(self.param(name).detach().reshape(-1)[at]), n)]] = False
     return kept
 

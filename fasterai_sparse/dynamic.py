@@ -7,7 +7,7 @@ __all__ = ['SET_presets', 'SNFS_presets', 'RigL_presets', 'ITOP_presets', 'GraNe
            'DynamicSparseTrainingCallback']
 
 # %% ../nbs/13_dynamic.ipynb #ec46d14b
-import warnings
+import math, warnings
 from numbers import Real
 
 import pandas as pd, torch
@@ -20,7 +20,7 @@ from .allocation import *
 from .criteria import as_criteria
 from .drop_grow import *
 from .from_scratch import *
-from .granularity import Granularities, out_in_axes, weight_names
+from .granularity import Granularities, group_weights, out_in_axes, weight_names
 from .masks import *
 from .schedules import *
 from .sparsifier import *
@@ -39,13 +39,15 @@ class _Steps(MaskUpdates):
     def after_step(self):
         if self.active() and self.cb.due: self.cb._update()
 
+def _is_number(v): return isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v)
+
 class DynamicSparseTrainingCallback(MaskUpdates):
     "Let masks follow what the network learns: drop the weakest weights and grow others, at a fixed number of live weights"
     order = Recorder.order + 1   # its column comes right behind the recorder's; the updates have an order of their own
-    started = False
+    started, rows, layer_rows = False, (), ()
 
     def __init__(self,
-        sparse_modules=None, # Layers whose masks change; None: all that have masks
+        sparse_modules=None, # Layers (or a part of the model) whose masks change; None: all that have masks
         batches_per_update=None, # None: once per epoch
         initial_drop_grow_pct=0.3, # Share of the live weights that change in the first update, 0 to 1
         stop_pct=0.75, # Share of the fit after which masks stay as they are
@@ -53,26 +55,31 @@ class DynamicSparseTrainingCallback(MaskUpdates):
         grow_score_f=gradient_magnitude, # By what they grow
         epochs_per_update=None, # In place of `batches_per_update`
         start_pct=0., # Share of the fit before the first update
-        drop_schedule=sched_cos, # `f(start, end, pos)`, how the share to drop falls: fastai's `sched_cos`, `sched_lin`, `sched_no` …
+        drop_schedule=sched_cos, # How the share to drop falls: fastai's `sched_cos`, `sched_lin`, `sched_no`, a `Schedule`, `f(pos)` or `f(start, end, pos)`
         redistribute=None, # By what layers share what all have dropped: `f(p, live, **state)` -> a number, as `mean_momentum`; None: each gets back what it dropped
         replace_step=False, # Update in place of the optimizer's step, not after it
         sparsity=None, # Percent to be reached by `stop_pct`; layers without masks start dense. None: as many live weights as there are
-        sparsity_schedule=sched_agp, # `f(start, end, pos)`, how it gets there
+        sparsity_schedule=sched_agp, # How it gets there: a `Schedule`, `f(pos)` or `f(start, end, pos)`
         context=None, # How that sparsity is shared among layers: 'local', 'global' (the default) or an allocation
         granularity='weight', # What is dropped and grown together
         seed=0, # For random choices
     ):
         check_whole('batches_per_update', batches_per_update)
-        if epochs_per_update is not None and (batches_per_update is not None or isinstance(epochs_per_update, bool) or not isinstance(epochs_per_update, Real) or epochs_per_update <= 0):
+        if epochs_per_update is not None and (batches_per_update is not None or not _is_number(epochs_per_update) or epochs_per_update <= 0):
             raise ValueError(f"epochs_per_update is a positive number in place of batches_per_update, not {epochs_per_update!r} beside {batches_per_update!r}")
-        if not 0 <= initial_drop_grow_pct <= 1: raise ValueError(f"initial_drop_grow_pct is a share of the live weights from 0 to 1, not {initial_drop_grow_pct}")
-        if not 0 <= start_pct < stop_pct <= 1: raise ValueError(f"Updates need 0 <= start_pct < stop_pct <= 1 (shares of the fit), not {start_pct} to {stop_pct}")
+        for n,v in dict(initial_drop_grow_pct=initial_drop_grow_pct, start_pct=start_pct, stop_pct=stop_pct).items():
+            if not _is_number(v) or not 0 <= v <= 1: raise ValueError(f"{n} is a share from 0 to 1, not {v!r}")
+        if start_pct >= stop_pct: raise ValueError(f"Updates need start_pct < stop_pct, not {start_pct} to {stop_pct}")
         if redistribute is not None and not callable(redistribute): raise ValueError(f"redistribute is a function (p, live, **state) -> a number, not {redistribute!r}")
+        if not isinstance(replace_step, bool): raise ValueError(f"replace_step is True or False, not {replace_step!r}")
         if sparsity is not None: as_fraction(sparsity)
         elif context is not None: raise ValueError(f"context={context!r} shares out a sparsity that is to be reached: give sparsity= too, in percent")
-        as_schedule(drop_schedule), as_schedule(sparsity_schedule), as_criteria(keep_score_f), as_criteria(grow_score_f), as_allocation(ifnone(context, 'global'))
-        store_attr('sparse_modules,batches_per_update,initial_drop_grow_pct,stop_pct,keep_score_f,grow_score_f,epochs_per_update,start_pct,'
-                   'drop_schedule,redistribute,replace_step,sparsity,sparsity_schedule,context,granularity,seed')
+        check_drop_grow(keep_score_f, grow_score_f, granularity)
+        as_allocation(ifnone(context, 'global'))
+        self.sparse_modules = [sparse_modules] if isinstance(sparse_modules, nn.Module) else sparse_modules if sparse_modules is None else list(sparse_modules)
+        self.drop_schedule, self.sparsity_schedule = as_schedule(drop_schedule), as_schedule(sparsity_schedule)
+        store_attr('batches_per_update,initial_drop_grow_pct,stop_pct,keep_score_f,grow_score_f,epochs_per_update,start_pct,'
+                   'redistribute,replace_step,sparsity,context,granularity,seed')
 
     def name_columns(self):
         if self.learn.cbs.items.count(self) == 1 and hasattr(self.learn, 'recorder'): self.column = add_column(self.learn.recorder, 'live_weights')
@@ -93,9 +100,12 @@ class DynamicSparseTrainingCallback(MaskUpdates):
 @patch
 def _open_masks(self:DynamicSparseTrainingCallback):
     "Where a sparsity is to be reached, give the layers that have no mask one that keeps all"
-    for m in ifnone(self.sparse_modules, sparseable_modules(self.model)):
-        for p in weight_names(m) if Granularities.has(m) else ['weight']:
-            if get_mask(m, p) is None and unmaskable(m, p) is None and m._parameters[p].requires_grad: set_mask(m, True, p)
+    parts = ifnone(self.sparse_modules, [unwrapped(self.model)])
+    layers = [(m, p) for part in parts for m in sparseable_modules(part) or [part] for p in (weight_names(m) if Granularities.has(m) else ['weight'])]
+    layers = [(m, p) for m,p in layers if get_mask(m, p) is None and unmaskable(m, p) is None and m._parameters[p].requires_grad]
+    for m,p in layers:
+        if self.granularity != 'weight' and (why := group_weights(m, self.granularity).misfit(m._parameters[p].shape)): raise ValueError(f"A {type(m).__name__} {why}")
+    for m,p in layers: set_mask(m, True, p)
 
 @patch
 def _check_modules(self:DynamicSparseTrainingCallback):
@@ -111,10 +121,10 @@ def _set_up(self:DynamicSparseTrainingCallback):
     if self.sparsity is not None: self._open_masks()
     context = None if self.sparsity is None else ifnone(self.context, 'global')
     s = self.sparsifier = DropGrow(unwrapped(self.model), self.keep_score_f, self.grow_score_f, self.redistribute, self.granularity, context, self.sparse_modules, self.seed)
+    s.needs = s.needs | {'grad'}   # a layer that the loss does not reach is left alone, whatever the scores ask for
     for n in [n for n in s.layers if not s.param(n).requires_grad]: s.leave_dense(n, 'frozen: its mask stays as it is')
     self.averages, self.first, self.seen, self.due = {}, None, None, False
     self._start_log()
-    self._log_layers(0.)
     if not s.layers: return warnings.warn("All sparse layers are frozen: in this fit their masks stay as they are")
     with torch.no_grad():
         for n,(m,p) in s.layers.items(): write_masked(s.param(n), get_mask(m, p).bool())   # a mask of the user's own may keep weights that are zero
@@ -189,14 +199,14 @@ def _in_window(self:DynamicSparseTrainingCallback, n_batches):
 def _target(self:DynamicSparseTrainingCallback, pos):
     "The sparsity of this update, on the way from what the fit found"
     if self.sparsity is None: return 0
-    asked, progress = as_fraction(self.sparsity), lambda pos: float(self.sparsity_schedule(0., 1., pos))
+    asked, progress = as_fraction(self.sparsity), self.sparsity_schedule.progress
     start = progress(self._in_window(self.first)) if self.first else 0.
     return asked if pos == 1 or start >= 1 else as_ratio(self.found + (float(asked)-self.found)*(progress(pos)-start)/(1-start))
 
 @patch
 def _update(self:DynamicSparseTrainingCallback):
     s, self.due, pos = self.sparsifier, False, self._in_window(self.seen)
-    s.drop = min(max(float(self.drop_schedule(self.initial_drop_grow_pct, 0., pos)), 0.), 1.) if pos < 1 else 0.
+    s.drop = self.initial_drop_grow_pct*(1-self.drop_schedule.progress(pos)) if pos < 1 else 0.
     was, self.n_changed = self._n_kept(), 0
     s.apply(self._target(pos), on_change=self._start_anew)
     for m,p in s.layers.values(): note_sparsity(m, p)
@@ -228,6 +238,7 @@ def _start_log(self:DynamicSparseTrainingCallback):
     self.start, self.explored = [{k: mask.clone() for k,mask in self._masks().items()} for _ in range(2)]
     self.n_weights, self.n_start = sum(mask.numel() for mask in self.start.values()), self._n_kept()
     self.found = 1 - self.n_start/max(self.n_weights, 1)
+    self._log_layers(0.)
 
 @patch
 def _log_layers(self:DynamicSparseTrainingCallback, epoch):
@@ -253,12 +264,12 @@ def log(self:DynamicSparseTrainingCallback):
     grew again are neither), which share of the live ones is new (`changed`), how many live, which share of all weights has ever been live (`explored`, the
     R_s of Liu et al. 2021), which share of the first masks still is (`overlap`), and how many outputs have no live weight (`dead`)"""
     columns = 'epoch drop_share dropped grown changed live explored overlap dead'.split()
-    return pd.DataFrame(getattr(self, 'rows', []), columns=columns)
+    return pd.DataFrame(list(self.rows), columns=columns)
 
 @patch(as_prop=True)
 def layer_sparsities(self:DynamicSparseTrainingCallback):
     "The sparsity (%) of each layer at the start of the last fit and after each update, a `DataFrame` by epoch"
-    return pd.DataFrame(getattr(self, 'layer_rows', []) or [{'epoch': 0.}]).set_index('epoch')
+    return pd.DataFrame(list(self.layer_rows) or {'epoch': []}).set_index('epoch')
 
 @patch
 def plot(self:DynamicSparseTrainingCallback,
@@ -266,15 +277,15 @@ def plot(self:DynamicSparseTrainingCallback,
 ):
     "Plot the layers' sparsities over the last fit, and how far its masks have come: what they share with the first, and all they have explored; returns the axes"
     import matplotlib.pyplot as plt
+    if not self.layer_rows: raise ValueError("There is nothing to plot before a fit")
     if axs is None: _,axs = plt.subplots(1, 2, figsize=(10,3.5), layout='constrained')
     layers, log, colors = self.layer_sparsities, self.log, plt.get_cmap('viridis')
     for i,n in enumerate(layers): axs[0].plot(layers.index, layers[n], label=n, color=colors(i/max(layers.shape[1]-1, 1)), drawstyle='steps-post')
-    axs[0].set(xlabel='epoch', ylabel='sparsity (%)', title='layers, from the first (dark) to the last')
+    axs[0].set(xlabel='epoch', ylabel='sparsity (%)', ylim=(0,102), title='layers, from the first (dark) to the last')
     if 0 < layers.shape[1] <= 8: axs[0].legend()
-    start = layers.index[:1].tolist()
-    axs[1].plot(start + log.epoch.tolist(), [100.]*len(start) + (100*log.overlap).tolist(), label='of the first live weights: still live')
-    axs[1].plot(log.epoch, 100*log.explored, label='of all weights: live at some time')
-    axs[1].set(xlabel='epoch', ylabel='%', ylim=(0,None), title='masks')
+    for first,column,label in ((1, 'overlap', 'of the first live weights: still live'), (1-self.found, 'explored', 'of all weights: live at some time')):
+        axs[1].plot(layers.index, [100*first, *(100*log[column])], label=label)
+    axs[1].set(xlabel='epoch', ylabel='%', ylim=(0,102), title='masks')
     axs[1].legend()
     return axs
 

@@ -214,7 +214,7 @@ def zero_masked(p, mask):
 def dead_rows(mask):
     "Indices of the rows of `mask` that are all False, where every other row is all True and rows are long; else None"
     if mask.dim() < 2 or mask.numel() < 64*len(mask) or mask.numel() == 0: return
-    rows = mask.flatten(1)
+    rows = mask.bool().flatten(1)
     if torch.equal(rows[:,0], rows[:,-1]) and bool((rows == rows[:,:1]).all()): return (~rows[:,0]).nonzero()[:,0]
 
 def apply_masks(

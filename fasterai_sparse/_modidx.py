@@ -270,6 +270,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'fasterai_sparse/dynamic.py'),
                                          'fasterai_sparse.dynamic._Steps.after_step': ( 'dynamic.html#_steps.after_step',
                                                                                         'fasterai_sparse/dynamic.py'),
+                                         'fasterai_sparse.dynamic._Steps.before_batch': ( 'dynamic.html#_steps.before_batch',
+                                                                                          'fasterai_sparse/dynamic.py'),
                                          'fasterai_sparse.dynamic._Steps.before_step': ( 'dynamic.html#_steps.before_step',
                                                                                          'fasterai_sparse/dynamic.py'),
                                          'fasterai_sparse.dynamic._is_number': ('dynamic.html#_is_number', 'fasterai_sparse/dynamic.py'),

@@ -139,7 +139,7 @@ def largest_remainder(
     now=None, # What each has: a total that rises takes from none, one that falls gives to none
 ):
     "Whole numbers next to `shares`, none above its cap, that sum to the rounded sum of `shares` where the caps allow"
-    total = min(math.floor(sum(shares) + Fraction(1,2)), sum(caps))
+    total = min(math.floor(sum(shares) + Fraction(1,2) + Fraction(1,10**7)), sum(caps))   # fractions that are floats fall short of a half
     rises = now is None or total >= sum(now)
     slack = 2 + sum(max(s-c, 0) for s,c in zip(shares, caps))   # what rounding, and layers that are full, can put on a layer
     bound = lambda d,s,c,free: min(d, c) if now is not None and abs(d-s) < slack else free

@@ -32,6 +32,8 @@ class _Steps(MaskUpdates):
     order = MixedPrecision.order + .5   # gradients are unscaled, and neither zeroed under masks nor clipped yet
     def __init__(self, cb): self.cb = cb
     def active(self): return self.cb.started and self.cb.learn is self.learn
+    def before_batch(self):
+        if self.active() and self.cb.first is None: self.cb._begin(self.cb.n_batches()-1)
     def before_step(self):
         if self.active() and self.cb._see_gradients() and self.cb.replace_step: raise CancelStepException
     def after_cancel_step(self):
@@ -124,12 +126,12 @@ def _set_up(self:DynamicSparseTrainingCallback):
     s.needs = s.needs | {'grad'}   # a layer that the loss does not reach is left alone, whatever the scores ask for
     for n in [n for n in s.layers if not s.param(n).requires_grad]: s.leave_dense(n, 'frozen: its mask stays as it is')
     self.averages, self.first, self.seen, self.due = {}, None, None, False
+    self.keep_masks()   # first of all: ranks that train together have the same masks from here on
     self._start_log()
     if not s.layers: return warnings.warn("All sparse layers are frozen: in this fit their masks stay as they are")
     with torch.no_grad():
         for n,(m,p) in s.layers.items(): write_masked(s.param(n), get_mask(m, p).bool())   # a mask of the user's own may keep weights that are zero
     s.opt = self._opt_state
-    self.keep_masks()
     if not any(isinstance(cb, _Steps) and cb.cb is self for cb in self.learn.cbs): self.learn.add_cb(_Steps(self))
     self.started = True
 
@@ -156,7 +158,7 @@ def _every(self:DynamicSparseTrainingCallback):
 @patch
 def _begin(self:DynamicSparseTrainingCallback, n):
     "Note where the fit starts, and warn where no update comes in it"
-    self.first = self.before = n
+    self.first = self.seen = n
     total, every = self.n_epoch*self.n_iter, self._every()
     due = -(-max(self.start_pct*total, n+1)//every)*every
     if due >= self.stop_pct*total and self.sparsity is None:
@@ -165,10 +167,8 @@ def _begin(self:DynamicSparseTrainingCallback, n):
 @patch
 def _is_due(self:DynamicSparseTrainingCallback):
     "Whether an update comes with this step"
-    n, self.before = self.n_batches(), self.seen
-    if self.first is None: self._begin(n-1)
-    self.seen = n
-    if self.position() < self.stop_pct: return self.position() >= self.start_pct and n//self._every() > self.before//self._every()
+    self.before, self.seen = self.seen, self.n_batches()
+    if self.position() < self.stop_pct: return self.position() >= self.start_pct and self.seen//self._every() > self.before//self._every()
     return self.sparsity is not None and self.before < self.stop_pct*self.n_epoch*self.n_iter   # the last, for what is missing
 
 @patch

@@ -209,7 +209,6 @@ def _update(self:DynamicSparseTrainingCallback):
     s.drop = self.initial_drop_grow_pct*(1-self.drop_schedule.progress(pos)) if pos < 1 else 0.
     was, self.n_changed = self._n_kept(), 0
     s.apply(self._target(pos), on_change=self._start_anew)
-    for m,p in s.layers.values(): note_sparsity(m, p)
     self._log_update(was)
 
 @patch
@@ -251,8 +250,8 @@ def _n_dead(m, mask):
 @patch
 def _log_update(self:DynamicSparseTrainingCallback, was):
     if not self.rows: self.layer_rows = [{**self.layer_rows[0], 'epoch': self.first/self.n_iter}]
-    live, masks = self._n_kept(), self._masks()
-    grown, common = (self.n_changed+live-was)//2, sum(n_true(masks[k] & mask) for k,mask in self.start.items())
+    live = self._n_kept()
+    grown, common = (self.n_changed+live-was)//2, sum(n_true(mask & self.start[k]) for k,mask in self._masks().items())
     self.rows.append(dict(epoch=self.seen/self.n_iter, drop_share=self.sparsifier.drop, dropped=was-live+grown, grown=grown, changed=grown/max(live, 1), live=live,
         explored=sum(map(n_true, self.explored.values()))/self.n_weights, overlap=common/max(self.n_start, 1),
         dead=sum(_n_dead(m, get_mask(m, p).bool()) for m,p in self.sparsifier.layers.values())))

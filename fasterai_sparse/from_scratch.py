@@ -117,5 +117,5 @@ def _note_or_drop(m, p):
     "Register what the mask of `m`'s parameter `p` drops; a mask that drops nothing goes"
     mask = get_mask(m, p)
     if mask.all(): return delattr(m, f'{p}_mask')
-    m.register_buffer(f'{p}_sparsity', torch.zeros((), device=mask.device), persistent=False)
+    if f'{p}_sparsity' not in m._buffers: m.register_buffer(f'{p}_sparsity', torch.zeros((), device=mask.device), persistent=False)
     note_sparsity(m, p)

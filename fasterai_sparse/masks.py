@@ -271,6 +271,7 @@ def set_mask(
         _follow_loads(m)
     get_mask(m, name).copy_(mask)
     write_masked(p, mask.to(p.device).bool(), lift=name != 'bias')
+    note_sparsity(m, name)
 
 # %% ../nbs/00_masks.ipynb #5be9944a
 def _along(kept, axis, n):

@@ -10,7 +10,7 @@ __all__ = ['SET_presets', 'SNFS_presets', 'RigL_presets', 'ITOP_presets', 'GraNe
 import math, warnings
 from numbers import Real
 
-import pandas as pd, torch
+import numpy as np, pandas as pd, torch
 from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import sched_cos, sched_no
@@ -207,9 +207,9 @@ def _target(self:DynamicSparseTrainingCallback, pos):
 def _update(self:DynamicSparseTrainingCallback):
     s, self.due, pos = self.sparsifier, False, self._in_window(self.seen)
     s.drop = self.initial_drop_grow_pct*(1-self.drop_schedule.progress(pos)) if pos < 1 else 0.
-    was, self.n_changed = self._n_kept(), 0
+    self.n_changed = 0
     s.apply(self._target(pos), on_change=self._start_anew)
-    self._log_update(was)
+    self._log_update()
 
 @patch
 def _start_anew(self:DynamicSparseTrainingCallback, p, changed):
@@ -226,7 +226,9 @@ def _masks(self:DynamicSparseTrainingCallback):
     return {id(self.sparsifier.param(n)): get_mask(m, p).bool() for n,(m,p) in self.sparsifier.layers.items()}
 
 @patch
-def _n_kept(self:DynamicSparseTrainingCallback): return sum(map(n_true, self._masks().values()))
+def _n_kept(self:DynamicSparseTrainingCallback):
+    "Layer name -> weights that its mask keeps"
+    return {n: n_true(mask) for n,mask in zip(self.sparsifier.layers, self._masks().values())}
 
 @patch
 def _n_live(self:DynamicSparseTrainingCallback): return sum(int(m._parameters[p].count_nonzero()) for m,p in self.sparsifier.matched.values())
@@ -235,27 +237,31 @@ def _n_live(self:DynamicSparseTrainingCallback): return sum(int(m._parameters[p]
 def _start_log(self:DynamicSparseTrainingCallback):
     self.rows, self.layer_rows = [], []
     self.start, self.explored = [{k: mask.clone() for k,mask in self._masks().items()} for _ in range(2)]
-    self.n_weights, self.n_start = sum(mask.numel() for mask in self.start.values()), self._n_kept()
+    self.n_weights = sum(mask.numel() for mask in self.start.values())
+    self._log_layers(0., self._n_kept())
+    self.n_start = self.n_kept
     self.found = 1 - self.n_start/max(self.n_weights, 1)
-    self._log_layers(0.)
 
 @patch
-def _log_layers(self:DynamicSparseTrainingCallback, epoch):
-    self.layer_rows.append({'epoch': epoch, **{n: 100*(1-n_true(mask)/mask.numel()) for n,mask in zip(self.sparsifier.layers, self._masks().values())}})
+def _log_layers(self:DynamicSparseTrainingCallback, epoch, kept):
+    self.n_kept = sum(kept.values())
+    self.layer_rows.append({'epoch': epoch, **{n: 100*(1-k/self.sparsifier.param(n).numel()) for n,k in kept.items()}})
 
 def _n_dead(m, mask):
-    "How many outputs of the layer `m` have no live weight"
-    return len(outs := mask.movedim(out_in_axes(m)[0] if Granularities.has(m) else 0, 0)) - n_true(outs.flatten(1).any(1))
+    "How many outputs of the layer `m` have no live weight (numpy is a hundred times faster here than torch on a CPU)"
+    outs = mask.movedim(out_in_axes(m)[0] if Granularities.has(m) else 0, 0).flatten(1)
+    return len(outs) - (int(np.count_nonzero(outs.numpy().any(1))) if outs.is_cpu else n_true(outs.any(1)))
 
 @patch
-def _log_update(self:DynamicSparseTrainingCallback, was):
+def _log_update(self:DynamicSparseTrainingCallback):
     if not self.rows: self.layer_rows = [{**self.layer_rows[0], 'epoch': self.first/self.n_iter}]
-    live = self._n_kept()
-    grown, common = (self.n_changed+live-was)//2, sum(n_true(mask & self.start[k]) for k,mask in self._masks().items())
+    was = self.n_kept
+    self._log_layers(self.seen/self.n_iter, self._n_kept())
+    live, grown = self.n_kept, (self.n_changed+self.n_kept-was)//2
+    common = sum(n_true(mask & self.start[k]) for k,mask in self._masks().items())
     self.rows.append(dict(epoch=self.seen/self.n_iter, drop_share=self.sparsifier.drop, dropped=was-live+grown, grown=grown, changed=grown/max(live, 1), live=live,
         explored=sum(map(n_true, self.explored.values()))/self.n_weights, overlap=common/max(self.n_start, 1),
         dead=sum(_n_dead(m, get_mask(m, p).bool()) for m,p in self.sparsifier.layers.values())))
-    self._log_layers(self.seen/self.n_iter)
 
 @patch(as_prop=True)
 def log(self:DynamicSparseTrainingCallback):

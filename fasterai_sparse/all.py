@@ -8,6 +8,7 @@ from .criteria import *
 from .allocation import *
 from .schedules import *
 from .graph import *
+from .bn_adaptation import *
 from .report import *
 from .sparsifier import *
 from .training import *
@@ -16,3 +17,4 @@ from .sparsify_callback import *
 from .from_scratch import *
 from .drop_grow import *
 from .dynamic import *
+from .epoch_schedules import *

@@ -115,10 +115,12 @@ class DropGrow(Sparsifier):
         seed=0, # For random choices
     ):
         self.modules, self.grow, self.redistribute, self._lives = modules, as_criteria(grow), redistribute, {}
-        self.grown, self.left = {}, {}   # name -> scores by which to grow; how many are left before
+        self.left = {}   # name -> how many are left before others grow
+        self.forget()
         check_drop_grow(keep, grow, granularity)
         super().__init__(model, granularity, self.as_it_is if context is None else context, keep, layer_type=None, seed=seed)
-        self.needs = self.criteria.needs | self.grow.needs | {k for k in STATE if redistribute and wants(redistribute, k)}
+        shares = {k for k in STATE if redistribute and wants(redistribute, k)}
+        self.needs, self.keeps_grads = self.criteria.needs | self.grow.needs | shares, 'grad' in self.criteria.needs | shares
 
     def as_it_is(self, params, model_sparsity, *, names, **kwargs):
         "Allocation: the sparsity that each layer has"
@@ -145,6 +147,14 @@ def _is_reached(self:DropGrow, name):
     return ('grad' not in self.needs or self.param(name).grad is not None) and ('opt' not in self.needs or bool(self._opt_state(name)))
 
 @patch
+def forget(self:DropGrow):
+    "Forget what `read` took"
+    self.grown, self.grads = {}, {}   # name -> scores by which to grow; name -> gradients
+
+@patch
+def _grad(self:DropGrow, name): return self.grads[name] if name in self.grads else super(DropGrow, self)._grad(name)
+
+@patch
 def _grow_scores(self:DropGrow, name):
     "What could grow in the layer called `name`, best first; None where chance decides"
     if self.grow.f is random_score: return None
@@ -154,7 +164,8 @@ def _grow_scores(self:DropGrow, name):
 @patch
 @torch.no_grad()
 def read(self:DropGrow):
-    "Take the grow scores now, for an `apply` that comes when gradients and the optimizer's state have been changed"
+    "Take now what `apply` needs of gradients and the optimizer's state, for one that comes when they have been changed"
+    if self.keeps_grads: self.grads = {n: self._grad(n).clone() for n in self.layers if self._is_reached(n)}
     self.grown = {n: _own(self._grow_scores(n), self.param(n).grad, self.opt and self._opt_state(n)) for n in self.layers if self._is_reached(n)}
 
 def _own(scores, grad, state):

@@ -95,6 +95,7 @@ class DynamicSparseTrainingCallback(MaskUpdates):
         if hasattr(self.learn, 'recorder'): fill_column(self.learn.recorder, self.column, self._n_live())
 
     def after_fit(self):
+        if self.started and self.sparsity is not None: self._check_reached()
         self.started, self.averages, self.start, self.explored = False, {}, {}, {}
         self.learn.remove_cbs([cb for cb in self.learn.cbs if isinstance(cb, _Steps) and cb.cb is self])
 
@@ -187,7 +188,8 @@ def _see_gradients(self:DynamicSparseTrainingCallback):
 @patch
 def _step_was_cancelled(self:DynamicSparseTrainingCallback):
     "Have an update that did not come wait for the next step"
-    if self.due: self.due, self.seen, self.sparsifier.grown = False, self.before, {}
+    if self.due: self.due, self.seen = False, self.before
+    self.sparsifier.forget()
 
 @patch
 def _in_window(self:DynamicSparseTrainingCallback, n_batches):
@@ -209,6 +211,7 @@ def _update(self:DynamicSparseTrainingCallback):
     s.drop = self.initial_drop_grow_pct*(1-self.drop_schedule.progress(pos)) if pos < 1 else 0.
     self.n_changed = 0
     s.apply(self._target(pos), on_change=self._start_anew)
+    s.forget()
     self._log_update()
 
 @patch
@@ -218,6 +221,12 @@ def _start_anew(self:DynamicSparseTrainingCallback, p, changed):
     if id(p) not in self.explored: return   # a bias that goes along
     self.n_changed += n_true(changed)
     self.explored[id(p)] |= changed
+
+@patch
+def _check_reached(self:DynamicSparseTrainingCallback):
+    "Warn where the fit ended before the sparsity that was asked for"
+    reached = 1 - self.n_kept/self.n_weights
+    if abs(reached - float(as_fraction(self.sparsity))) > 1/self.n_weights: warnings.warn(f"The masks are {reached:.2%} sparse where {self.sparsity:g} % were asked for: the fit ended before stop_pct={self.stop_pct:g} of it was over, or the context shares it otherwise")
 
 # %% ../nbs/13_dynamic.ipynb #2e25ac6c
 @patch

@@ -101,7 +101,7 @@ def as_schedule(s):
     sched = _whole(s)
     for i in range(201):
         try: v = float(sched.progress(i/200))
-        except (TypeError, AttributeError) as e: raise ValueError(f"No schedule: {s!r} fails with {e}. Use agp, one_cycle, … , SchedCos(0,1), f(pos) or f(start, end, pos)") from e
+        except (TypeError, AttributeError, ZeroDivisionError) as e: raise ValueError(f"No schedule: {s!r} fails with {e}. Use agp, one_cycle, … , SchedCos(0,1), f(pos) or f(start, end, pos)") from e
         if not -1e-9 <= v <= 1+1e-9: raise ValueError(f"The schedule gives {v:.4g} at {i/200:.0%} of training; it must stay from 0 to 1, the share of the target")
     return sched
 

@@ -1,0 +1,39 @@
+"Run by test_dynamic_distributed.py on two ranks, with names of presets: prints what each fit left behind, as JSON"
+from ddp_worker import *
+
+from fasterai_sparse import dynamic
+
+class Noting(Callback):
+    "Notes the masks right after each update of `cb`"
+    order, run_valid = 90, False
+    def __init__(self, cb): self.cb, self.noted = cb, []
+    def after_batch(self):
+        if len(self.cb.log) > len(self.noted): self.noted.append(digest(masks(self.learn.model)))
+
+def held(learn): return not any(p[~mask].any() for *_,p,mask in masked_params(learn.model))
+
+def n_kept(learn): return [int(mask.sum()) for mask in masks(learn.model)]
+
+def preset(name):
+    kwargs = dict(sparsity=80) if name == 'GraNet' else {}
+    return {**getattr(dynamic, f'{name}_presets'), 'batches_per_update': 2, 'stop_pct': 1., **kwargs}
+
+def run_preset(name):
+    "A fit of 42 batches from masks that each rank has drawn for itself"
+    learn, cb = make(), DynamicSparseTrainingCallback(**preset(name))
+    sparsify_model(learn.model, .5)
+    drawn, start, noting = digest(masks(learn.model)), n_kept(learn), Noting(cb)
+    begin, begun = collect('before_fit', lambda learn: digest(masks(learn.model)), 90)
+    step, holds = collect('after_step', held, 90)
+    train(learn, cb, noting, begin, step, n_epoch=7)
+    here = dict(drawn=drawn, begun=begun, noted=noting.noted, weights=digest(learn.model.parameters()), held=all(holds),
+                log=cb.log.to_csv(), counts=n_kept(learn))
+    n = sum(mask.numel() for mask in masks(learn.model))
+    return dict({k: gathered(v) for k,v in here.items()}, start=start, n=n)
+
+if __name__ == '__main__':
+    Accelerator()
+    res = {n: run_preset(n) for n in sys.argv[1:]}
+    if dist.get_rank() == 0: print(json.dumps(res))
+    dist.barrier()
+    dist.destroy_process_group()

@@ -602,6 +602,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'fasterai_sparse/sparsifier.py'),
                                             'fasterai_sparse.sparsifier.Sparsifier._set': ( 'sparsifier.html#sparsifier._set',
                                                                                             'fasterai_sparse/sparsifier.py'),
+                                            'fasterai_sparse.sparsifier.Sparsifier._statistics': ( 'sparsifier.html#sparsifier._statistics',
+                                                                                                   'fasterai_sparse/sparsifier.py'),
                                             'fasterai_sparse.sparsifier.Sparsifier._type_names': ( 'sparsifier.html#sparsifier._type_names',
                                                                                                    'fasterai_sparse/sparsifier.py'),
                                             'fasterai_sparse.sparsifier.Sparsifier.apply': ( 'sparsifier.html#sparsifier.apply',

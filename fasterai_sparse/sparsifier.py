@@ -22,6 +22,7 @@ from .granularity import *
 from .criteria import *
 from .allocation import *
 from .graph import batchnorms_after
+from .bn_adaptation import adapt_batchnorm
 from .report import *
 
 # %% ../nbs/07_sparsifier.ipynb #7a2f18b1
@@ -221,7 +222,7 @@ def _set(self:Sparsifier, changes, on_change=None):
         if on_change: on_change(m._parameters[p], mask.logical_not() if old is None else mask != old)
         if isinstance(m, _BatchNorm) and p == 'weight' and old is not None: m.weight[mask & ~old] = 1.   # what comes back starts anew
         set_mask(m, mask, p)
-    if self._history is not None: self._history.append((saved, self.n_calls, {n: t.clone() for n,t in self.prev.items()}))
+    if self._history is not None: self._history.append((saved, self.n_calls, {n: t.clone() for n,t in self.prev.items()}, []))
 
 @patch
 def sparsify_batchnorm(self:Sparsifier,
@@ -240,11 +241,12 @@ def sparsify_batchnorm(self:Sparsifier,
 def undo(self:Sparsifier):
     "Take the last `sparsify_…` back: weights and masks are, to the bit, what they were"
     if not self._history: raise ValueError("Nothing to undo" if self._history == [] else "Nothing was kept to undo: create the Sparsifier with undo=True")
-    saved, self.n_calls, self.prev = self._history.pop()
+    saved, self.n_calls, self.prev, stats = self._history.pop()
     for m,p,w,mask in saved:
         if mask is not None: set_mask(m, mask, p)
         elif get_mask(m, p) is not None: delattr(m, f'{p}_mask')
         m._parameters[p].copy_(w)
+    for t,was in stats: t.copy_(was)
 
 # %% ../nbs/07_sparsifier.ipynb #dedce5cb
 @patch
@@ -335,9 +337,19 @@ def apply(self:Sparsifier,
 def sparsify_model(self:Sparsifier,
     sparsity, # Percent, or a dict of layer names (or modules) to percent: layers not in it are left alone
     round_to=None, # Make the kept number of groups of each layer a multiple of this
+    recalibrate=False, # Measure the statistics of BatchNorm anew with `data`, up to 2048 samples of it
 )->None:
     "Make all layers sparse"
-    self.apply(self.targets(sparsity), round_to)
+    if recalibrate and self.data is None: raise ValueError("recalibrate=True needs data=, batches of training data")
+    target, stats = self.targets(sparsity), [(t, t.clone()) for t in self._statistics()] if recalibrate and self._history is not None else []
+    self.apply(target, round_to)
+    if stats: self._history[-1][-1].extend(stats)
+    if recalibrate: adapt_batchnorm(self.model, [self.data] if isinstance(self.data, (torch.Tensor, tuple, dict)) else self.data)
+
+@patch
+def _statistics(self:Sparsifier):
+    names = 'running_mean', 'running_var', 'num_batches_tracked'
+    return [t for m in self.model.modules() if isinstance(m, _BatchNorm) for n in names if (t := m._buffers.get(n)) is not None]
 
 @patch
 def sparsify_layer(self:Sparsifier,

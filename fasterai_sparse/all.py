@@ -18,3 +18,4 @@ from .from_scratch import *
 from .drop_grow import *
 from .dynamic import *
 from .epoch_schedules import *
+from .soft_masks import *

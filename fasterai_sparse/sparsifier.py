@@ -313,23 +313,32 @@ def _plan(self:Sparsifier, names, allocation, fraction, round_to, norms):
 # %% ../nbs/07_sparsifier.ipynb #84d9e035
 @patch
 @torch.no_grad()
-def apply(self:Sparsifier,
+def choose(self:Sparsifier,
     target, # A fraction for all layers together, or a dict of weight name -> fraction, from `targets`
     round_to=None, # Make the kept number of groups of each layer a multiple of this
-    on_change=None, # Called with each parameter and the bool mask of what changes, before it does
 ):
-    "Set the masks for `target`; nothing changes unless all can be set"
+    "(name, mask of groups) of each layer as `apply` would set them; nothing changes"
     self.check(target, round_to)
     per_layer = target if isinstance(target, dict) else dict.fromkeys(self.layers, target)
     norms = self._norms(per_layer)
     self.spared -= set(per_layer)
     jobs = [([n], uniform_sparsity, f) for n,f in target.items()] if isinstance(target, dict) else [(list(per_layer), self.allocation, target)]
-    plan = [(n, self.new_mask(n, s, k)) for job in jobs for n,s,k in self._plan(*job, round_to, norms)]
+    return [(n, self.new_mask(n, s, k)) for job in jobs for n,s,k in self._plan(*job, round_to, norms)]
+
+@patch
+@torch.no_grad()
+def apply(self:Sparsifier,
+    target, # As for `choose`
+    round_to=None, # Make the kept number of groups of each layer a multiple of this
+    on_change=None, # Called with each parameter and the bool mask of what changes, before it does
+):
+    "Set the masks for `target`; nothing changes unless all can be set"
+    plan = self.choose(target, round_to)
     self._set([c for n,mask in plan for c in self._changes(n, mask)], on_change)
     for n,mask in plan:
         full = get_mask(*self.layers[n])
         self._lives[n] = full, full._version, mask if self.groups[n].size(full.shape) > 1 else full.bool()
-    for n in per_layer:
+    for n in (target if isinstance(target, dict) else self.layers):
         if self.prev: self.prev[n].copy_(self.param(n))
     self.n_calls += 1
 

@@ -1,6 +1,7 @@
 "NNCF's numbers, produced by running it: tests/golden/nncf.json"
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,6 +10,10 @@ from torch import nn
 
 from fasterai_sparse.bn_adaptation import *
 from fasterai_sparse.epoch_schedules import *
+from fasterai_sparse.masks import as_ratio, get_mask, n_zeros
+from fasterai_sparse.soft_masks import *
+from fasterai_sparse.soft_masks import _Drawn
+from fasterai_sparse.sparsifier import Sparsifier
 
 golden = json.loads((Path(__file__).parent/'golden'/'nncf.json').read_text())
 ids = lambda c: f"{c['kind']}-{'-'.join(map(str, c['params'].values()))}"
@@ -66,3 +71,88 @@ def test_number_of_batches(case):
     bn, n = nn.BatchNorm1d(2), case['batch_size']
     adapt_batchnorm(bn, (torch.randn(n, 2) for _ in range(100)), case['num_samples'])
     assert int(bn.num_batches_tracked) == case['batches']
+
+# --- RB sparsity
+
+rb = golden['rb']
+near = lambda t, want, rel: t.flatten().tolist() == pytest.approx(want, rel=rel, abs=1e-8)
+
+def rb_masks():
+    "Parameters, and the masks over them with the logits of the golden file"
+    params = {n: nn.Parameter(torch.tensor(l['weights']).view(l['shape'])) for n,l in rb['layers'].items()}
+    soft = _Drawn(params, 0)
+    for n,s in soft.logits.items():
+        assert s.flatten()[0] == pytest.approx(rb['init_logit_float32'])
+        s.copy_(torch.tensor(rb['layers'][n]['logits']).view_as(s))
+    xi = iter(rb['layers'].values())
+    soft._uniform = lambda s: torch.tensor(next(xi)['uniform_xi']).view_as(s)
+    return params, soft
+
+@pytest.mark.parametrize('which', ['train', 'eval_or_frozen'])
+def test_rb_masks_and_gradients(which):
+    params, soft = rb_masks()
+    soft.draw() if which == 'train' else soft.settle()
+    soft.lay()
+    for n,l in rb['layers'].items():
+        p, want = params[n], l[which]
+        assert soft.masks[n].flatten().int().tolist() == want['mask'] and near(p.detach(), want['output'], 1e-6)
+        (p*torch.tensor(l['upstream_grad']).view_as(p)).sum().backward()
+        assert near(p.grad, want['grad_weight'], 1e-6)
+        if which == 'train': assert near(soft.logits[n].grad, want['grad_logits'], .06)   # ξ at its bounds is known to float32 only
+    soft.lift()
+    for n,l in rb['layers'].items(): assert near(params[n].detach(), l['weights'], 1e-7)
+
+def rb_callback(level, soft):
+    cb = RBSparsityCallback(70)
+    cb.learn = SimpleNamespace(cbs=[], loss_grad=torch.zeros(()))
+    cb.mask_opt = SimpleNamespace(step=lambda: None, zero_grad=lambda **kwargs: None)
+    cb.soft, cb.level, cb.losses, cb.started = soft, level, [], True
+    cb.after_loss()
+    cb._step_logits()
+    return cb
+
+@pytest.mark.parametrize('case', rb['loss_cases'], ids=lambda c: str(c['target_level']))
+def test_rb_loss(case):
+    _, soft = rb_masks()
+    cb = rb_callback(case['target_level'], soft)
+    assert cb.losses == [pytest.approx(case['loss'], rel=1e-5)] and float(cb.learn.loss_grad) == pytest.approx(case['loss'], rel=1e-5)
+    for n,want in case['grad_logits'].items(): assert near(soft.logits[n].grad, want, 1e-4)
+
+@pytest.mark.parametrize('case', golden['rb_loss_at_init']['cases'], ids=lambda c: str(c['level']))
+def test_rb_loss_at_the_start(case):
+    soft = _Drawn({'p': nn.Parameter(torch.ones(case['n']))}, 0)
+    cb = rb_callback(case['level'], soft)
+    assert cb.losses[0] == pytest.approx(case['loss'], rel=1e-4) and near(soft.logits['p'].grad, [case['grad_per_logit']]*case['n'], 1e-3)
+
+# --- magnitude sparsity
+
+mag = golden['magnitude']
+
+def test_magnitude_weights_return():
+    "The masks of each step are drawn from the weights below; after the freeze they stay"
+    net = nn.Sequential(nn.Linear(8, 1, bias=False))
+    s = Sparsifier(net, 'weight', 'local', weight_importances['abs'], layer_type=nn.Linear)
+    for row in golden['magnitude_regrowth']['sequence']:
+        if row['frozen']: continue
+        net[0].weight.data = torch.tensor([row['raw_weights']])
+        (_, mask), = s.choose(.4)
+        assert mask.flatten().int().tolist() == row['mask'] and get_mask(net[0]) is None
+
+def magnitude_net():
+    shapes = {n: w['shape'] for n,w in mag['weights'].items()}
+    net = nn.ModuleDict({n.split('.')[0]: nn.Conv2d(s[1], s[0], s[2:], bias=False) if len(s) == 4 else nn.Linear(s[1], s[0], bias=False) for n,s in shapes.items()})
+    for n,w in mag['weights'].items(): net[n.split('.')[0]].weight.data = torch.tensor(w['flat']).view(w['shape'])
+    return net
+
+@pytest.mark.parametrize('case', mag['cases'], ids=lambda c: f"{c['importance']}-{c['mode']}-{c['level']}")
+def test_magnitude_masks(case):
+    "Ours have the exact count, and leave no layer empty; theirs, by a strict threshold, up to one zero more in each scope"
+    s = Sparsifier(magnitude_net(), 'weight', case['mode'], weight_importances[case['importance']], layer_type=CONV_AND_LINEAR)
+    masks = dict(s.choose(as_ratio(case['level'])))
+    theirs = {n.split('.')[0]: torch.tensor(m).view_as(masks[n.split('.')[0]]).bool() for n,m in case['masks_flat'].items()}
+    zeros, emptied = sum(int((~m).sum()) for m in masks.values()), sum(not m.any() for m in theirs.values())
+    assert zeros == min(n_zeros(case['level'], case['n_total']), case['n_total']-len(masks)) and all(m.any() for m in masks.values())
+    scopes = 1 if case['mode'] == 'global' else len(masks)
+    differ = sum(int((masks[n] != theirs[n]).sum()) for n in masks)
+    assert abs(zeros - case['n_zero']) <= scopes+emptied and differ <= 2*(scopes+emptied)
+    if zeros == case['n_zero'] and case['mode'] == 'global' and not emptied: assert differ == 0

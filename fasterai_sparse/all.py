@@ -19,3 +19,4 @@ from .drop_grow import *
 from .dynamic import *
 from .epoch_schedules import *
 from .soft_masks import *
+from .config import *

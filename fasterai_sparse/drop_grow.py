@@ -7,7 +7,7 @@ __all__ = ['random_score', 'weight_magnitude', 'gradient_magnitude', 'gradient_m
            'drawn_places', 'mean_momentum', 'shared_out', 'check_drop_grow', 'DropGrow']
 
 # %% ../nbs/12_drop_grow.ipynb #3755808e
-import math
+import inspect, math
 from fractions import Fraction
 
 import torch
@@ -94,11 +94,15 @@ def shared_out(
     return largest_remainder(shares, caps)
 
 # %% ../nbs/12_drop_grow.ipynb #e5985072
-def check_drop_grow(keep, grow, granularity):
-    "Raise `ValueError` where `DropGrow` can't work with these scores or this granularity, whatever the model"
+def check_drop_grow(keep, grow, granularity, redistribute=None):
+    "Raise `ValueError` where `DropGrow` can't work with these, whatever the model"
     if isinstance(granularity, NM): raise ValueError("Weights that are dropped and grown one by one keep no N:M pattern: use another granularity")
     if no := (as_criteria(grow).needs - {'grad', 'opt', 'generator'}) | (as_criteria(keep).needs & {'data'}):
         raise ValueError(f"Drop and grow have no {sorted(no)} for scores: a grow score may ask for grad, opt and generator, a keep score for init and prev too")
+    if redistribute is None: return
+    if not callable(redistribute): raise ValueError(f"redistribute is a function (p, live, **state) -> a number, not {redistribute!r}")
+    asks = [q.name for q in list(inspect.signature(redistribute).parameters.values())[1:] if q.default is q.empty and q.kind not in (q.VAR_KEYWORD, q.VAR_POSITIONAL)]
+    if no := set(asks) - {'live', 'grad', 'opt'}: raise ValueError(f"There is no {sorted(no)} to share out by: redistribute may ask for live, grad and opt")
 
 class DropGrow(Sparsifier):
     "Drop the weakest live weights of the masked layers of `model`, grow as many elsewhere"
@@ -117,7 +121,7 @@ class DropGrow(Sparsifier):
         self.modules, self.grow, self.redistribute, self._lives = modules, as_criteria(grow), redistribute, {}
         self.left = {}   # name -> how many are left before others grow
         self.forget()
-        check_drop_grow(keep, grow, granularity)
+        check_drop_grow(keep, grow, granularity, redistribute)
         super().__init__(model, granularity, self.as_it_is if context is None else context, keep, layer_type=None, seed=seed)
         shares = {k for k in STATE if redistribute and wants(redistribute, k)}
         self.needs, self.keeps_grads = self.criteria.needs | self.grow.needs | shares, 'grad' in self.criteria.needs | shares
@@ -137,6 +141,8 @@ class DropGrow(Sparsifier):
         self.matched[name] = self.layers[name] = m, p
         self.groups[name] = g = Spanning() if self.granularity == 'weight' else group_weights(m, self.granularity)
         if why := g.misfit(self.param(name).shape): raise ValueError(f"{name} {why}")
+        if Granularities.has(m) and drops_outputs(m, g) and self.grow.f is not random_score:
+            raise ValueError(f"The outputs of {name} that are dropped have no gradient to grow by (their BatchNorm is masked too): with granularity {self.granularity!r}, grow by random_score")
         if not torch.equal(g.expand(self.live(name), self.param(name).shape), get_mask(m, p).bool()):
             raise ValueError(f"The mask of {name} is not one of whole groups of granularity {self.granularity!r}")
 
@@ -182,10 +188,14 @@ def _n_left(self:DropGrow, n):
 def _weight_of(self:DropGrow, name):
     "What the layer called `name` counts when growth is shared out"
     get = dict(live=lambda: get_mask(*self.layers[name]).bool(), grad=lambda: self._grad(name), opt=lambda: self._opt_state(name))
-    return self.redistribute(self.param(name), **{k: f() for k,f in get.items() if wants(self.redistribute, k)})
+    weight = float(self.redistribute(self.param(name), **{k: f() for k,f in get.items() if wants(self.redistribute, k)}))
+    if not 0 <= weight < math.inf: raise ValueError(f"redistribute gives {name} {weight}: what a layer counts is a number from 0")
+    return weight
 
 @patch
 def _plan(self:DropGrow, names, allocation, fraction, round_to, norms):
+    if not 0 <= self.drop <= 1: raise ValueError(f"drop is a share of the live weights from 0 to 1, not {self.drop}")
+    if fraction and allocation == self.as_it_is: raise ValueError(f"Each layer keeps as many weights as it has: a target of {float(fraction):.2%} needs a context that shares it out")
     names, self.left = [n for n in names if self._is_reached(n)], {}
     plan = self._weakened(super(DropGrow, self)._plan(names, allocation, fraction, round_to, norms)) if names else []
     return plan if self.redistribute is None else self._redistributed(list(plan))

@@ -20,8 +20,9 @@ from .allocation import *
 from .criteria import as_criteria
 from .drop_grow import *
 from .from_scratch import *
-from .granularity import Granularities, group_weights, out_in_axes, weight_names
+from .granularity import Granularities, out_in_axes
 from .masks import *
+from .report import maskable_weights
 from .schedules import *
 from .sparsifier import *
 from .training import *
@@ -33,7 +34,7 @@ class _Steps(MaskUpdates):
     def __init__(self, cb): self.cb = cb
     def active(self): return self.cb.started and self.cb.learn is self.learn
     def before_batch(self):
-        if self.active() and self.cb.first is None: self.cb._begin(self.cb.n_batches()-1)
+        if self.active() and self.cb.first is None: self.cb._begin(self.cb._n_done())
     def before_step(self):
         if self.active() and self.cb._see_gradients() and self.cb.replace_step: raise CancelStepException
     def after_cancel_step(self):
@@ -72,11 +73,10 @@ class DynamicSparseTrainingCallback(MaskUpdates):
         for n,v in dict(initial_drop_grow_pct=initial_drop_grow_pct, start_pct=start_pct, stop_pct=stop_pct).items():
             if not _is_number(v) or not 0 <= v <= 1: raise ValueError(f"{n} is a share from 0 to 1, not {v!r}")
         if start_pct >= stop_pct: raise ValueError(f"Updates need start_pct < stop_pct, not {start_pct} to {stop_pct}")
-        if redistribute is not None and not callable(redistribute): raise ValueError(f"redistribute is a function (p, live, **state) -> a number, not {redistribute!r}")
         if not isinstance(replace_step, bool): raise ValueError(f"replace_step is True or False, not {replace_step!r}")
-        if sparsity is not None: as_fraction(sparsity)
-        elif context is not None: raise ValueError(f"context={context!r} shares out a sparsity that is to be reached: give sparsity= too, in percent")
-        check_drop_grow(keep_score_f, grow_score_f, granularity)
+        self.asked = None if sparsity is None else as_fraction(sparsity)
+        if sparsity is None and context is not None: raise ValueError(f"context={context!r} shares out a sparsity that is to be reached: give sparsity= too, in percent")
+        check_drop_grow(keep_score_f, grow_score_f, granularity, redistribute)
         as_allocation(ifnone(context, 'global'))
         self.sparse_modules = [sparse_modules] if isinstance(sparse_modules, nn.Module) else sparse_modules if sparse_modules is None else list(sparse_modules)
         self.drop_schedule, self.sparsity_schedule = as_schedule(drop_schedule), as_schedule(sparsity_schedule)
@@ -91,6 +91,9 @@ class DynamicSparseTrainingCallback(MaskUpdates):
         self.started = False
         self._set_up()
 
+    def after_batch(self):
+        if self.started and self.position() == 1 and self._lacks_last(): self._finish()   # the last batches took no step
+
     def after_validate(self):
         if hasattr(self.learn, 'recorder'): fill_column(self.learn.recorder, self.column, self._n_live())
 
@@ -102,13 +105,36 @@ class DynamicSparseTrainingCallback(MaskUpdates):
 # %% ../nbs/13_dynamic.ipynb #ddab9400
 @patch
 def _open_masks(self:DynamicSparseTrainingCallback):
-    "Where a sparsity is to be reached, give the layers that have no mask one that keeps all"
-    parts = ifnone(self.sparse_modules, [unwrapped(self.model)])
-    layers = [(m, p) for part in parts for m in sparseable_modules(part) or [part] for p in (weight_names(m) if Granularities.has(m) else ['weight'])]
-    layers = [(m, p) for m,p in layers if get_mask(m, p) is None and unmaskable(m, p) is None and m._parameters[p].requires_grad]
-    for m,p in layers:
-        if self.granularity != 'weight' and (why := group_weights(m, self.granularity).misfit(m._parameters[p].shape)): raise ValueError(f"A {type(m).__name__} {why}")
-    for m,p in layers: set_mask(m, True, p)
+    "Where a sparsity is to be reached, give the layers that have no mask one that keeps all; yield what takes each back"
+    model, masked = unwrapped(self.model), {id(p) for _,_,p,_ in masked_params(self.model)}
+    types = tuple({type(m) for m in sparseable_modules(model)})
+    inside = {m for part in ifnone(self.sparse_modules, [model]) for m in part.modules()}
+    own = [(m, 'weight') for m in self.sparse_modules or () if not Granularities.has(m) and 'weight' in m._parameters]   # layers of a type that nobody knows
+    for m,p in [(m, p) for _,m,p in maskable_weights(model, types) if m in inside] + own:
+        w = m._parameters.get(p)
+        if w is None or id(w) in masked or unmaskable(m, p) or not w.requires_grad: continue
+        yield partial(_take_back, m, p, (w.detach() == 0).nonzero(as_tuple=True))
+        set_mask(m, True, p)
+
+@torch.no_grad()
+def _take_back(m, p, zeros):
+    if get_mask(m, p) is not None: delattr(m, f'{p}_mask')
+    m._parameters[p][zeros] = 0
+
+@patch
+def _checked_sparsifier(self:DynamicSparseTrainingCallback):
+    "The `DropGrow` of this fit; where there can be none, the model is left as it was"
+    undo = []
+    try:
+        if self.sparsity is not None:
+            for take_back in self._open_masks(): undo.append(take_back)
+        context = None if self.sparsity is None else ifnone(self.context, 'global')
+        s = DropGrow(unwrapped(self.model), self.keep_score_f, self.grow_score_f, self.redistribute, self.granularity, context, self.sparse_modules, self.seed)
+        if not wants(s.allocation, 'scores'): s.allocation([s.param(n) for n in s.layers], ifnone(self.asked, 0), **takes(s.allocation, names=list(s.layers)))
+        return s
+    except Exception:
+        for take_back in undo: take_back()
+        raise
 
 @patch
 def _check_modules(self:DynamicSparseTrainingCallback):
@@ -121,15 +147,14 @@ def _check_modules(self:DynamicSparseTrainingCallback):
 @patch
 def _set_up(self:DynamicSparseTrainingCallback):
     self._check_modules()
-    if self.sparsity is not None: self._open_masks()
-    context = None if self.sparsity is None else ifnone(self.context, 'global')
-    s = self.sparsifier = DropGrow(unwrapped(self.model), self.keep_score_f, self.grow_score_f, self.redistribute, self.granularity, context, self.sparse_modules, self.seed)
+    s = self.sparsifier = self._checked_sparsifier()
     s.needs = s.needs | {'grad'}   # a layer that the loss does not reach is left alone, whatever the scores ask for
-    for n in [n for n in s.layers if not s.param(n).requires_grad]: s.leave_dense(n, 'frozen: its mask stays as it is')
-    self.averages, self.first, self.seen, self.due = {}, None, None, False
+    known = {id(p) for ps in self.opt.param_lists for p in ps} if self.opt else set()   # without an optimizer nothing is trained, only looked at
+    for n in [n for n in s.layers if not s.param(n).requires_grad or id(s.param(n)) not in known]: s.leave_dense(n, 'frozen: its mask stays as it is')
+    self.averages, self.first, self.seen, self.due, self.is_last, self.skipped = {}, None, None, False, False, ()
     self.keep_masks()   # first of all: ranks that train together have the same masks from here on
     self._start_log()
-    if not s.layers: return warnings.warn("All sparse layers are frozen: in this fit their masks stay as they are")
+    if not s.layers: return self.opt and warnings.warn("All sparse layers are frozen: in this fit their masks stay as they are")
     with torch.no_grad():
         for n,(m,p) in s.layers.items(): write_masked(s.param(n), get_mask(m, p).bool())   # a mask of the user's own may keep weights that are zero
     s.opt = self._opt_state
@@ -158,19 +183,30 @@ def _every(self:DynamicSparseTrainingCallback):
 
 @patch
 def _begin(self:DynamicSparseTrainingCallback, n):
-    "Note where the fit starts, and warn where no update comes in it"
-    self.first = self.seen = n
+    "Note where the fit starts, at the batch `n`, and warn where no update comes in it"
+    self.first = self.seen = max(n-1, 0)
     total, every = self.n_epoch*self.n_iter, self._every()
-    due = -(-max(self.start_pct*total, n+1)//every)*every
+    due = -(-max(self.start_pct*total, self.first+1)//every)*every
     if due >= self.stop_pct*total and self.sparsity is None:
         warnings.warn(f"The masks will not change: the next update would come after {due:.0f} batches, and stop_pct={self.stop_pct:g} of this fit is {self.stop_pct*total:.0f}")
 
 @patch
+def _n_done(self:DynamicSparseTrainingCallback):
+    "Batches by which updates are counted: with this one, but where they come by epochs, without: the end of an epoch shows what was trained, and its update comes after"
+    return self.n_batches() - (self.batches_per_update is None)
+
+@patch
 def _is_due(self:DynamicSparseTrainingCallback):
     "Whether an update comes with this step"
-    self.before, self.seen = self.seen, self.n_batches()
-    if self.position() < self.stop_pct: return self.position() >= self.start_pct and self.seen//self._every() > self.before//self._every()
-    return self.sparsity is not None and self.before < self.stop_pct*self.n_epoch*self.n_iter   # the last, for what is missing
+    self.before, self.seen = self.seen, self._n_done()
+    total = self.n_epoch*self.n_iter
+    if self.seen < self.stop_pct*total: return self.seen >= self.start_pct*total and self.seen//self._every() > self.before//self._every()
+    return self._lacks_last()
+
+@patch
+def _lacks_last(self:DynamicSparseTrainingCallback):
+    "Whether the update that reaches the sparsity asked for is still to come"
+    return self.sparsity is not None and not self.is_last
 
 @patch
 def _see_gradients(self:DynamicSparseTrainingCallback):
@@ -201,18 +237,25 @@ def _in_window(self:DynamicSparseTrainingCallback, n_batches):
 def _target(self:DynamicSparseTrainingCallback, pos):
     "The sparsity of this update, on the way from what the fit found"
     if self.sparsity is None: return 0
-    asked, progress = as_fraction(self.sparsity), self.sparsity_schedule.progress
-    start = progress(self._in_window(self.first)) if self.first else 0.
-    return asked if pos == 1 or start >= 1 else as_ratio(self.found + (float(asked)-self.found)*(progress(pos)-start)/(1-start))
+    progress, last = self.sparsity_schedule.progress, self.first//self._every()*self._every()   # where a fit that goes on had its last update
+    start = progress(self._in_window(last)) if last else 0.
+    return self.asked if pos == 1 or start >= 1 else as_ratio(self.found + (float(self.asked)-self.found)*(progress(pos)-start)/(1-start))
 
 @patch
 def _update(self:DynamicSparseTrainingCallback):
     s, self.due, pos = self.sparsifier, False, self._in_window(self.seen)
+    self.is_last, self.skipped = pos == 1, [n for n in s.layers if not s._is_reached(n)]
     s.drop = self.initial_drop_grow_pct*(1-self.drop_schedule.progress(pos)) if pos < 1 else 0.
     self.n_changed = 0
     s.apply(self._target(pos), on_change=self._start_anew)
     s.forget()
     self._log_update()
+
+@patch
+def _finish(self:DynamicSparseTrainingCallback):
+    "Take the last update, which drops what is still too many"
+    self.seen = self.sparsifier.n_calls = self.n_epoch*self.n_iter
+    if all(self.sparsifier.param(n).sum().isfinite() for n in self.sparsifier.layers): self._update()
 
 @patch
 def _start_anew(self:DynamicSparseTrainingCallback, p, changed):
@@ -225,8 +268,8 @@ def _start_anew(self:DynamicSparseTrainingCallback, p, changed):
 @patch
 def _check_reached(self:DynamicSparseTrainingCallback):
     "Warn where the fit ended before the sparsity that was asked for"
-    reached = 1 - self.n_kept/self.n_weights
-    if abs(reached - float(as_fraction(self.sparsity))) > 1/self.n_weights: warnings.warn(f"The masks are {reached:.2%} sparse where {self.sparsity:g} % were asked for: the fit ended before stop_pct={self.stop_pct:g} of it was over, or the context shares it otherwise")
+    if not self.is_last: warnings.warn(f"The masks are {1-self.n_kept/self.n_weights:.2%} sparse where {self.sparsity:g} % were asked for: the fit ended before stop_pct={self.stop_pct:g} of it was over")
+    elif self.skipped: warnings.warn(f"No gradient reaches {', '.join(self.skipped)}: as dense as at the start")
 
 # %% ../nbs/13_dynamic.ipynb #2e25ac6c
 @patch
@@ -275,7 +318,7 @@ def _log_update(self:DynamicSparseTrainingCallback):
 @patch(as_prop=True)
 def log(self:DynamicSparseTrainingCallback):
     """The updates of the last fit, a `DataFrame`: the epoch (with what is done of it), the share to drop, the weights `dropped` and `grown` (those that were dropped and
-    grew again are neither), which share of the live ones is new (`changed`), how many live, which share of all weights has ever been live (`explored`, the
+    grew again are neither), which share of the live ones is new (`changed`), how many live (of the layers that change), which share of all weights has ever been live (`explored`, the
     R_s of Liu et al. 2021), which share of the first masks still is (`overlap`), and how many outputs have no live weight (`dead`)"""
     columns = 'epoch drop_share dropped grown changed live explored overlap dead'.split()
     return pd.DataFrame(list(self.rows), columns=columns)
@@ -307,6 +350,6 @@ def plot(self:DynamicSparseTrainingCallback,
 SET_presets = dict(keep_score_f=weight_magnitude, grow_score_f=random_score, initial_drop_grow_pct=.3, stop_pct=1.)
 SNFS_presets = dict(keep_score_f=weight_magnitude, grow_score_f=gradient_momentum, initial_drop_grow_pct=.5, stop_pct=1., redistribute=mean_momentum)
 RigL_presets = dict(keep_score_f=weight_magnitude, grow_score_f=gradient_magnitude, initial_drop_grow_pct=.3, stop_pct=.75, batches_per_update=100, replace_step=True)
-ITOP_presets = dict(RigL_presets, initial_drop_grow_pct=.5, batches_per_update=1500)
-GraNet_presets = dict(RigL_presets, initial_drop_grow_pct=.5, sparsity_schedule=sched_agp, context='global')
+ITOP_presets = dict(RigL_presets, initial_drop_grow_pct=.5, stop_pct=1., batches_per_update=1500, replace_step=False)
+GraNet_presets = dict(RigL_presets, initial_drop_grow_pct=.5, replace_step=False, sparsity_schedule=sched_agp, context='global')
 MEST_presets = dict(keep_score_f=magnitude_and_gradient, grow_score_f=random_score, initial_drop_grow_pct=.3, stop_pct=.75)

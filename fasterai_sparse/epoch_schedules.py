@@ -56,10 +56,11 @@ class EpochSchedule:
     def over(self,
         n_epochs, # Of the fit
     ):
-        "The same as a `Schedule` of a fit of `n_epochs`, for `SparsifyCallback(100*sparsity_target, …)`: levels over the largest, masks fixed from the freeze on"
+        "The same as a `Schedule` of a fit of `n_epochs`, for `SparsifyCallback(100*sparsity_target, …)`; from the freeze on it stays where it is"
         levels = self.levels(n_epochs)
         levels = [levels[min(e, max(self.sparsity_freeze_epoch-1, 0))] for e in range(n_epochs)]
-        return Schedule(_Steps(tuple(l/max(max(levels), 1e-12) for l in levels)))
+        if max(levels) > self.sparsity_target: raise ValueError(f"As a share of its target, {self.sparsity_target}, a schedule can't be above it, and this one is at {max(levels)}")
+        return Schedule(_Steps(tuple(l/self.sparsity_target if self.sparsity_target else 0. for l in levels)))
 
 @dataclass(frozen=True)
 class _Steps:
@@ -93,6 +94,21 @@ class Polynomial(EpochSchedule):
         x = 1. if self.sparsity_target_epoch == 0 else min((epoch + step/(self.steps_per_epoch or n_steps))/self.sparsity_target_epoch, 1.)
         i, t = self.sparsity_init, self.sparsity_target
         return t - (t-i)*(1-x)**self.power if self.concave else i + (t-i)*x**self.power
+
+    def over(self, n_epochs):
+        "As for all, but with `update_per_optimizer_step` the level moves on within the epochs too"
+        if not self.update_per_optimizer_step: return super().over(n_epochs)
+        return Schedule(_Moving(self, n_epochs))
+
+@dataclass(frozen=True)
+class _Moving:
+    "`f(start, end, pos)` along the levels of `schedule`, which may change with each step"
+    schedule:Polynomial
+    n_epochs:int
+    def __call__(self, start, end, pos):
+        s = self.schedule
+        epoch = min(pos*self.n_epochs, s.sparsity_freeze_epoch)
+        return start + (end-start)*min(s.level(epoch)/max(s.sparsity_target, 1e-12), 1.)
 
 @dataclass(frozen=True)
 class Exponential(EpochSchedule):

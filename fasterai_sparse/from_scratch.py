@@ -7,7 +7,7 @@ __all__ = ['sparse_mask', 'sparse_mask_like', 'check_fraction', 'maybe_float', '
            'sparseable_modules', 'sparsify_model']
 
 # %% ../nbs/11_from_scratch.ipynb #935d9b4f
-import math
+import math, warnings
 from fractions import Fraction
 
 import numpy as np, torch
@@ -22,7 +22,6 @@ from .criteria import *
 from .allocation import *
 from .report import maskable_weights
 from .sparsifier import *
-from .training import spare_broadcast
 
 # %% ../nbs/11_from_scratch.ipynb #4e0d554f
 def sparse_mask(
@@ -45,7 +44,7 @@ def sparse_mask_like(
     return sparse_mask(param.shape, sparsity, seed).to(param.device)
 
 def check_fraction(sparsity):
-    "Raise `ValueError` unless `sparsity` is a fraction from 0 to 1, saying what to write for a percentage"
+    "Raise unless `sparsity` is a fraction from 0 to 1: `ValueError`, saying what to write for a percentage, or `TypeError` where it is no number"
     if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float, Fraction, np.number)) and not (torch.is_tensor(sparsity) and sparsity.numel() == 1):
         raise TypeError(f"A sparsity is here a number from 0 to 1, not {sparsity!r}")
     if not 0 <= sparsity <= 1:
@@ -108,14 +107,17 @@ def sparsify_model(
     types = tuple({type(m) for m in sparseable_modules(model)})
     if not types: raise ValueError(f"No layer of {type(model).__name__} can be sparse from the start; types that can: {Granularities._known()}")
     s = Sparsifier(model, 'weight', sparse_f, scores, layer_type=types, seed=seed)
-    s.apply(s.targets(100*as_ratio(model_sparsity)))
-    for name,(m,p) in s.layers.items(): _note_or_drop(m, p)
-    spare_broadcast(s.model)
+    s.check_refused()
+    had = {n: get_mask(*s.layers[n]) for n in s.layers}
+    n_live, n_all = sum(p.numel() if had[n] is None else n_true(had[n].bool()) for n,p in zip(had, map(s.param, had))), sum(s.param(n).numel() for n in had)
+    if n_all - n_zeros(model_sparsity, n_all) > n_live: warnings.warn(f"The model has masks that keep {n_live:,} weights, fewer than are asked for now: those that come back start from zero")
+    s.apply(as_ratio(float(model_sparsity)))
+    for n,(m,p) in s.layers.items(): _note_or_drop(m, p, had[n] is not None)
     return _enforced(_masked_layers(s.model) if enforce_mask else [])
 
-def _note_or_drop(m, p):
-    "Register what the mask of `m`'s parameter `p` drops; a mask that drops nothing goes"
+def _note_or_drop(m, p, had_mask):
+    "Register what the mask of `m`'s parameter `p` drops; a mask that is new and drops nothing goes"
     mask = get_mask(m, p)
-    if mask.all(): return delattr(m, f'{p}_mask')
+    if mask.all() and not had_mask: return delattr(m, f'{p}_mask')
     if f'{p}_sparsity' not in m._buffers: m.register_buffer(f'{p}_sparsity', torch.zeros((), device=mask.device), persistent=False)
     note_sparsity(m, p)

@@ -225,7 +225,7 @@ def apply_masks(
     "Zero what the masks in `module` drop; with `inplace=False`, return the masked tensors instead"
     if not inplace: return [p*mask for *_,p,mask in masked_params(module)]
     with torch.no_grad():
-        for *_,p,mask in masked_params(module): zero_masked(p, mask)
+        for *_,p,mask in masked_params(module): zero_masked(p.data, mask)   # a layer that is called twice has saved it for the backward pass: nothing it uses changes
 
 # %% ../nbs/00_masks.ipynb #daff8910
 def _live_zeros(p, mask):

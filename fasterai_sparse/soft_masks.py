@@ -216,6 +216,7 @@ class ConstSparsityCallback(MaskUpdates):
     order = Recorder.order + 1
     def __init__(self,
         layer_type=None, # Layers that are meant, a module class or a tuple of them; None: all that can be sparse
+        layers=None, # Names of those that are meant; None: all of `layer_type`
     ): store_attr()
 
     def name_columns(self):
@@ -223,7 +224,7 @@ class ConstSparsityCallback(MaskUpdates):
 
     def before_fit(self):
         if self.learn.cbs.items.count(self) > 1: return self.learn.cbs.remove(self)
-        masks_from_zeros(unwrapped(self.model), self.layer_type)
+        masks_from_zeros(unwrapped(self.model), self.layer_type, self.layers)
         self.found = self._measured()
         if not self.found: warnings.warn("There is no zero to keep: all layers are dense")
         self.keep_masks()

@@ -32,7 +32,7 @@ def as_fraction(
     "`sparsity` as a fraction; raises where it is no number from 0 to 100, warns where it looks like a fraction already"
     if isinstance(sparsity, bool) or not isinstance(sparsity, Real): raise TypeError(f"A sparsity is a number from 0 to 100 (percent), not {sparsity!r}")
     if not 0 <= sparsity <= 100: raise ValueError(f"A sparsity is a percentage from 0 to 100, not {sparsity}")
-    if 0 < sparsity < 1: warnings.warn(f"sparsity={sparsity} means {sparsity} %; for {sparsity:.0%} write {100*sparsity:g}")
+    if 0 < sparsity < 1: warnings.warn(f"sparsity={float(sparsity):g} means {float(sparsity):g} %; for {float(sparsity):.0%} write {100*float(sparsity):g}")
     return as_ratio(sparsity)/100
 
 # %% ../nbs/07_sparsifier.ipynb #bfe4171b
@@ -262,12 +262,17 @@ def _name_of(self:Sparsifier, key):
     raise ValueError(f"No layer {what} to sparsify; use one of {list(self.layers)}")
 
 @patch
+def check_refused(self:Sparsifier):
+    "Raise `ValueError` where a layer of `layer_type` can't carry a mask"
+    if self.refused: raise ValueError('; '.join(f"Layer {n!r} {why}" for n,why in self.refused.items()) + '; or name the other layers in a dict')
+
+@patch
 def targets(self:Sparsifier,
     sparsity, # Percent, or a dict of layer names (or modules) to percent
 ):
     "Weight name -> sparsity as a fraction, where `sparsity` is a dict; else the fraction for all; raises before anything changes"
     if not isinstance(sparsity, dict):
-        if self.refused: raise ValueError('; '.join(f"Layer {n!r} {why}" for n,why in self.refused.items()) + '; or name the other layers in a dict')
+        self.check_refused()
         return as_fraction(sparsity)
     if self.allocation is not uniform_sparsity: raise ValueError("A dict of sparsities says how they are shared: it needs context='local'")
     if not sparsity: raise ValueError(f"The dict of sparsities is empty; name some of {list(self.layers)}")
@@ -414,13 +419,14 @@ def save_model(self:Sparsifier,
 def masks_from_zeros(
     model:nn.Module,
     layer_type=None, # A module class or a tuple of them; None for all that can be sparse
+    layers=None, # Names of the layers that are meant; None: all of `layer_type`, and BatchNorm channels
 ):
     "Mask the zeros of a sparse model that has been loaded as a plain one; weights that are all zero are left alone. Returns `model`"
-    for _,m,p in maskable_weights(unwrapped(model), layer_type):
-        if unmaskable(m, p): continue
+    for n,m,p in maskable_weights(unwrapped(model), layer_type):
+        if unmaskable(m, p) or layers is not None and n not in layers: continue
         _mask_live(m, m._parameters[p] != 0, p)
         if getattr(m, 'bias', None) is not None and p == 'weight': _mask_live(m, _outputs_left(m), 'bias')
-    for bn in model.modules():
+    for bn in model.modules() if layers is None else ():
         if isinstance(bn, _BatchNorm) and bn.affine: _mask_live(bn, (bn.weight != 0) | (bn.bias != 0), 'weight', 'bias')
     watch_loads(unwrapped(model))
     return model

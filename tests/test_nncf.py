@@ -1,5 +1,6 @@
 "NNCF's numbers, produced by running it: tests/golden/nncf.json"
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,8 @@ import torch
 from torch import nn
 
 from fasterai_sparse.bn_adaptation import *
+from fasterai_sparse.config import *
+from fasterai_sparse.config import _fits
 from fasterai_sparse.epoch_schedules import *
 from fasterai_sparse.masks import as_ratio, get_mask, n_zeros
 from fasterai_sparse.soft_masks import *
@@ -156,3 +159,43 @@ def test_magnitude_masks(case):
     differ = sum(int((masks[n] != theirs[n]).sum()) for n in masks)
     assert abs(zeros - case['n_zero']) <= scopes+emptied and differ <= 2*(scopes+emptied)
     if zeros == case['n_zero'] and case['mode'] == 'global' and not emptied: assert differ == 0
+
+# --- configuration
+
+silent = pytest.mark.filterwarnings('ignore:The schedule')
+SEED = (Path(__file__).parent/'golden'/'nncf_blocks.txt').read_text().split('\n---\n')   # the blocks of seed 003, as they stand
+
+@silent
+@pytest.mark.parametrize('block', SEED, ids=['rb', 'magnitude', 'const'])
+def test_the_seeds_blocks_load_as_they_stand(block, tmp_path):
+    a, = SparsityConfig.from_json(block).algorithms
+    (tmp_path/'c.json').write_text(block)
+    assert SparsityConfig.from_json(tmp_path/'c.json') == SparsityConfig.from_json(str(tmp_path/'c.json')) == SparsityConfig((a,))
+    assert a.target_scopes is None and a.ignored_scopes == ()
+    if a.algorithm == 'const_sparsity': return
+    assert [a.schedule.level(e) for e in (0, 9, 10, 19, 20, 49)] == [.2, .2, .5, .5, .7, .7] and a.schedule.is_frozen(50)
+    assert a.sparsity_init == .05 and a.bn_samples == (2048 if a.algorithm == 'magnitude_sparsity' else 0)
+
+def test_what_a_schedule_does_not_use_is_warned_about():
+    with pytest.warns(UserWarning, match='multistep.*does not use patience, sparsity_target, sparsity_target_epoch'): SparsityConfig.from_json(SEED[0])
+
+@pytest.mark.parametrize('case', golden['config_validation']['cases'], ids=lambda c: c['name'])
+def test_what_is_valid(case):
+    with nullcontext() if case['valid'] else pytest.raises(ValueError): SparsityConfig.from_json({'compression': case['compression']})
+
+@pytest.mark.parametrize('case', golden['scopes']['cases'], ids=str)
+def test_scopes(case):
+    ids = golden['scopes']['ids']
+    as_list = lambda v: [v] if isinstance(v, str) else v
+    ignored, target = as_list(case['ignored_scopes']) or [], as_list(case['target_scopes'])
+    assert [i for i in ids if (target is None or any(_fits(s, [i]) for s in target)) and not any(_fits(s, [i]) for s in ignored)] == case['selected']
+
+def test_an_unreadable_file_gets_line_and_column(tmp_path):
+    (tmp_path/'c.json').write_text('{\n"algorithm": "rb_sparsity",\n"params": {]\n}')
+    with pytest.raises(ValueError, match='line 3, column'): SparsityConfig.from_json(tmp_path/'c.json')
+
+@silent
+@pytest.mark.parametrize('block', SEED[:2])
+def test_round_trip(block):
+    cfg = SparsityConfig.from_json(block)
+    assert SparsityConfig.from_json(cfg.to_json()) == cfg and SparsityConfig.from_json(json.loads(cfg.to_json())) == cfg

@@ -2,7 +2,7 @@
 # make test    notebooks in sync with modules, notebook tests, pytest
 # make export  write modules and README from the notebooks
 # make docs    the static site, in docs/_build/html
-# make bench   speed and memory beside fasterai; writes benchmarks/*.md (accuracy.py and lottery.py there need Fashion-MNIST and an hour)
+# make bench   speed and memory beside fasterai and fastsparse; writes benchmarks/*.md (the others there train for an hour, most on Fashion-MNIST)
 PYTHON ?= python3
 DATA   ?= digits
 ARGS   ?=
@@ -35,6 +35,7 @@ docs: .venv/docs.done
 bench: .venv/bench.done
 	python benchmarks/one_shot.py
 	python benchmarks/training.py
+	python benchmarks/dynamic_cost.py
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("fasterai_sparse needs Python 3.10 or newer")'

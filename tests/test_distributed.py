@@ -18,8 +18,10 @@ CRITERIA = [n for n,f in vars(criteria).items() if is_score(f) and f.__name__ ==
 def fits(tmp_path_factory):
     worker = Path(__file__).parent/'ddp_worker.py'
     cmd = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-    r = subprocess.run([*cmd, worker, *CRITERIA], cwd=tmp_path_factory.mktemp('ddp'), capture_output=True, text=True,
-                       env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=300)
+    for _ in range(2):   # on a loaded machine gloo has been seen to abort now and then, whatever the masks
+        r = subprocess.run([*cmd, worker, *CRITERIA], cwd=tmp_path_factory.mktemp('ddp'), capture_output=True, text=True,
+                           env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=300)
+        if 'SIGABRT' not in r.stderr: break
     assert r.returncode == 0, '\n'.join(l for l in r.stderr.splitlines() if l.startswith('[rank'))[-1500:]
     return json.loads(r.stdout.splitlines()[-1])
 

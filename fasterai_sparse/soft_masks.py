@@ -29,38 +29,62 @@ from .training import *
 
 # %% ../nbs/15_soft_masks.ipynb #6377e5d0
 class SoftMasks:
-    "Masks over the parameters `params`, to be laid and lifted; while they are on, what the masks drop is zero and has no gradient"
+    "Masks over the parameters `params`, to be laid and lifted; while they are on, what the masks drop is zero and gets no gradient"
+    alone = True # Whether a `.grad` is to be masked as a whole; else what each backward pass adds to it is
+
     def __init__(self,
         params:dict, # Name -> parameter
     ):
-        self.params, self.masks, self.below, self.on = params, {}, {}, False
+        self.params, self.masks, self.on = params, {}, False
+        self.below, self.above, self.versions = {}, {}, {}   # by name: the weights below the mask, memory for those with it, and whether somebody wrote to these
         self.hooks = [p.register_hook(partial(self._of_grad, n)) for n,p in params.items() if p.requires_grad]
 
-    def _of_grad(self, n, grad): return self.on_grad(n, grad)*self.masks[n] if self.on else grad
-    def on_grad(self, n, grad): return grad   # what else is to be made of the gradient of the masked parameter called `n`
+    def _of_grad(self, n, grad):
+        if not self.on or n not in self.masks: return
+        self.see_grad(n, grad)
+        if not self.alone: return times_mask(grad, self.masks[n])
+
+    def see_grad(self, n, grad): pass   # what else is to be made of the gradient of the masked parameter called `n`
+
+    def mask_grads(self):
+        "Zero the gradients of what the masks drop"
+        if not self.on or not self.alone: return
+        for n,mask in self.masks.items():
+            if self.params[n].grad is not None: zero_masked(self.params[n].grad, mask)
 
     @torch.no_grad()
     def lay(self):
         "Zero what the masks drop"
         if self.on: return
-        for n,mask in self.masks.items():
+        for n in self.masks:
             p = self.params[n]
-            if n not in self.below or self.below[n].device != p.device: self.below[n] = torch.empty_like(p)
-            self.below[n].copy_(p)
-            zero_masked(p, mask)
+            if n not in self.above or not _alike(self.above[n], p): self.above[n] = torch.empty_like(p.data)
+            self.below[n] = p.data
+            self.fill(n, p.data, self.above[n])
+            p.data, self.versions[n] = self.above[n], p._version
         self.on = True
+
+    def fill(self, n, below, above): times_mask(below, self.masks[n], out=above)   # write to `above` what the mask leaves of `below`
 
     @torch.no_grad()
     def lift(self):
-        "Bring back what the masks had dropped"
+        "Bring back what the masks had dropped; what has been loaded in the meantime stays"
         if self.on:
-            for n in self.masks: self.params[n].copy_(self.below[n])
-        self.on = False
+            for n,p in self.params.items():
+                if n not in self.below: continue
+                if p._version != self.versions[n] or not _alike(self.below[n], p): self.below[n] = self.below[n].to(p).copy_(p)
+                p.data = self.below[n]
+        self.on, self.below = False, {}
 
+    @torch.no_grad()
     def end(self):
         "Let go of the parameters, as they are"
+        for n,p in self.params.items():
+            if self.on and n in self.below and _alike(self.below[n], p): p.data = self.below[n].copy_(p)
         for h in self.hooks: h.remove()
-        self.hooks, self.masks, self.below, self.on = [], {}, {}, False
+        self.hooks, self.masks, self.below, self.above, self.on = [], {}, {}, {}, False
+
+def _alike(a, b): return (a.device, a.dtype, a.shape, a.stride()) == (b.device, b.dtype, b.shape, b.stride())
 
 # %% ../nbs/15_soft_masks.ipynb #0959501f
 CONV_AND_LINEAR = (nn.Linear, _ConvNd)
@@ -103,7 +127,7 @@ class SoftMaskCallback(MaskUpdates):
     def before_batch(self):
         if self.started: self.soft.lay()
     def after_backward(self):
-        if self.started: self.soft.lift()
+        if self.started: self.soft.mask_grads(), self.soft.lift()
     def after_batch(self):
         if self.started: self.soft.lift()
     def after_train(self):
@@ -239,39 +263,54 @@ class ConstSparsityCallback(MaskUpdates):
 # %% ../nbs/15_soft_masks.ipynb #1224a624
 _START = math.log(.99/.01)
 
+def _parts(*tensors, n=2**18):
+    "Parts of `n` elements of `tensors` of one shape, which fit into a CPU's cache; on other devices, whole ones"
+    if all(t.is_cpu and t.is_contiguous() for t in tensors): return zip(*(t.view(-1).split(n) for t in tensors))
+    return [tensors]
+
 class _Drawn(SoftMasks):
     "Masks drawn anew from logits; gradients of the masked weights become those of the logits too"
     def __init__(self, params, seed):
         super().__init__(params)
         self.logits = {n: torch.full_like(p, _START, dtype=torch.float32, requires_grad=False) for n,p in params.items()}
         for s in self.logits.values(): s.grad = torch.zeros_like(s)
-        self.slopes, self.rng, self.scale = {}, np.random.Generator(np.random.SFC64(seed)), 1.
+        self.slopes, self.rng = {}, np.random.SFC64(seed)   # slopes times weights, by name
 
     def _uniform(self, s):
-        if not s.is_cpu: return torch.rand_like(s)
-        return torch.from_numpy(self.rng.random(s.numel(), dtype=np.float32)).view(s.shape)
+        "A number from (0,1) for each element of `s`"
+        if not s.is_cpu: return torch.rand_like(s).clamp_(1e-6, 1-1e-6)
+        bits = self.rng.random_raw(-(-s.numel()//4)).view(np.int16)[:s.numel()]
+        return torch.from_numpy(bits).float().add_(2**15+.5).mul_(2**-16).view(s.shape)
 
     @torch.no_grad()
     def draw(self):
-        "New masks for a training step"
+        "Lay new masks for a training step"
         self.lift()
         for n,s in self.logits.items():
-            xi = self._uniform(s).clamp_(1e-6, 1-1e-6)
-            r = s.exp().clamp_(max=1e25).mul_(xi).div_(xi.neg_().add_(1))   # a logit may grow without end
-            self.masks[n] = r > 1
-            self.slopes[n] = r.div_(r.add(1).square_())
+            if n not in self.slopes: self.masks[n], self.slopes[n] = torch.empty_like(s, dtype=torch.bool), torch.empty_like(s)
+        self.lay()
+
+    def fill(self, n, below, above):
+        "Where masks are drawn, draw that of the parameter `n`, and note what makes the gradient of its logit of that of the weight: the weight, times the slope"
+        if n not in self.slopes: return super().fill(n, below, above)
+        for s,mask,slope,w,out in _parts(self.logits[n], self.masks[n], self.slopes[n], below, above):
+            p, xi = s.sigmoid(), self._uniform(s)
+            b = (1-p).mul_(1-xi)
+            a = p.mul_(xi)
+            torch.gt(a, b, out=mask)
+            torch.mul(w, mask.to(w.dtype), out=out)
+            torch.mul(a, b, out=slope).mul_(w).div_(a.add_(b).square_())
 
     @torch.no_grad()
     def settle(self):
         "The masks without noise"
         self.lift()
-        self.masks = {n: s > 0 for n,s in self.logits.items()}
-        self.slopes = {}
+        self.masks, self.slopes = {n: s > 0 for n,s in self.logits.items()}, {}
 
     @torch.no_grad()
-    def on_grad(self, n, grad):
-        if n in self.slopes: self.logits[n].grad.addcmul_(grad.float()*self.below[n], self.slopes[n])
-        return grad
+    def see_grad(self, n, grad):
+        if n not in self.slopes: return
+        for g,slope,of_logit in _parts(grad, self.slopes[n], self.logits[n].grad): of_logit.addcmul_(g.float(), slope)
 
     def end(self):
         super().end()
@@ -303,16 +342,18 @@ class RBSparsityCallback(SoftMaskCallback):
 
     def begin(self):
         if not any(isinstance(m, _BatchNorm) for m in self.model.modules()): warnings.warn("RB sparsity draws masks anew in each step, and needs BatchNorm to train steadily; this model has none")
-        self.mask_opt = torch.optim.Adam(list(self.soft.logits.values()), lr=self.mask_lr, eps=1e-12)
-        self.level, self.losses = 0., []
+        self.mask_opt = torch.optim.Adam(list(self.soft.logits.values()), lr=self.mask_lr, eps=1e-12, fused=True)
+        self.level, self.losses, self.accumulates = 0., [], False
 
     def settle(self): self.soft.settle()
     def new_masks(self, level): self.level, self.losses = level, []
 
     def before_batch(self):
         if not self.started or self.frozen: return
+        self.soft.alone, self.accumulates = not self.accumulates and num_distrib() <= 1, True
         self.soft.draw()
-        self.soft.lay()
+
+    def after_step(self): self.accumulates = False   # gradients are zeroed after this
 
     def after_loss(self):
         if not self.started or self.frozen: return
@@ -333,7 +374,7 @@ class RBSparsityCallback(SoftMaskCallback):
 @patch
 def _gaps(self:RBSparsityCallback):
     "Density less the one that is asked for, by layer"
-    kept, n = {k: int((s > 0).count_nonzero()) for k,s in self.soft.logits.items()}, {k: s.numel() for k,s in self.soft.logits.items()}
+    kept, n = {k: n_true(s > 0) for k,s in self.soft.logits.items()}, {k: s.numel() for k,s in self.soft.logits.items()}
     if self.context == 'local': return {k: kept[k]/n[k] - (1-self.level) for k in n}
     return dict.fromkeys(n, sum(kept.values())/sum(n.values()) - (1-self.level))
 
@@ -344,9 +385,11 @@ def _step_logits(self:RBSparsityCallback):
     scale = self.learn.scaler.get_scale() if any(isinstance(cb, MixedPrecision) for cb in self.learn.cbs) else 1.
     n = sum(s.numel() for s in self.soft.logits.values())
     for k,s in self.soft.logits.items():
-        e = s.exp().clamp_(max=1e25)
-        if scale != 1: s.grad.div_(scale)
-        s.grad.add_(e.div_(e.add(1).square_()), alpha=2*self.gaps[k]/self.p**2/(n if self.context == 'global' else s.numel()))
+        by = 2*self.gaps[k]/self.p**2/(n if self.context == 'global' else s.numel())
+        for s_,grad in _parts(s, s.grad):
+            p = s_.sigmoid()
+            if scale != 1: grad.div_(scale)
+            grad.add_(p.addcmul_(p, p, value=-1), alpha=by)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(s.grad)
             s.grad.div_(torch.distributed.get_world_size())

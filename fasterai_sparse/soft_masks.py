@@ -8,7 +8,7 @@ __all__ = ['CONV_AND_LINEAR', 'weight_importances', 'SoftMasks', 'SoftMaskCallba
 
 # %% ../nbs/15_soft_masks.ipynb #01c0f7f8
 import math, warnings
-from fractions import Fraction
+from numbers import Real
 
 import numpy as np, torch
 from fastai.basics import *
@@ -96,15 +96,17 @@ class SoftMaskCallback(MaskUpdates):
 
     def __init__(self,
         sparsity=None, # Target in percent, with a `schedule` that says how much of it is due
-        schedule=None, # An `EpochSchedule`, which has its own target; else a `Schedule`, of which None is a line over the first half of the fit
+        schedule=None, # An `EpochSchedule`, which has its own target and freeze; else a `Schedule`, of which None is a line over the first half of the fit
         layer_type=CONV_AND_LINEAR, # Layers to sparsify, a module class or a tuple of them
         layers=None, # Names of those that are meant; None: all of `layer_type`
+        freeze_pct=.75, # Share of the fit from which the masks stay as they are, where the schedule is not by epoch
     ):
+        if isinstance(freeze_pct, bool) or not isinstance(freeze_pct, Real) or not 0 < freeze_pct <= 1: raise ValueError(f"freeze_pct is a share of the fit, above 0 and up to 1, not {freeze_pct!r}")
         self.by_epoch = isinstance(schedule, EpochSchedule)
         if self.by_epoch == (sparsity is not None): raise ValueError("Give sparsity= in percent, with any other schedule than one by epoch, which has its own target")
         if sparsity is not None: as_fraction(sparsity)
         self.schedule = schedule if self.by_epoch else as_schedule(ifnone(schedule, Schedule(lin.sched_func, end_pct=.5)))
-        store_attr('sparsity,layer_type,layers')
+        store_attr('sparsity,layer_type,layers,freeze_pct')
         self.baked = {}   # name -> hard mask that has been made of a soft one
 
     def name_columns(self):
@@ -113,19 +115,25 @@ class SoftMaskCallback(MaskUpdates):
     def before_fit(self):
         if self.learn.cbs.items.count(self) > 1: return self.learn.cbs.remove(self)
         self._end()   # of a fit that was interrupted
+        self.net = unwrapped(self.model)
         self.params, self.modules = self._find_layers()
+        if not self.params: return print('All layers to sparsify are frozen: waiting for a fit in which they train')
         self._unbake()
-        self.soft, self.state, self.started, self.frozen = self.make_masks(), None, True, False
+        self.hard = {n: mask.bool() for n,(m,p) in self.modules.items() if (mask := get_mask(m, p)) is not None}
+        self.found = sum(n_true(~mask) for mask in self.hard.values())/sum(p.numel() for p in self.params.values())
+        self.soft, self.state, self.level, self.started, self.frozen = self.make_masks(), None, 0., True, False
         self.begin()
 
     def before_train(self):
         if not self.started: return
         self.soft.lift()
-        if self._due_to_freeze(): self.bake()
-        elif not self.frozen: self.new_masks(self._level())
+        if self.by_epoch and self.schedule.is_frozen(self.n_epochs) and self.soft.masks: self._freeze()
+        elif not self.frozen: self._to(self._level())
 
     def before_batch(self):
-        if self.started: self.soft.lay()
+        if not self.started: return
+        if not self.frozen: self._within_epoch()
+        self.soft.lay()
     def after_backward(self):
         if self.started: self.soft.mask_grads(), self.soft.lift()
     def after_batch(self):
@@ -146,6 +154,7 @@ class SoftMaskCallback(MaskUpdates):
     def make_masks(self): return SoftMasks(self.params)
     def begin(self): pass
     def settle(self): pass
+    def _details(self): return {}   # of the report: name of a column -> layer -> value
 
 # %% ../nbs/15_soft_masks.ipynb #91dafecd
 @patch
@@ -153,7 +162,7 @@ def _unbake(self:SoftMaskCallback):
     "Take back hard masks of the fit before, which this callback has made: it goes on from there"
     for n,mask in self.baked.items():
         m, p = self.modules.get(n, (None, None))
-        if m is not None and get_mask(m, p) is mask: delattr(m, f'{p}_mask')
+        if m is not None and get_mask(m, p) is not None and torch.equal(get_mask(m, p), mask.to(get_mask(m, p).device)): delattr(m, f'{p}_mask')
     self.baked = {}
 
 @patch
@@ -164,7 +173,7 @@ def _find_layers(self:SoftMaskCallback):
     for n,(m,p) in found.items():
         if why := unmaskable(m, p): raise ValueError(f"Layer {n!r} {why}")
     trained = {n: m._parameters[p] for n,(m,p) in found.items() if m._parameters[p].requires_grad}
-    if not trained: raise ValueError("There is no layer to sparsify that trains")
+    if not found: raise ValueError(f"No layer to sparsify in {type(self.net).__name__}")
     return trained, {n: found[n] for n in trained}
 
 @patch
@@ -177,7 +186,25 @@ def _level(self:SoftMaskCallback):
     return self.state.level
 
 @patch
-def _due_to_freeze(self:SoftMaskCallback): return self.by_epoch and not self.frozen and self.schedule.is_frozen(self.n_epochs) and bool(self.soft.masks)
+def _to(self:SoftMaskCallback, level):
+    "Have masks of `level`, or of what was there at the start if that is more"
+    self.level = max(level, self.found)
+    self.new_masks(self.level)
+
+@patch
+def _within_epoch(self:SoftMaskCallback):
+    "What changes from batch to batch: the level where the schedule has one for each, and whether masks are to stay"
+    if not self.by_epoch:
+        if self.n_batches()-1 >= self.freeze_pct*self.n_epoch*self.n_iter: self._freeze()
+    elif getattr(self.schedule, 'update_per_optimizer_step', False):
+        level = self.schedule.level(self.n_epochs, self.iter, self.n_iter)
+        if max(level, self.found) != self.level:
+            self.soft.lift()
+            self._to(level)
+
+@patch
+def _freeze(self:SoftMaskCallback):
+    if not self.frozen: self.bake()
 
 @patch
 def _measured(self:SoftMaskCallback):
@@ -195,7 +222,7 @@ def bake(self:SoftMaskCallback):
         m, p = self.modules[n]
         clear_opt_state(self.opt, m._parameters[p], ~mask)
         set_mask(m, mask, p)
-        self.baked[n] = get_mask(m, p)
+        self.baked[n] = get_mask(m, p).clone()
     self.soft.end()
     self.frozen = True
     watch_loads(unwrapped(self.model))
@@ -205,6 +232,17 @@ def bake(self:SoftMaskCallback):
 def _end(self:SoftMaskCallback):
     if self.started: self.soft.end()
     self.started = False
+
+@patch
+def report(self:SoftMaskCallback):
+    """The `sparsity_report` of the layers that are sparsified, with the `level` that was asked for (%) and, for magnitudes, the `threshold`, the greatest importance that
+    was masked; for RB, the mean `probability` of a weight to be kept. Between the epochs of a fit, or after it."""
+    if not getattr(self, 'params', None): raise ValueError("There is nothing to report before a fit")
+    df = sparsity_report(self.net, layer_type=self.layer_type)
+    df = df[df.layer.isin(list(self.params))].reset_index(drop=True)
+    df.insert(len(df.columns)-1, 'level', 100*self.level)
+    for name,of in self._details().items(): df.insert(len(df.columns)-1, name, df.layer.map(of))
+    return df
 
 # %% ../nbs/15_soft_masks.ipynb #de0407fd
 def _by_norm(scores): return torch.where(scores > 0, scores/torch.linalg.vector_norm(scores), 0)
@@ -217,8 +255,8 @@ class MagnitudeSparsityCallback(SoftMaskCallback):
         weight_importance='normed_abs', # `|w|` over the norm of its layer, or 'abs'
         context='global', # One ranking of all layers, or 'local', or an allocation
         num_bn_adaptation_samples=0, # Samples of training data with which BatchNorm is adapted to the first masks
-        layer_type=CONV_AND_LINEAR, layers=None):
-        super().__init__(sparsity, schedule, layer_type, layers)
+        layer_type=CONV_AND_LINEAR, layers=None, freeze_pct=.75):
+        super().__init__(sparsity, schedule, layer_type, layers, freeze_pct)
         if weight_importance not in weight_importances: raise ValueError(f"weight_importance is one of {list(weight_importances)}, not {weight_importance!r}")
         as_allocation(context)
         store_attr('weight_importance,context,num_bn_adaptation_samples')
@@ -226,13 +264,20 @@ class MagnitudeSparsityCallback(SoftMaskCallback):
     def begin(self):
         self.sparsifier = Sparsifier(unwrapped(self.model), 'weight', self.context, weight_importances[self.weight_importance], layer_type=self.layer_type)
         for n in [n for n in self.sparsifier.layers if n not in self.params]: self.sparsifier.leave_dense(n, 'not meant, or frozen')
-        self.new_masks(self.schedule.sparsity_init if self.by_epoch else 0.)
+        self._to(self.schedule.sparsity_init if self.by_epoch else 0.)
         if not self.num_bn_adaptation_samples: return
         self.soft.lay()
         adapt_batchnorm(self.learn, n_samples=self.num_bn_adaptation_samples)
         self.soft.lift()
 
-    def new_masks(self, level): self.soft.masks = dict(self.sparsifier.choose(as_ratio(level)))
+    @torch.no_grad()
+    def new_masks(self, level):
+        self.soft.masks = {n: mask & self.hard[n] if n in self.hard else mask for n,mask in self.sparsifier.choose(as_ratio(level))}
+        greatest = {n: times_mask(self.params[n].abs(), ~mask).max().item()/self._norm(self.params[n]) for n,mask in self.soft.masks.items()}
+        self.thresholds = dict.fromkeys(greatest, max(greatest.values())) if self.context == 'global' else greatest
+
+    def _norm(self, p): return max(torch.linalg.vector_norm(p).item(), 1e-30) if self.weight_importance == 'normed_abs' else 1.
+    def _details(self): return {'threshold': self.thresholds}
 
 # %% ../nbs/15_soft_masks.ipynb #b0f8d6d6
 class ConstSparsityCallback(MaskUpdates):
@@ -320,11 +365,11 @@ class RBSparsityCallback(SoftMaskCallback):
     "NNCF's regularization-based sparsity: masks are learned, with the level they are to have as a part of the loss"
     def __init__(self, sparsity=None, schedule=None,
         context='global', # The level is that of all layers together, or, 'local', of each
-        mask_lr=1e-2, # Learning rate of the logits
+        mask_lr=3e-2, # Learning rate of the logits
         p=.05, # How far from the level a density is when its loss is 1
         seed=0, # For the masks that are drawn
-        layer_type=CONV_AND_LINEAR, layers=None):
-        super().__init__(sparsity, schedule, layer_type, layers)
+        layer_type=CONV_AND_LINEAR, layers=None, freeze_pct=.75):
+        super().__init__(sparsity, schedule, layer_type, layers, freeze_pct)
         if context not in ('global', 'local'): raise ValueError(f"context is 'global' or 'local', not {context!r}")
         for n,v in dict(mask_lr=mask_lr, p=p).items():
             if not v > 0: raise ValueError(f"{n} is a positive number, not {v!r}")
@@ -337,19 +382,27 @@ class RBSparsityCallback(SoftMaskCallback):
     def make_masks(self):
         soft, old = _Drawn(self.params, (self.seed, rank_distrib())), getattr(getattr(self, 'soft', None), 'logits', {})
         for n,s in soft.logits.items():   # a second fit goes on with what the first has learned
-            if n in old and old[n].shape == s.shape: s.copy_(old[n])
+            if n in old and old[n].shape == s.shape: s.copy_(old[n]).nan_to_num_(neginf=-_START)
+            if n in self.hard: s.masked_fill_(~self.hard[n], -math.inf)   # never kept, and without a gradient
         return soft
 
     def begin(self):
         if not any(isinstance(m, _BatchNorm) for m in self.model.modules()): warnings.warn("RB sparsity draws masks anew in each step, and needs BatchNorm to train steadily; this model has none")
         self.mask_opt = torch.optim.Adam(list(self.soft.logits.values()), lr=self.mask_lr, eps=1e-12, fused=True)
-        self.level, self.losses, self.accumulates = 0., [], False
+        self.losses, self.accumulates = [], False
 
     def settle(self): self.soft.settle()
-    def new_masks(self, level): self.level, self.losses = level, []
+    def new_masks(self, level): pass   # they are drawn at each batch
+    def _details(self): return {'probability': {n: s.sigmoid().mean().item() for n,s in self.soft.logits.items()}}
+
+    def before_train(self):
+        self.losses = []
+        super().before_train()
 
     def before_batch(self):
-        if not self.started or self.frozen: return
+        if not self.started: return
+        if not self.frozen: self._within_epoch()
+        if self.frozen: return
         self.soft.alone, self.accumulates = not self.accumulates and num_distrib() <= 1, True
         self.soft.draw()
 

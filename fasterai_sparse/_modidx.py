@@ -663,6 +663,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                           'fasterai_sparse/soft_masks.py'),
                                             'fasterai_sparse.soft_masks.RBSparsityCallback.after_validate': ( 'soft_masks.html#rbsparsitycallback.after_validate',
                                                                                                               'fasterai_sparse/soft_masks.py'),
+                                            'fasterai_sparse.soft_masks.RBSparsityCallback.bake': ( 'soft_masks.html#rbsparsitycallback.bake',
+                                                                                                    'fasterai_sparse/soft_masks.py'),
                                             'fasterai_sparse.soft_masks.RBSparsityCallback.before_batch': ( 'soft_masks.html#rbsparsitycallback.before_batch',
                                                                                                             'fasterai_sparse/soft_masks.py'),
                                             'fasterai_sparse.soft_masks.RBSparsityCallback.before_step': ( 'soft_masks.html#rbsparsitycallback.before_step',

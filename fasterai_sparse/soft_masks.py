@@ -388,10 +388,16 @@ class RBSparsityCallback(SoftMaskCallback):
 
     def begin(self):
         if not any(isinstance(m, _BatchNorm) for m in self.model.modules()): warnings.warn("RB sparsity draws masks anew in each step, and needs BatchNorm to train steadily; this model has none")
-        self.mask_opt = torch.optim.Adam(list(self.soft.logits.values()), lr=self.mask_lr, eps=1e-12, fused=True)
+        self.mask_opt = torch.optim.Adam(list(self.soft.logits.values()), lr=self.mask_lr, betas=(.9,.95), eps=1e-12, fused=True)
         self.losses, self.accumulates = [], False
 
     def settle(self): self.soft.settle()
+
+    def bake(self):
+        super().bake()
+        if abs((got := self._measured()) - self.level) > .01:
+            warnings.warn(f"RB sparsity has reached {100*got:.2f} % where {100*self.level:.2f} % was asked for: {'its logits need more batches, or a higher mask_lr' if got < self.level else 'its level fell faster than the logits'}")
+
     def new_masks(self, level): pass   # they are drawn at each batch
     def _details(self): return {'probability': {n: s.sigmoid().mean().item() for n,s in self.soft.logits.items()}}
 

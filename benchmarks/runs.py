@@ -1,0 +1,50 @@
+"What the benchmarks of accuracy share: runs in processes of one thread, each a row of a csv as soon as it ends, and cells of their tables"
+import csv, platform
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import active_children, get_context
+from pathlib import Path
+
+import pandas as pd, torch
+
+def results(file, key, measured):
+    "The finished runs in the csv `file`, indexed by the columns `key`"
+    df = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=[*key, *measured])
+    return df.drop_duplicates(key).set_index(key)
+
+def append(file, header, row):
+    "Add `row` to the csv `file`, with `header` where it is new"
+    with file.open('a', newline='') as f:
+        writer = csv.writer(f, lineterminator='\n')
+        if f.tell() == 0: writer.writerow(header)
+        writer.writerow(row)
+
+def trained(train, runs, jobs, path):
+    "Yield what `train(run, path)` returns for each of `runs` as it ends, `jobs` at a time in processes of one thread"
+    with ProcessPoolExecutor(jobs, get_context('spawn'), torch.set_num_threads, (1,)) as pool:
+        try:
+            for f in as_completed([pool.submit(train, r, path) for r in runs]): yield f.result()
+        except BaseException:
+            for p in active_children(): p.terminate()   # or leaving the pool waits for runs that nobody will read
+            raise
+
+def cell(values, n_seeds):
+    "Mean ± standard deviation, and of how many seeds where some are missing"
+    if not len(values): return '–'
+    sd = f' ± {values.std():.2f}' if len(values) > 1 else ''
+    return f'{values.mean():.2f}{sd}' + (f' ({len(values)} of {n_seeds})' if len(values) < n_seeds else '')
+
+def cpu_name():
+    "The processor's model name, where Linux tells it"
+    info = Path('/proc/cpuinfo')
+    names = [l.split(':', 1)[1].strip() for l in info.read_text().splitlines() if l.startswith('model name')] if info.exists() else []
+    return names[0] if names else platform.machine()
+
+def positive(s):
+    "`s` as a whole number from 1"
+    if int(s) < 1: raise ValueError
+    return int(s)
+
+def percentage(s):
+    "`s` as a sparsity between 0 and 100"
+    if not 0 < float(s) < 100: raise ValueError
+    return float(s)

@@ -35,7 +35,7 @@ def _read(source):
     "The dict (or list) that `source` is, or holds: a path, a string of JSON, a dict or a list"
     if isinstance(source, (dict, list)): return source
     text = Path(source).read_text() if isinstance(source, Path) or not str(source).lstrip().startswith(('{', '[')) else source
-    try: return hjson.loads(text)
+    try: return hjson.loads(text, object_pairs_hook=dict)
     except hjson.HjsonDecodeError as e: raise ValueError(f"The configuration can't be read: {e.msg}, line {e.lineno}, column {e.colno}") from e
 
 def _one_of(where, key, allowed):
@@ -156,7 +156,7 @@ def scoped_layers(
 def callbacks_from_config(
     cfg:SparsityConfig,
     learn, # The learner that they are for: its model has the layers, its optimizer the learning rate
-    mask_lr=1e-2, # Learning rate of RB's logits, times `compression_lr_multiplier`
+    mask_lr=.1, # Learning rate of RB's logits, times `compression_lr_multiplier`
 ):
     "The callbacks, one for each algorithm of `cfg`, in a list"
     return [_callback(a, scoped_layers(a, learn.model), mask_lr) for a in cfg.algorithms]

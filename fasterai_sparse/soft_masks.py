@@ -9,6 +9,7 @@ __all__ = ['CONV_AND_LINEAR', 'weight_importances', 'SoftMasks', 'SoftMaskCallba
 # %% ../nbs/15_soft_masks.ipynb #01c0f7f8
 import math, warnings
 from numbers import Real
+from types import SimpleNamespace
 
 import numpy as np, torch
 from fastai.basics import *
@@ -93,6 +94,7 @@ class SoftMaskCallback(MaskUpdates):
     "Base of the callbacks with soft masks: `new_masks` says what they are in an epoch of a certain level"
     order = Recorder.order + 1
     started, frozen = False, False
+    into = 0. # Share of the epoch that is over
 
     def __init__(self,
         sparsity=None, # Target in percent, with a `schedule` that says how much of it is due
@@ -115,17 +117,19 @@ class SoftMaskCallback(MaskUpdates):
     def before_fit(self):
         if self.learn.cbs.items.count(self) > 1: return self.learn.cbs.remove(self)
         self._end()   # of a fit that was interrupted
+        if self.opt is None: return   # nothing is to be trained
         self.net = unwrapped(self.model)
         self.params, self.modules = self._find_layers()
         if not self.params: return print('All layers to sparsify are frozen: waiting for a fit in which they train')
         self._unbake()
         self.hard = {n: mask.bool() for n,(m,p) in self.modules.items() if (mask := get_mask(m, p)) is not None}
         self.found = sum(n_true(~mask) for mask in self.hard.values())/sum(p.numel() for p in self.params.values())
-        self.soft, self.state, self.level, self.started, self.frozen = self.make_masks(), None, 0., True, False
+        self.soft, self.state, self.level, self.noted, self.into, self.started, self.frozen = self.make_masks(), None, 0., [], 0., True, False
         self.begin()
 
     def before_train(self):
         if not self.started: return
+        self.into = 0.
         self.soft.lift()
         if self.by_epoch and self.schedule.is_frozen(self.n_epochs) and self.soft.masks: self._freeze()
         elif not self.frozen: self._to(self._level())
@@ -163,7 +167,7 @@ def _unbake(self:SoftMaskCallback):
     for n,mask in self.baked.items():
         m, p = self.modules.get(n, (None, None))
         if m is not None and get_mask(m, p) is not None and torch.equal(get_mask(m, p), mask.to(get_mask(m, p).device)): delattr(m, f'{p}_mask')
-    self.baked = {}
+    self.baked = {n: mask for n,mask in self.baked.items() if n not in self.modules}
 
 @patch
 def _find_layers(self:SoftMaskCallback):
@@ -192,8 +196,29 @@ def _to(self:SoftMaskCallback, level):
     self.new_masks(self.level)
 
 @patch
+def _note(self:SoftMaskCallback, measured): self.noted.append((self.n_epochs+self.into, 100*self.level, 100*measured))
+
+@patch(as_prop=True)
+def log(self:SoftMaskCallback):
+    "A `DataFrame` of `epoch`, `asked` and `sparsity` (both in percent): a row for each drawing of masks, of RB for each batch"
+    return pd.DataFrame(getattr(self, 'noted', []), columns=['epoch', 'asked', 'sparsity'])
+
+@patch
+def plot(self:SoftMaskCallback, ax=None):
+    "The sparsity of the layers over the fit, and what was asked for; returns the axes"
+    import matplotlib.pyplot as plt
+    if ax is None: _,ax = plt.subplots(figsize=(6,3.5), layout='constrained')
+    df = self.log
+    ax.step(df.epoch, df.asked, where='post', color='.6', ls='--', label='asked for')
+    ax.step(df.epoch, df.sparsity, where='post', label='measured')
+    ax.set(xlabel='epoch', ylabel='sparsity (%)', ylim=(-3,103))
+    ax.legend()
+    return ax
+
+@patch
 def _within_epoch(self:SoftMaskCallback):
     "What changes from batch to batch: the level where the schedule has one for each, and whether masks are to stay"
+    self.into = self.iter/self.n_iter
     if not self.by_epoch:
         if self.n_batches()-1 >= self.freeze_pct*self.n_epoch*self.n_iter: self._freeze()
     elif getattr(self.schedule, 'update_per_optimizer_step', False):
@@ -209,6 +234,7 @@ def _freeze(self:SoftMaskCallback):
 @patch
 def _measured(self:SoftMaskCallback):
     "Share of the layers' weights that is zero under the masks of now"
+    if not self.params: return (df := sparsity_report(self.net, layer_type=self.layer_type)).zeros.sum()/df.params.sum()
     n = sum(p.numel() for p in self.params.values())
     masks = {n: self.soft.masks.get(n) if not self.frozen else get_mask(*self.modules[n]) for n in self.params}
     return sum(n_true(~mask.bool()) for mask in masks.values() if mask is not None)/n
@@ -275,6 +301,7 @@ class MagnitudeSparsityCallback(SoftMaskCallback):
         self.soft.masks = {n: mask & self.hard[n] if n in self.hard else mask for n,mask in self.sparsifier.choose(as_ratio(level))}
         greatest = {n: times_mask(self.params[n].abs(), ~mask).max().item()/self._norm(self.params[n]) for n,mask in self.soft.masks.items()}
         self.thresholds = dict.fromkeys(greatest, max(greatest.values())) if self.context == 'global' else greatest
+        self._note(self._measured())
 
     def _norm(self, p): return max(torch.linalg.vector_norm(p).item(), 1e-30) if self.weight_importance == 'normed_abs' else 1.
     def _details(self): return {'threshold': self.thresholds}
@@ -365,7 +392,7 @@ class RBSparsityCallback(SoftMaskCallback):
     "NNCF's regularization-based sparsity: masks are learned, with the level they are to have as a part of the loss"
     def __init__(self, sparsity=None, schedule=None,
         context='global', # The level is that of all layers together, or, 'local', of each
-        mask_lr=3e-2, # Learning rate of the logits
+        mask_lr=.1, # Learning rate of the logits; a low one leaves many of them near zero, where masks are drawn at random
         p=.05, # How far from the level a density is when its loss is 1
         seed=0, # For the masks that are drawn
         layer_type=CONV_AND_LINEAR, layers=None, freeze_pct=.75):
@@ -379,8 +406,17 @@ class RBSparsityCallback(SoftMaskCallback):
         super().name_columns()
         if hasattr(self, 'learn') and hasattr(self.learn, 'recorder') and self.learn.cbs.items.count(self) == 1: self.loss_column = add_column(self.learn.recorder, 'rb_loss')
 
+    @property
+    def logits(self): return getattr(getattr(self, 'soft', None), 'logits', {})   # by name of the layer, what has been learned so far
+
+    def state_dict(self): return {'logits': {n: s.detach().clone() for n,s in self.logits.items()}}
+
+    def load_state_dict(self, state):
+        "Have the next fit go on with the logits of `state`, of a callback's `state_dict`"
+        self.soft = SimpleNamespace(logits=dict(state['logits']), end=noop)
+
     def make_masks(self):
-        soft, old = _Drawn(self.params, (self.seed, rank_distrib())), getattr(getattr(self, 'soft', None), 'logits', {})
+        soft, old = _Drawn(self.params, (self.seed, rank_distrib())), self.logits
         for n,s in soft.logits.items():   # a second fit goes on with what the first has learned
             if n in old and old[n].shape == s.shape: s.copy_(old[n]).nan_to_num_(neginf=-_START)
             if n in self.hard: s.masked_fill_(~self.hard[n], -math.inf)   # never kept, and without a gradient
@@ -416,7 +452,8 @@ class RBSparsityCallback(SoftMaskCallback):
 
     def after_loss(self):
         if not self.started or self.frozen: return
-        self.gaps = self._gaps()
+        self.gaps, density = self._gaps()
+        self._note(1-density)
         self.losses.append(sum((gap/self.p)**2 for gap in self.gaps.values())/(len(self.gaps) if self.context == 'global' else 1))
         self.learn.loss_grad = self.learn.loss_grad + self.losses[-1]
 
@@ -432,10 +469,10 @@ class RBSparsityCallback(SoftMaskCallback):
 
 @patch
 def _gaps(self:RBSparsityCallback):
-    "Density less the one that is asked for, by layer"
+    "Density less the one that is asked for, by layer, and the density of all"
     kept, n = {k: n_true(s > 0) for k,s in self.soft.logits.items()}, {k: s.numel() for k,s in self.soft.logits.items()}
-    if self.context == 'local': return {k: kept[k]/n[k] - (1-self.level) for k in n}
-    return dict.fromkeys(n, sum(kept.values())/sum(n.values()) - (1-self.level))
+    density = sum(kept.values())/sum(n.values())
+    return {k: (kept[k]/n[k] if self.context == 'local' else density) - (1-self.level) for k in n}, density
 
 @patch
 @torch.no_grad()

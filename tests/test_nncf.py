@@ -110,7 +110,7 @@ def rb_callback(level, soft):
     cb = RBSparsityCallback(70)
     cb.learn = SimpleNamespace(cbs=[], loss_grad=torch.zeros(()))
     cb.mask_opt = SimpleNamespace(step=lambda: None, zero_grad=lambda **kwargs: None)
-    cb.soft, cb.level, cb.losses, cb.started = soft, level, [], True
+    cb.soft, cb.level, cb.losses, cb.noted, cb.started = soft, level, [], [], True
     cb.after_loss()
     cb._step_logits()
     return cb

@@ -1,7 +1,7 @@
 "Metadata from settings.ini; the version from the package"
-import configparser, re
+import configparser, os, re
 from pathlib import Path
-from setuptools import setup
+from setuptools import Extension, setup
 
 here = Path(__file__).parent
 ini = configparser.ConfigParser(delimiters=['='])
@@ -9,9 +9,14 @@ ini.read(here/'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
 version = re.search(r'__version__ = "(.+)"', (here/'fasterai_sparse'/'__init__.py').read_text()).group(1)
 
+# Kernels with a plain C interface, loaded with ctypes; where they can't be compiled the package does without
+native = Extension('fasterai_sparse._native', ['fasterai_sparse/csrc/sum_max.cpp'], depends=['fasterai_sparse/csrc/sum_max.inc'], language='c++',
+                   extra_compile_args=[] if os.name == 'nt' else ['-O3', '-std=c++17', '-pthread'], extra_link_args=[] if os.name == 'nt' else ['-pthread'], optional=True)
+
 setup(version=version, description=cfg['description'], python_requires=f">={cfg['min_python']}",
       keywords=cfg['keywords'].split(), license=cfg['license'],
       long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
+      ext_modules=[native], package_data={'fasterai_sparse': ['csrc/*']},
       install_requires=cfg['requirements'].split(),
       extras_require={o: cfg[f'{o}_requirements'].split() for o in ('dev', 'docs', 'bench')},
       entry_points={'console_scripts': cfg['console_scripts'].split(),

@@ -181,10 +181,9 @@ def test_fine_tune(kind):
     check_sparse(learn)
 
 def freeze(learn, which=slice(None)):
-    for w in weights(learn.model, ALL)[which]: w.requires_grad_(False)
+    for w in weights(learn.model, ALL)[which]: w.requires_grad_(False).grad = None   # else fastai goes on to step it
 
 @both
-@defect('after_validate measures layers that are not there: ZeroDivisionError')
 def test_where_all_is_frozen_it_waits(kind):
     learn, cb = learner(), soft(kind)
     freeze(learn)
@@ -193,14 +192,13 @@ def test_where_all_is_frozen_it_waits(kind):
     assert 'frozen' in out and all_same(before, weights(learn.model, ALL)) and masks(learn.model) == [] and column(learn) == [0, 0]
 
 @both
-@defect('as above')
 def test_where_all_is_frozen_between_two_fits(kind):
     learn, cb = learner(4), soft(kind)
     fit(learn, 3, cb)
     before = [w.clone() for w in weights(learn.model, ALL)]
     freeze(learn)
-    said(lambda: fit(learn, 1, cb))
-    assert all_same(before, weights(learn.model, ALL))
+    out, was = said(lambda: fit(learn, 1, cb)), masks(learn.model)
+    assert 'frozen' in out and all_same(before, weights(learn.model, ALL)) and column(learn) == [round(100*n_zero(learn)/N_ALL, 2)] and len(was) == 3
     for w in weights(learn.model, ALL): w.requires_grad_(True)
     fit(learn, 3, cb)
     check_sparse(learn)
@@ -347,7 +345,7 @@ def test_gradients_of_weights_and_logits(n_acc, clip, context):
     raw = at('after_batch', lambda l: start.append(copies(cb.params)))   # of the last batch, before the masks are baked
     fit(learn, 2, [cb, begin, raw, *([GradientAccumulation(n_acc)] if n_acc else []), *([GradientClip(clip)] if clip else [])])
     adam = {k: cb.mask_opt.defaults[k] for k in ('lr', 'betas', 'eps', 'weight_decay')}
-    assert adam['lr'] == 3e-2 and adam['eps'] <= 1e-8 and adam['weight_decay'] == 0
+    assert adam['lr'] == cb.mask_lr and adam['eps'] <= 1e-8 and adam['weight_decay'] == 0
     logits, ws = by_hand(net, start[0], noise, list(learn.dls.train)*2, .4, context == 'local', n_acc, clip, adam)
     for n in logits:
         torch.testing.assert_close(cb.soft.logits[n], logits[n], rtol=1e-3, atol=1e-3)
@@ -739,8 +737,8 @@ BEGINS = defect('it begins like a fit, and bakes masks of the level at its start
 def looked(learn, look):
     with learn.no_bar(), learn.no_logging(): said(lambda: LOOKS[look](learn))
 
-@pytest.mark.parametrize('look', [pytest.param(l, marks=BEGINS) if l in ('summary', 'fit0') else l for l in LOOKS])
-@pytest.mark.parametrize('kind', ['rb', 'magnitude'])
+@pytest.mark.parametrize('look', [pytest.param(l, marks=BEGINS) if l == 'fit0' else l for l in LOOKS])
+@both
 def test_looking_before_a_fit_changes_nothing(kind, look):
     cb = RBSparsityCallback(70) if kind == 'rb' else soft(kind, schedule=Polynomial(.2, .7, 3, 2))
     learn = learner(cbs=cb)
@@ -788,6 +786,23 @@ def test_the_same_object_twice_and_no_recorder(kind):
     learn.remove_cb(Recorder)
     fit(learn, 3, soft(kind))
     assert same(res[0][0], snapshot(learn.model))
+
+def test_logits_of_a_checkpoint():
+    "A new callback goes on from them; without, all start anew"
+    learn, cb, saved = learner(), soft('rb', freeze_pct=1), []
+    assert cb.logits == {} == cb.state_dict()['logits']
+    def save(learn):
+        if learn.epoch == 1: learn.save('m'), torch.save(cb.state_dict(), 'rb.pth'), saved.append(copies(cb.logits))
+    fit(learn, 4, [cb, at('after_epoch', save)])
+    assert not same(saved[0], cb.logits)
+    other, again = learner(), RBSparsityCallback(70, freeze_pct=1)
+    other.load('m')
+    again.load_state_dict(torch.load('rb.pth'))
+    begin, begun = collect('before_train', lambda l: copies(again.soft.logits))
+    fit(other, 4, [again, begin], start_epoch=2)
+    assert same(begun[0], saved[0]) and same(again.logits, again.state_dict()['logits']) and not same(again.logits, saved[0])
+    assert same(torch.load('rb.pth')['logits'], saved[0])
+    check_sparse(other)
 
 # --- 8. before and after other ways to be sparse
 

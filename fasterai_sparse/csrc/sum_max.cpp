@@ -1,0 +1,93 @@
+// The product that the permutation search is made of, with max in the place of times: out[i,j] = sum over r of max(h[i,r], x[j,r]).
+// A plain C interface, loaded with ctypes. Its specification is `sum_max_torch` of the permutation notebook.
+#include <algorithm>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+#if defined(_WIN32)
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C"
+#endif
+
+namespace {
+
+using Kernel = void (*)(const float*, const float*, float*, int64_t, int64_t, int, int);
+
+#if defined(__GNUC__)
+#define NAME tile_4
+#define WIDTH 4
+#define TARGET
+#include "sum_max.inc"
+#undef NAME
+#undef WIDTH
+#undef TARGET
+#if defined(__x86_64__)
+#define NAME tile_avx2
+#define WIDTH 8
+#define TARGET __attribute__((target("avx2")))
+#include "sum_max.inc"
+#undef NAME
+#undef WIDTH
+#undef TARGET
+#define NAME tile_avx512
+#define WIDTH 16
+#define TARGET __attribute__((target("avx512f")))
+#include "sum_max.inc"
+#endif
+#else
+void tile_1(const float* h, const float* x, float* out, int64_t ld, int64_t nc, int ni, int nj) {
+    for (int i = 0; i < ni; i++) for (int j = 0; j < nj; j++) {
+        float sum = 0;
+        for (int64_t r = 0; r < ld; r++) sum += std::max(h[i*ld+r], x[j*ld+r]);
+        out[i*nc + j] = sum;
+    }
+}
+#endif
+
+struct Set { const char* name; Kernel tile; };
+
+// Those that this processor has, the best first
+std::vector<Set> sets() {
+    std::vector<Set> found;
+#if defined(__GNUC__)
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f")) found.push_back({"avx512", tile_avx512});
+    if (__builtin_cpu_supports("avx2")) found.push_back({"avx2", tile_avx2});
+#endif
+    found.push_back({"128-bit vectors", tile_4});
+#else
+    found.push_back({"scalar", tile_1});
+#endif
+    return found;
+}
+
+}
+
+// Name of the `i`th best instruction set here, or a null pointer
+EXPORT const char* fs_instruction_set(int i) {
+    static const auto all = sets();
+    return i >= 0 && i < (int)all.size() ? all[i].name : nullptr;
+}
+
+// `out` (nh×nc) from `h` (nh×ld) and `x` (nc×ld), all row by row; ld is a multiple of 16. Uses the `which`th best instruction set, and up to `threads` threads
+EXPORT void fs_sum_max(const float* h, const float* x, float* out, int64_t nh, int64_t nc, int64_t ld, int which, int threads) {
+    static const auto all = sets();
+    const Kernel tile = all[which].tile;
+    const int64_t panel = std::max<int64_t>(4, 98304/ld/4*4);   // columns of x that stay in the cache while all rows of h pass by
+    auto work = [=](int64_t from, int64_t to) {
+        for (int64_t j0 = from; j0 < to; j0 += panel)
+            for (int64_t i = 0; i < nh; i += 4)
+                for (int64_t j = j0; j < std::min(to, j0+panel); j += 4)
+                    tile(h + i*ld, x + j*ld, out + i*nc + j, ld, nc, (int)std::min<int64_t>(4, nh-i), (int)std::min<int64_t>(4, to-j));
+    };
+    const int64_t most = nh*nc*ld >> 21;   // a thread is started for a millisecond's work or so
+    const int64_t n = std::max<int64_t>(1, std::min<int64_t>({(int64_t)threads, most, (nc+3)/4}));
+    std::vector<std::thread> others;
+    const int64_t step = ((nc+n-1)/n + 3)/4*4;
+    for (int64_t from = step; from < nc; from += step) others.emplace_back(work, from, std::min(nc, from+step));
+    work(0, std::min(nc, step));
+    for (auto& t : others) t.join();
+}

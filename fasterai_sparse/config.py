@@ -7,6 +7,7 @@ __all__ = ['ALGORITHMS', 'SparsityAlgorithm', 'SparsityConfig', 'layer_scope', '
 
 # %% ../nbs/16_config.ipynb #fad1e0a3
 import json, math, re, warnings
+from copy import deepcopy
 from dataclasses import MISSING, dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
@@ -33,10 +34,18 @@ _params = {'const_sparsity': (), 'magnitude_sparsity': (*_schedule_keys, 'sparsi
 
 def _read(source):
     "The dict (or list) that `source` is, or holds: a path, a string of JSON, a dict or a list"
-    if isinstance(source, (dict, list)): return source
-    text = Path(source).read_text() if isinstance(source, Path) or not str(source).lstrip().startswith(('{', '[')) else source
-    try: return hjson.loads(text, object_pairs_hook=dict)
-    except hjson.HjsonDecodeError as e: raise ValueError(f"The configuration can't be read: {e.msg}, line {e.lineno}, column {e.colno}") from e
+    if isinstance(source, (dict, list)): return deepcopy(source)
+    is_text = isinstance(source, str) and any(c in source for c in '{[\n')
+    text, where = (source, 'The configuration') if is_text else (Path(source).read_text('utf-8-sig'), str(source))
+    if not text.strip(): raise ValueError(f"{where} is empty")
+    try: return hjson.loads(text.lstrip('\ufeff'), object_pairs_hook=_no_twins)
+    except hjson.HjsonDecodeError as e: raise ValueError(f"{where} can't be read: {e.msg}, line {e.lineno}, column {e.colno}") from e
+
+def _no_twins(pairs):
+    "A dict of `pairs`, none of which is there twice"
+    d = dict(pairs)
+    if len(d) < len(pairs): raise ValueError(f"The key {next(k for i,(k,_) in enumerate(pairs) if k in dict(pairs[:i]))!r} is there twice")
+    return d
 
 def _one_of(where, key, allowed):
     if key not in allowed: raise ValueError(f"{where} has no key {key!r}; it may have {list(allowed)}")
@@ -54,13 +63,13 @@ class SparsityAlgorithm:
     compression_lr_multiplier:float = None # Of the learning rate, for what the algorithm learns (RB)
 
     def __post_init__(self):
-        if self.algorithm not in ALGORITHMS: raise ValueError(f"algorithm is one of {list(ALGORITHMS)}, not {self.algorithm!r}")
+        if not isinstance(self.algorithm, str) or self.algorithm not in ALGORITHMS: raise ValueError(f"algorithm is one of {list(ALGORITHMS)}, not {self.algorithm!r}")
         for k in self.params: _one_of('params', k, _params[self.algorithm])
         for n,v,ok,what in (('sparsity_init', self.sparsity_init, _is_number(self.sparsity_init) and 0 <= self.sparsity_init <= 1, 'a number from 0 to 1'),
                             ('validate_scopes', self.validate_scopes, isinstance(self.validate_scopes, bool), 'true or false'),
-                            ('compression_lr_multiplier', self.compression_lr_multiplier, self.compression_lr_multiplier is None or _is_number(self.compression_lr_multiplier) and self.compression_lr_multiplier >= 0, 'a number from 0'),
-                            ('sparsity_level_setting_mode', self.mode, self.mode in ('global', 'local'), "'global' or 'local'"),
-                            ('weight_importance', self.importance, self.importance in weight_importances, f'one of {list(weight_importances)}'),
+                            ('compression_lr_multiplier', self.compression_lr_multiplier, self.compression_lr_multiplier is None or _is_number(self.compression_lr_multiplier) and self.compression_lr_multiplier > 0, 'a positive number'),
+                            ('sparsity_level_setting_mode', self.mode, isinstance(self.mode, str) and self.mode in ('global', 'local'), "'global' or 'local'"),
+                            ('weight_importance', self.importance, isinstance(self.importance, str) and self.importance in weight_importances, f'one of {list(weight_importances)}'),
                             ('num_bn_adaptation_samples', self.bn_samples, isinstance(self.bn_samples, Integral) and not isinstance(self.bn_samples, bool) and self.bn_samples >= 0, 'a whole number from 0')):
             if not ok: raise ValueError(f"{n} is {what}, not {v!r}")
         for n in ('ignored_scopes', 'target_scopes'):
@@ -68,8 +77,13 @@ class SparsityAlgorithm:
             if v is None and n == 'target_scopes': continue
             v = (v,) if isinstance(v, str) else v
             if not isinstance(v, (list,tuple)) or not all(isinstance(s, str) for s in v): raise ValueError(f"{n} is a name or a list of them, not {v!r}")
+            for s in v:
+                try: '{re}' in s and re.compile(s.replace('{re}', ''))
+                except re.error as e: raise ValueError(f"{n} has {s!r}, which is no regular expression: {e}") from e
             object.__setattr__(self, n, tuple(v))
         self.schedule   # what is wrong with it is said now
+        if self.sparsity_init and self.params.get('schedule') == 'multistep': warnings.warn(f"The schedule 'multistep' does not use sparsity_init: it begins with the first of its levels")
+        if self.bn_samples and self.algorithm == 'rb_sparsity': warnings.warn("rb_sparsity begins with all weights: batchnorm_adaptation changes nothing there; AdaptBatchNorm() does it after the fit")
 
     @property
     def mode(self): return self.params.get('sparsity_level_setting_mode', 'global')
@@ -80,6 +94,7 @@ class SparsityAlgorithm:
         "Samples for BatchNorm adaptation, 0 where the initializer is left out"
         for k in self.initializer: _one_of('initializer', k, ['batchnorm_adaptation'])
         adaptation = self.initializer.get('batchnorm_adaptation', {})
+        if not isinstance(adaptation, dict): raise ValueError(f"batchnorm_adaptation is a dict, not {adaptation!r}")
         for k in adaptation: _one_of('batchnorm_adaptation', k, ['num_bn_adaptation_samples'])
         return adaptation.get('num_bn_adaptation_samples', 2048) if self.initializer else 0
 
@@ -87,15 +102,15 @@ class SparsityAlgorithm:
     def schedule(self):
         "The `EpochSchedule`; None for const_sparsity, which has none"
         if self.algorithm == 'const_sparsity': return
-        params = {k: v for k,v in self.params.items() if k in _schedule_keys}
-        if self.sparsity_init and params.get('schedule') != 'multistep': params['sparsity_init'] = self.sparsity_init
+        params = {'schedule': 'exponential' if self.algorithm == 'rb_sparsity' else 'polynomial', **{k: v for k,v in self.params.items() if k in _schedule_keys}}
+        if self.sparsity_init and params['schedule'] != 'multistep': params['sparsity_init'] = self.sparsity_init
         return epoch_schedule(**params)
 
 def _is_number(v): return isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v)
 
 def _algorithm(d):
     if not isinstance(d, dict): raise ValueError(f"An algorithm is a dict with the key 'algorithm', not {d!r}")
-    if d.get('algorithm') not in ALGORITHMS: raise ValueError(f"algorithm is one of {list(ALGORITHMS)}, not {d.get('algorithm')!r}")
+    if not isinstance(d.get('algorithm'), str) or d['algorithm'] not in ALGORITHMS: raise ValueError(f"algorithm is one of {list(ALGORITHMS)}, not {d.get('algorithm')!r}")
     for k in d: _one_of(d['algorithm'], k, _keys[d['algorithm']])
     for k in ('params', 'initializer'):
         if not isinstance(d.get(k, {}), dict): raise ValueError(f"{k} is a dict, not {d[k]!r}")
@@ -158,11 +173,16 @@ def callbacks_from_config(
     learn, # The learner that they are for: its model has the layers, its optimizer the learning rate
     mask_lr=.1, # Learning rate of RB's logits, times `compression_lr_multiplier`
 ):
-    "The callbacks, one for each algorithm of `cfg`, in a list"
-    return [_callback(a, scoped_layers(a, learn.model), mask_lr) for a in cfg.algorithms]
+    "The callbacks, one for each algorithm of `cfg`, in a list; raises `ValueError` where the scopes leave no layer, and where two algorithms are to lay masks over one"
+    layers, taken = [scoped_layers(a, learn.model) for a in cfg.algorithms], {}
+    for a,names in zip(cfg.algorithms, layers):
+        for n in (n for n in names if a.algorithm != 'const_sparsity'):
+            if n in taken: raise ValueError(f"{taken[n]} and {a.algorithm} both have the layer {n!r}: give them target_scopes or ignored_scopes")
+            taken[n] = a.algorithm
+    return [_callback(a, names, mask_lr) for a,names in zip(cfg.algorithms, layers)]
 
 def _callback(a, layers, mask_lr):
-    if a.algorithm == 'const_sparsity': return ConstSparsityCallback(layers=layers)
+    if a.algorithm == 'const_sparsity': return ConstSparsityCallback(layers=layers if a.ignored_scopes or a.target_scopes is not None else None)
     if not layers: raise ValueError(f"The scopes of {a.algorithm} leave no layer to sparsify")
     if a.algorithm == 'rb_sparsity': return RBSparsityCallback(schedule=a.schedule, context=a.mode, mask_lr=mask_lr*ifnone(a.compression_lr_multiplier, 1.), layers=layers)
     return MagnitudeSparsityCallback(schedule=a.schedule, weight_importance=a.importance, context=a.mode, num_bn_adaptation_samples=a.bn_samples, layers=layers)

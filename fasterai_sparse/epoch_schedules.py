@@ -83,6 +83,8 @@ class Polynomial(EpochSchedule):
         super().__post_init__()
         self._check('sparsity_target_epoch', 'an epoch, from 0', Integral, lambda v: v >= 0)
         self._check('power', 'a positive number', Real, lambda v: v > 0)
+        for n in ('concave', 'update_per_optimizer_step'):
+            if not isinstance(getattr(self, n), bool): raise ValueError(f"{n} is true or false, not {getattr(self, n)!r}")
         if self.steps_per_epoch is not None: self._check('steps_per_epoch', 'a positive whole number', Integral, lambda v: v > 0)
 
     def level(self,
@@ -153,6 +155,9 @@ class Multistep(EpochSchedule):
 
     def __post_init__(self):
         super().__post_init__()
+        for n in ('multistep_steps', 'multistep_sparsity_levels'):
+            v = getattr(self, n)
+            if not isinstance(v, (list,tuple)) or any(isinstance(x, bool) or not isinstance(x, Real) for x in v): raise ValueError(f"{n} is a list of numbers, not {v!r}")
         steps, levels = tuple(sorted(self.multistep_steps)), tuple(self.multistep_sparsity_levels)
         if len(levels) != len(steps)+1: raise ValueError(f"multistep_sparsity_levels needs one level more than multistep_steps has steps, {len(steps)+1}, not {list(levels)}")
         if bad := [l for l in levels if isinstance(l, bool) or not isinstance(l, Real) or not 0 <= l <= 1]: raise ValueError(f"multistep_sparsity_levels are fractions from 0 to 1, not {bad[0]!r}")
@@ -171,7 +176,7 @@ def epoch_schedule(
     **params, # Its arguments; those of another schedule are ignored, with a warning that names them
 ):
     "The `EpochSchedule` called `schedule`; raises `ValueError` for an unknown name and for arguments that none has"
-    if schedule not in epoch_schedules: raise ValueError(f"No schedule {schedule!r}; use one of {list(epoch_schedules)}")
+    if not isinstance(schedule, str) or schedule not in epoch_schedules: raise ValueError(f"No schedule {schedule!r}; use one of {list(epoch_schedules)}")
     cls = epoch_schedules[schedule]
     own, known = [f.name for f in fields(cls)], {f.name for c in epoch_schedules.values() for f in fields(c)}
     if unknown := sorted(set(params) - known): raise ValueError(f"No parameter {unknown[0]!r} of a schedule; {schedule} has {own}")

@@ -7,8 +7,8 @@ __all__ = ['CONV_AND_LINEAR', 'weight_importances', 'SoftMasks', 'SoftMaskCallba
            'ConstSparsityCallback', 'RBSparsityCallback']
 
 # %% ../nbs/15_soft_masks.ipynb #01c0f7f8
-import math, warnings
-from numbers import Real
+import math, warnings, weakref
+from numbers import Integral, Real
 from types import SimpleNamespace
 
 import numpy as np, torch
@@ -17,6 +17,8 @@ from fastai.callback.fp16 import MixedPrecision
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .allocation import *
 from .bn_adaptation import *
@@ -29,6 +31,8 @@ from .sparsifier import *
 from .training import *
 
 # %% ../nbs/15_soft_masks.ipynb #6377e5d0
+_holders = WeakIdKeyDictionary()   # parameter -> the `SoftMasks` over it
+
 class SoftMasks:
     "Masks over the parameters `params`, to be laid and lifted; while they are on, what the masks drop is zero and gets no gradient"
     alone = True # Whether a `.grad` is to be masked as a whole; else what each backward pass adds to it is
@@ -36,6 +40,8 @@ class SoftMasks:
     def __init__(self,
         params:dict, # Name -> parameter
     ):
+        for held in {id(h): h for p in params.values() if (ref := _holders.get(p)) and (h := ref())}.values(): held.end()   # of a fit that was interrupted
+        for p in params.values(): _holders[p] = weakref.ref(self)
         self.params, self.masks, self.on = params, {}, False
         self.below, self.above, self.versions = {}, {}, {}   # by name: the weights below the mask, memory for those with it, and whether somebody wrote to these
         self.hooks = [p.register_hook(partial(self._of_grad, n)) for n,p in params.items() if p.requires_grad]
@@ -73,7 +79,7 @@ class SoftMasks:
         if self.on:
             for n,p in self.params.items():
                 if n not in self.below: continue
-                if p._version != self.versions[n] or not _alike(self.below[n], p): self.below[n] = self.below[n].to(p).copy_(p)
+                if p._version != self.versions[n] or p.data_ptr() != self.above[n].data_ptr() or not _alike(self.below[n], p): self.below[n] = self.below[n].to(p).copy_(p)
                 p.data = self.below[n]
         self.on, self.below = False, {}
 
@@ -93,7 +99,7 @@ CONV_AND_LINEAR = (nn.Linear, _ConvNd)
 class SoftMaskCallback(MaskUpdates):
     "Base of the callbacks with soft masks: `new_masks` says what they are in an epoch of a certain level"
     order = Recorder.order + 1
-    started, frozen = False, False
+    started, frozen, waits = False, False, True
     into = 0. # Share of the epoch that is over
 
     def __init__(self,
@@ -101,13 +107,14 @@ class SoftMaskCallback(MaskUpdates):
         schedule=None, # An `EpochSchedule`, which has its own target and freeze; else a `Schedule`, of which None is a line over the first half of the fit
         layer_type=CONV_AND_LINEAR, # Layers to sparsify, a module class or a tuple of them
         layers=None, # Names of those that are meant; None: all of `layer_type`
-        freeze_pct=.75, # Share of the fit from which the masks stay as they are, where the schedule is not by epoch
+        freeze_pct=.75, # Share of the fit from which the masks stay as they are, or the end of the schedule if that is later; not for schedules by epoch
     ):
         if isinstance(freeze_pct, bool) or not isinstance(freeze_pct, Real) or not 0 < freeze_pct <= 1: raise ValueError(f"freeze_pct is a share of the fit, above 0 and up to 1, not {freeze_pct!r}")
         self.by_epoch = isinstance(schedule, EpochSchedule)
         if self.by_epoch == (sparsity is not None): raise ValueError("Give sparsity= in percent, with any other schedule than one by epoch, which has its own target")
         if sparsity is not None: as_fraction(sparsity)
         self.schedule = schedule if self.by_epoch else as_schedule(ifnone(schedule, Schedule(lin.sched_func, end_pct=.5)))
+        layers = [layers] if isinstance(layers, str) else layers
         store_attr('sparsity,layer_type,layers,freeze_pct')
         self.baked = {}   # name -> hard mask that has been made of a soft one
 
@@ -117,20 +124,27 @@ class SoftMaskCallback(MaskUpdates):
     def before_fit(self):
         if self.learn.cbs.items.count(self) > 1: return self.learn.cbs.remove(self)
         self._end()   # of a fit that was interrupted
-        if self.opt is None: return   # nothing is to be trained
-        self.net = unwrapped(self.model)
-        self.params, self.modules = self._find_layers()
+        self.net, self.waits = unwrapped(self.model), True
+        self.params, self.owners = self._find_layers()
+        for cb in self.learn.cbs:
+            if isinstance(cb, SoftMaskCallback) and cb is not self and (both := {id(p) for p in cb._find_layers()[0].values()} & {id(p) for p in self.params.values()}):
+                raise ValueError(f"{type(self).__name__} and {type(cb).__name__} would both lay masks over {next(n for n,p in self.params.items() if id(p) in both)!r}; give them layers= of their own")
         if not self.params: return print('All layers to sparsify are frozen: waiting for a fit in which they train')
+        self.waits = False
+
+    def _begin(self):
+        "What the first epoch that trains begins with"
         self._unbake()
-        self.hard = {n: mask.bool() for n,(m,p) in self.modules.items() if (mask := get_mask(m, p)) is not None}
-        self.found = sum(n_true(~mask) for mask in self.hard.values())/sum(p.numel() for p in self.params.values())
+        self._see_hard()
         self.soft, self.state, self.level, self.noted, self.into, self.started, self.frozen = self.make_masks(), None, 0., [], 0., True, False
         self.begin()
 
     def before_train(self):
-        if not self.started: return
+        if self.waits: return
+        if not self.started: self._begin()
         self.into = 0.
         self.soft.lift()
+        self._see_hard()
         if self.by_epoch and self.schedule.is_frozen(self.n_epochs) and self.soft.masks: self._freeze()
         elif not self.frozen: self._to(self._level())
 
@@ -154,6 +168,10 @@ class SoftMaskCallback(MaskUpdates):
         if not self.started: return
         if not self.frozen: self.bake()
         self._end()
+        if (got := 100*self._measured()) < 100*(target := self._target()) - 1: warnings.warn(f"{type(self).__name__} has reached {got:.2f} % of {100*target:.2f} %: {self._why_less()}")
+
+    def _target(self): return self.schedule.sparsity_target if self.by_epoch else float(as_fraction(self.sparsity))
+    def _why_less(self): return f"the schedule was at {100*self.level:.2f} % when {'the masks were fixed' if self.n_epochs > getattr(self.schedule, 'sparsity_freeze_epoch', math.inf) else 'the fit ended'}"
 
     def make_masks(self): return SoftMasks(self.params)
     def begin(self): pass
@@ -165,9 +183,16 @@ class SoftMaskCallback(MaskUpdates):
 def _unbake(self:SoftMaskCallback):
     "Take back hard masks of the fit before, which this callback has made: it goes on from there"
     for n,mask in self.baked.items():
-        m, p = self.modules.get(n, (None, None))
+        m, p = self.owners.get(n, (None, None))
         if m is not None and get_mask(m, p) is not None and torch.equal(get_mask(m, p), mask.to(get_mask(m, p).device)): delattr(m, f'{p}_mask')
-    self.baked = {n: mask for n,mask in self.baked.items() if n not in self.modules}
+    self.baked = {n: mask for n,mask in self.baked.items() if n not in self.owners}
+
+@patch
+def _see_hard(self:SoftMaskCallback):
+    "Note what hard masks drop, of others in this fit or before it: that stays dropped"
+    self.hard = {} if self.frozen and self.started else {n: mask.bool() for n,(m,p) in self.owners.items() if (mask := get_mask(m, p)) is not None}
+    self.found_in = {n: n_true(~mask)/mask.numel() for n,mask in self.hard.items()}
+    self.found = sum(f*self.hard[n].numel() for n,f in self.found_in.items())/sum(p.numel() for p in self.params.values())
 
 @patch
 def _find_layers(self:SoftMaskCallback):
@@ -177,7 +202,7 @@ def _find_layers(self:SoftMaskCallback):
     for n,(m,p) in found.items():
         if why := unmaskable(m, p): raise ValueError(f"Layer {n!r} {why}")
     trained = {n: m._parameters[p] for n,(m,p) in found.items() if m._parameters[p].requires_grad}
-    if not found: raise ValueError(f"No layer to sparsify in {type(self.net).__name__}")
+    if not found: raise ValueError(f"No layer to sparsify in {type(unwrapped(self.model)).__name__}")
     return trained, {n: found[n] for n in trained}
 
 @patch
@@ -192,8 +217,11 @@ def _level(self:SoftMaskCallback):
 @patch
 def _to(self:SoftMaskCallback, level):
     "Have masks of `level`, or of what was there at the start if that is more"
-    self.level = max(level, self.found)
+    self.level = self._at_least(level)
     self.new_masks(self.level)
+
+@patch
+def _at_least(self:SoftMaskCallback, level): return level if self.context == 'local' else max(level, self.found)
 
 @patch
 def _note(self:SoftMaskCallback, measured): self.noted.append((self.n_epochs+self.into, 100*self.level, 100*measured))
@@ -220,10 +248,10 @@ def _within_epoch(self:SoftMaskCallback):
     "What changes from batch to batch: the level where the schedule has one for each, and whether masks are to stay"
     self.into = self.iter/self.n_iter
     if not self.by_epoch:
-        if self.n_batches()-1 >= self.freeze_pct*self.n_epoch*self.n_iter: self._freeze()
+        if self.n_batches()-1 >= max(self.freeze_pct, self.schedule.end_pct)*self.n_epoch*self.n_iter: self._freeze()
     elif getattr(self.schedule, 'update_per_optimizer_step', False):
         level = self.schedule.level(self.n_epochs, self.iter, self.n_iter)
-        if max(level, self.found) != self.level:
+        if self._at_least(level) != self.level:
             self.soft.lift()
             self._to(level)
 
@@ -236,16 +264,18 @@ def _measured(self:SoftMaskCallback):
     "Share of the layers' weights that is zero under the masks of now"
     if not self.params: return (df := sparsity_report(self.net, layer_type=self.layer_type)).zeros.sum()/df.params.sum()
     n = sum(p.numel() for p in self.params.values())
-    masks = {n: self.soft.masks.get(n) if not self.frozen else get_mask(*self.modules[n]) for n in self.params}
+    masks = {n: self.soft.masks.get(n) if not self.frozen else get_mask(*self.owners[n]) for n in self.params}
     return sum(n_true(~mask.bool()) for mask in masks.values() if mask is not None)/n
 
 @patch
 def bake(self:SoftMaskCallback):
     "Make the masks hard: what they drop is zero from here on, and the learner keeps it so"
+    self._see_hard()
     self.soft.lift()
     self.settle()
     for n,mask in self.soft.masks.items():
-        m, p = self.modules[n]
+        m, p = self.owners[n]
+        if n in self.hard: mask = mask & self.hard[n]
         clear_opt_state(self.opt, m._parameters[p], ~mask)
         set_mask(m, mask, p)
         self.baked[n] = get_mask(m, p).clone()
@@ -285,16 +315,17 @@ class MagnitudeSparsityCallback(SoftMaskCallback):
         super().__init__(sparsity, schedule, layer_type, layers, freeze_pct)
         if weight_importance not in weight_importances: raise ValueError(f"weight_importance is one of {list(weight_importances)}, not {weight_importance!r}")
         as_allocation(context)
+        check_n_samples(num_bn_adaptation_samples)
         store_attr('weight_importance,context,num_bn_adaptation_samples')
 
     def begin(self):
         self.sparsifier = Sparsifier(unwrapped(self.model), 'weight', self.context, weight_importances[self.weight_importance], layer_type=self.layer_type)
         for n in [n for n in self.sparsifier.layers if n not in self.params]: self.sparsifier.leave_dense(n, 'not meant, or frozen')
-        self._to(self.schedule.sparsity_init if self.by_epoch else 0.)
+        self._to(self.schedule.sparsity_init if self.by_epoch else self._level())
         if not self.num_bn_adaptation_samples: return
         self.soft.lay()
-        adapt_batchnorm(self.learn, n_samples=self.num_bn_adaptation_samples)
-        self.soft.lift()
+        try: adapt_batchnorm(self.learn, n_samples=self.num_bn_adaptation_samples)
+        finally: self.soft.lift()
 
     @torch.no_grad()
     def new_masks(self, level):
@@ -313,7 +344,9 @@ class ConstSparsityCallback(MaskUpdates):
     def __init__(self,
         layer_type=None, # Layers that are meant, a module class or a tuple of them; None: all that can be sparse
         layers=None, # Names of those that are meant; None: all of `layer_type`
-    ): store_attr()
+    ):
+        layers = [layers] if isinstance(layers, str) else layers
+        store_attr()
 
     def name_columns(self):
         if self.learn.cbs.items.count(self) == 1 and hasattr(self.learn, 'recorder'): self.column = add_column(self.learn.recorder, 'sparsity')
@@ -334,6 +367,7 @@ class ConstSparsityCallback(MaskUpdates):
 
 # %% ../nbs/15_soft_masks.ipynb #1224a624
 _START = math.log(.99/.01)
+_MOST = 8. # Farther from 0 a logit does not go: its slope would be nothing, and it could not come back
 
 def _parts(*tensors, n=2**18):
     "Parts of `n` elements of `tensors` of one shape, which fit into a CPU's cache; on other devices, whole ones"
@@ -346,11 +380,13 @@ class _Drawn(SoftMasks):
         super().__init__(params)
         self.logits = {n: torch.full_like(p, _START, dtype=torch.float32, requires_grad=False) for n,p in params.items()}
         for s in self.logits.values(): s.grad = torch.zeros_like(s)
-        self.slopes, self.rng = {}, np.random.SFC64(seed)   # slopes times weights, by name
+        self.slopes, self.rng, self.generators, self.seed = {}, np.random.SFC64(seed), {}, seed   # slopes times weights, by name
 
     def _uniform(self, s):
         "A number from (0,1) for each element of `s`"
-        if not s.is_cpu: return torch.rand_like(s).clamp_(1e-6, 1-1e-6)
+        if not s.is_cpu:
+            if s.device not in self.generators: self.generators[s.device] = torch.Generator(s.device).manual_seed(hash(self.seed))
+            return torch.rand(s.shape, generator=self.generators[s.device], device=s.device).clamp_(1e-6, 1-1e-6)
         bits = self.rng.random_raw(-(-s.numel()//4)).view(np.int16)[:s.numel()]
         return torch.from_numpy(bits).float().add_(2**15+.5).mul_(2**-16).view(s.shape)
 
@@ -399,7 +435,8 @@ class RBSparsityCallback(SoftMaskCallback):
         super().__init__(sparsity, schedule, layer_type, layers, freeze_pct)
         if context not in ('global', 'local'): raise ValueError(f"context is 'global' or 'local', not {context!r}")
         for n,v in dict(mask_lr=mask_lr, p=p).items():
-            if not v > 0: raise ValueError(f"{n} is a positive number, not {v!r}")
+            if isinstance(v, bool) or not isinstance(v, Real) or not 0 < v < math.inf: raise ValueError(f"{n} is a positive number, not {v!r}")
+        if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0: raise ValueError(f"seed is a whole number from 0, not {seed!r}")
         store_attr('context,mask_lr,p,seed')
 
     def name_columns(self):
@@ -412,15 +449,23 @@ class RBSparsityCallback(SoftMaskCallback):
     def state_dict(self): return {'logits': {n: s.detach().clone() for n,s in self.logits.items()}}
 
     def load_state_dict(self, state):
-        "Have the next fit go on with the logits of `state`, of a callback's `state_dict`"
-        self.soft = SimpleNamespace(logits=dict(state['logits']), end=noop)
+        "Have the next fit go on with the logits of `state`, of a callback's `state_dict`; raises `ValueError` in that fit where a layer has no weight of such a shape"
+        self.soft = SimpleNamespace(logits=dict(state['logits']), end=noop, loaded=True)
 
     def make_masks(self):
-        soft, old = _Drawn(self.params, (self.seed, rank_distrib())), self.logits
+        old = self.logits
+        if getattr(getattr(self, 'soft', None), 'loaded', False):
+            for n,s in old.items():
+                if n not in self.params or self.params[n].shape != s.shape: raise ValueError(f"The logits that were loaded have {n!r} of shape {tuple(s.shape)}; the layers are { {n: tuple(p.shape) for n,p in self.params.items()} }")
+        soft = _Drawn(self.params, (self.seed, rank_distrib()))
         for n,s in soft.logits.items():   # a second fit goes on with what the first has learned
             if n in old and old[n].shape == s.shape: s.copy_(old[n]).nan_to_num_(neginf=-_START)
-            if n in self.hard: s.masked_fill_(~self.hard[n], -math.inf)   # never kept, and without a gradient
         return soft
+
+    def _see_hard(self):
+        super()._see_hard()
+        for n,mask in self.hard.items():
+            if n in self.logits and self.started: self.logits[n].masked_fill_(~mask, -math.inf)   # never kept, and without a gradient
 
     def begin(self):
         if not any(isinstance(m, _BatchNorm) for m in self.model.modules()): warnings.warn("RB sparsity draws masks anew in each step, and needs BatchNorm to train steadily; this model has none")
@@ -431,8 +476,9 @@ class RBSparsityCallback(SoftMaskCallback):
 
     def bake(self):
         super().bake()
-        if abs((got := self._measured()) - self.level) > .01:
-            warnings.warn(f"RB sparsity has reached {100*got:.2f} % where {100*self.level:.2f} % was asked for: {'its logits need more batches, or a higher mask_lr' if got < self.level else 'its level fell faster than the logits'}")
+        if (got := self._measured()) > self.level + .01: warnings.warn(f"RB sparsity has come to {100*got:.2f} % where {100*self.level:.2f} % was asked for: its logits need more batches")
+
+    def _why_less(self): return 'its logits need more batches, or a higher mask_lr' if self._measured() < self.level - .01 else super()._why_less()
 
     def new_masks(self, level): pass   # they are drawn at each batch
     def _details(self): return {'probability': {n: s.sigmoid().mean().item() for n,s in self.soft.logits.items()}}
@@ -445,7 +491,7 @@ class RBSparsityCallback(SoftMaskCallback):
         if not self.started: return
         if not self.frozen: self._within_epoch()
         if self.frozen: return
-        self.soft.alone, self.accumulates = not self.accumulates and num_distrib() <= 1, True
+        self.soft.alone, self.accumulates = not self.accumulates and not isinstance(self.model, DistributedDataParallel), True
         self.soft.draw()
 
     def after_step(self): self.accumulates = False   # gradients are zeroed after this
@@ -460,6 +506,10 @@ class RBSparsityCallback(SoftMaskCallback):
     def before_step(self):
         if self.started and not self.frozen: self._step_logits()
 
+    def _end(self):
+        super()._end()
+        self.mask_opt = None
+
     def after_cancel_step(self):
         if self.started and not self.frozen: self.mask_opt.zero_grad(set_to_none=False)
 
@@ -472,7 +522,8 @@ def _gaps(self:RBSparsityCallback):
     "Density less the one that is asked for, by layer, and the density of all"
     kept, n = {k: n_true(s > 0) for k,s in self.soft.logits.items()}, {k: s.numel() for k,s in self.soft.logits.items()}
     density = sum(kept.values())/sum(n.values())
-    return {k: (kept[k]/n[k] if self.context == 'local' else density) - (1-self.level) for k in n}, density
+    if self.context == 'local': return {k: kept[k]/n[k] - (1-max(self.level, self.found_in.get(k, 0.))) for k in n}, density
+    return dict.fromkeys(n, density - (1-self.level)), density
 
 @patch
 @torch.no_grad()
@@ -486,8 +537,12 @@ def _step_logits(self:RBSparsityCallback):
             p = s_.sigmoid()
             if scale != 1: grad.div_(scale)
             grad.add_(p.addcmul_(p, p, value=-1), alpha=by)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if isinstance(self.model, DistributedDataParallel):
             torch.distributed.all_reduce(s.grad)
             s.grad.div_(torch.distributed.get_world_size())
-    self.mask_opt.step()
+    if all(math.isfinite(s.grad.sum().item()) for s in self.soft.logits.values()):   # or a batch was skipped that should be
+        self.mask_opt.step()
+        for n,s in self.soft.logits.items():
+            s.clamp_(max=_MOST)
+            if n not in self.hard: s.clamp_(min=-_MOST)
     self.mask_opt.zero_grad(set_to_none=False)

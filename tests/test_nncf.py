@@ -108,7 +108,7 @@ def test_rb_masks_and_gradients(which):
 
 def rb_callback(level, soft):
     cb = RBSparsityCallback(70)
-    cb.learn = SimpleNamespace(cbs=[], loss_grad=torch.zeros(()))
+    cb.learn, cb.hard, cb.found_in = SimpleNamespace(cbs=[], loss_grad=torch.zeros(()), model=None), {}, {}
     cb.mask_opt = SimpleNamespace(step=lambda: None, zero_grad=lambda **kwargs: None)
     cb.soft, cb.level, cb.losses, cb.noted, cb.started = soft, level, [], [], True
     cb.after_loss()

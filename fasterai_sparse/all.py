@@ -20,3 +20,7 @@ from .dynamic import *
 from .epoch_schedules import *
 from .soft_masks import *
 from .config import *
+from .native import *
+from .permutation import *
+from .permutation_cuda import *
+from .permute_model import *

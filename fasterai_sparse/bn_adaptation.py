@@ -71,6 +71,7 @@ def _first(dl, n_samples):
         yield b
 
 def check_n_samples(n):
+    "Raise `ValueError` for what is no number of samples"
     if isinstance(n, bool) or not isinstance(n, Integral) or n < 0: raise ValueError(f"n_samples is a whole number from 0, not {n!r}")
 
 def adapt_batchnorm(

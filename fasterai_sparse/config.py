@@ -173,7 +173,8 @@ def callbacks_from_config(
     learn, # The learner that they are for: its model has the layers, its optimizer the learning rate
     mask_lr=.1, # Learning rate of RB's logits, times `compression_lr_multiplier`
 ):
-    "The callbacks, one for each algorithm of `cfg`, in a list; raises `ValueError` where the scopes leave no layer, and where two algorithms are to lay masks over one"
+    """The callbacks, one for each algorithm of `cfg`, in a list.
+    Raises `ValueError` where the scopes leave no layer, and where two algorithms are to lay masks over one."""
     layers, taken = [scoped_layers(a, learn.model) for a in cfg.algorithms], {}
     for a,names in zip(cfg.algorithms, layers):
         for n in (n for n in names if a.algorithm != 'const_sparsity'):

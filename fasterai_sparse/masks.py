@@ -209,12 +209,11 @@ def masked_params(model):
 
 # %% ../nbs/00_masks.ipynb #6e33413f
 def times_mask(t, mask, out=None):
-    "`t` with zeros where `mask` drops; numpy multiplies by a bool mask on a CPU three times as fast as torch does"
-    if t.is_cpu and t.dtype in (torch.float32, torch.float64) and mask.is_cpu and not torch.compiler.is_compiling():
-        out = torch.empty_like(t) if out is None else out
-        np.multiply(t.detach().numpy(), mask.numpy(), out=out.detach().numpy(), casting='same_kind')
-        return out
-    return torch.mul(t, mask.view(torch.uint8) if mask.dtype==torch.bool else mask, out=out)
+    "`t` with zeros where `mask` drops; as bytes, a bool mask is twice as fast, and in parts its copy of another type stays small"
+    mask, out = mask.view(torch.uint8) if mask.dtype == torch.bool else mask, torch.empty_like(t) if out is None else out
+    if t.numel() < 2**22 or not all(a.is_contiguous() for a in (t, mask, out)): return torch.mul(t, mask, out=out)
+    for a,b,o in zip(*(a.view(-1).split(2**21) for a in (t, mask, out))): torch.mul(a, b, out=o)
+    return out
 
 def zero_masked(p, mask):
     "Zero in place what `mask` drops from `p`"

@@ -29,7 +29,7 @@ class NumpyMap:
     def __init__(self, columns, n, m, device=None):
         rows = -(-columns.shape[1]//16)*16
         self.columns = np.zeros((len(columns), rows), np.float32)
-        self.columns[:,:columns.shape[1]] = columns
+        self.columns[:,:columns.shape[1]] = torch.as_tensor(columns).cpu()
         self.n, self.m, self.values = n, m, np.empty((len(columns),)*2, np.float32)   # hole, column -> what the stripe then keeps
 
     def places(self, stripes): return (self.m*stripes[:,None] + np.arange(self.m)).ravel()
@@ -59,7 +59,7 @@ class TorchMap:
     "The same in torch, on any device: the specification of the others"
     def __init__(self, columns, n, m, device='cpu'):
         self.columns, self.n, self.m = torch.as_tensor(columns, dtype=torch.float32, device=device), n, m
-        self.values = torch.empty((len(columns),)*2, device=device)
+        self.values = self.columns.new_empty((len(columns),)*2)
 
     def on(self, a): return torch.as_tensor(a, device=self.values.device)
     def places(self, stripes): return (self.m*stripes[:,None] + torch.arange(self.m, device=stripes.device)).flatten()
@@ -187,17 +187,18 @@ class Permutation:
         "How much of the way from `naive` to `row_bound` it goes, in percent (Pool & Yu 2021)"
         return 100*(self.kept-self.naive)/(self.row_bound-self.naive) if self.row_bound > self.naive else 100.
 
-_maps = {'native': NumpyMap, 'torch': TorchMap}
+# Name -> why it can't be used, and its search; later notebooks add theirs
+_backends = {'native': (lambda: native_library()[1], lambda *args: _found(NumpyMap, *args)), 'torch': (lambda: '', lambda *args: _found(TorchMap, *args))}
 
 def permutation_backends():
     "Name of each back end -> '' where it can be used, or why it can't"
-    return {'native': native_library()[1], 'torch': ''}
+    return {name: why() for name,(why,_) in _backends.items()}
 
 def _backend(name, device):
-    there = permutation_backends()
-    if name == 'auto': return 'torch' if device.type != 'cpu' or there['native'] else 'native'
-    if name not in there: raise ValueError(f"backend is 'auto' or one of {list(there)}, not {name!r}")
-    if there[name]: raise RuntimeError(f"The back end {name!r} is not there: {there[name]}")
+    fastest = {'cpu': 'native'}.get(device.type, device.type)
+    if name == 'auto': return fastest if fastest in _backends and not _backends[fastest][0]() else 'torch'
+    if name not in _backends: raise ValueError(f"backend is 'auto' or one of {list(_backends)}, not {name!r}")
+    if why := _backends[name][0](): raise RuntimeError(f"The back end {name!r} is not there: {why}")
     return name
 
 def _check_scores(s, n, m):
@@ -223,22 +224,22 @@ def search_permutation(
     seed=0, # Of the random choices; no global state is touched
     backend='auto', # A name of `permutation_backends()`; 'auto': the fastest there is for the device of `scores`
 ):
-    """A `Permutation` of the columns of `scores` for which n:m keeps as much as can be found. Where their number is no multiple of `m`, the last ones stay where they are and
-    are counted nowhere. Raises `ValueError` for scores that are no matrix, empty, negative or not finite, and for n, m, a budget or a back end that can't be."""
+    """A `Permutation` of the columns of `scores` for which n:m keeps as much as can be found (Pool & Yu 2021, by another method).
+    Where their number is no multiple of `m`, the last ones stay where they are and are counted nowhere. Raises `ValueError` for scores that are no matrix, empty, negative or not finite, and for n, m, a budget or a back end that can't be."""
     s, start = _check_scores(scores, n, m), time.perf_counter()
     if time_budget is not None and (isinstance(time_budget, bool) or not isinstance(time_budget, Real) or not 0 < time_budget < math.inf): raise ValueError(f"time_budget is in seconds, above 0, not {time_budget!r}")
     backend, n_columns, n_all = _backend(backend, s.device), s.shape[1]//m*m, s.shape[1]
     order, s = np.arange(n_all), s[:,:n_columns]
-    if n_columns > m: order[:n_columns] = _found(s, n, m, time_budget, seed, backend, start)
+    if n_columns > m: order[:n_columns] = _backends[backend][1](s, n, m, time_budget, seed, start)
     order = torch.from_numpy(order)
     per_row = n_columns//m*n
     return Permutation(order, *((_worth(s, n, m), _worth(s[:,order[:n_columns].to(s.device)], n, m)) if n_columns else (0., 0.)), s.topk(per_row).values.double().sum().item() if per_row else 0.,
                        _largest(s, per_row*len(s)), time.perf_counter()-start, backend)
 
-def _found(s, n, m, time_budget, seed, backend, start):
-    "The order of the columns of `s` after a search"
+def _found(hole_map, s, n, m, time_budget, seed, start):
+    "The order of the columns of `s` after a search by `hole_map`"
     x = s.T.contiguous()
-    search = _Search(_maps[backend](x.numpy() if backend == 'native' else x, n, m, s.device), len(x), seed, math.inf if time_budget is None else start+time_budget)
+    search = _Search(hole_map(x, n, m, s.device), len(x), seed, math.inf if time_budget is None else start+time_budget)
     search.descend(16 if len(x) < 1024 else 4)
     n_kicks = min(40, 200_000//s.numel()) if time_budget is None else None
     if n_kicks != 0: search.kick(n_kicks, time.perf_counter())

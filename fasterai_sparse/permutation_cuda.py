@@ -17,7 +17,7 @@ import numpy as np, torch
 
 import fasterai_sparse
 from .permutation import *
-from .permutation import _check_scores, _largest, _worth
+from .permutation import _backends, _check_scores, _found, _largest, _worth
 
 # %% ../nbs/19_permutation_cuda.ipynb #7dddd026
 def _nvrtc_files():
@@ -57,7 +57,8 @@ def compile_cubin(
     source, # CUDA C++
     arch, # What for, such as 'sm_90'
 ):
-    "Machine code of `source`, bytes. Needs no device and no driver; the same source and `arch` are compiled once. Raises `RuntimeError` with the compiler's log, and where there is no NVRTC"
+    """Machine code of `source`, bytes. Needs no device and no driver; the same source and `arch` are compiled once.
+    Raises `RuntimeError` with the compiler's log, and where there is no NVRTC; `ValueError` for an `arch` that it doesn't know."""
     lib, why = nvrtc_library()
     if lib is None: raise RuntimeError(f"CUDA kernels can't be compiled: {why}")
     if arch not in _architectures(lib): raise ValueError(f"NVRTC compiles for one of {_architectures(lib)}, not {arch!r}")
@@ -101,6 +102,7 @@ def _kernel(index, name):
 
 def _arguments(args):
     "`args` as C values, to be kept alive, and pointers to them"
+    assert all(a.is_contiguous() for a in args if isinstance(a, torch.Tensor))
     values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_int(a) for a in args]
     return values, (ctypes.c_void_p*len(values))(*map(ctypes.addressof, values))
 
@@ -155,7 +157,7 @@ class CudaMap(TorchMap):
         self.columns, self.n, self.m = torch.as_tensor(columns, dtype=torch.float32, device=device).contiguous(), n, m
         self.values, self.half_sums = self.columns.new_empty((len(columns),)*2), .5*self.columns.sum(1)
 
-    def on(self, a): return torch.as_tensor(a, dtype=torch.int64, device=self.values.device)
+    def on(self, a): return torch.as_tensor(a, dtype=torch.int64, device=self.values.device).contiguous()
 
     def refresh(self, order, stripes):
         at, rows = self.on((self.m*stripes[:,None] + np.arange(self.m)).ravel()), self.columns.shape[1]
@@ -211,7 +213,7 @@ class _NumpyKernels:
 
 class _CudaKernels(_NumpyKernels):
     def __init__(self, device='cuda'): self.device = device
-    def on(self, a): return torch.from_numpy(np.ascontiguousarray(a).view(np.int32 if a.dtype == np.uint32 else a.dtype)).to(self.device)
+    def on(self, a): return torch.from_numpy(np.array(a, order='C').view(np.int32 if a.dtype == np.uint32 else a.dtype)).to(self.device)   # torch has hardly any uint32
 
     def total(self, mat, start, end, blocks, threads):
         kept = torch.empty(blocks, dtype=torch.float64, device=self.device)
@@ -219,15 +221,17 @@ class _CudaKernels(_NumpyKernels):
         return kept.sum().item()
 
     def deals(self, mat, groups, perms):
-        kept = torch.empty(len(groups), len(perms), device=self.device, dtype=torch.float32)
+        kept = torch.empty(len(groups), len(perms), device=self.device, dtype=torch.float64)
         threads = min(128, 32*_up(len(perms), 32))
-        if len(groups): _launch('deals', (len(groups), _up(len(perms), threads)), threads, self.on(mat), *mat.shape, self.on(groups), groups.shape[1], self.on(perms), len(perms), kept)
+        if len(groups):
+            _launch('deals', (len(groups), _up(len(perms), threads)), threads, self.on(mat), *mat.shape, self.on(groups), groups.shape[1], self.on(perms), len(perms), kept)
         return kept.cpu().numpy()
 
 # %% ../nbs/19_permutation_cuda.ipynb #a7754d14
 class _ApexKernels:
     def __init__(self): self.module = importlib.import_module('permutation_search_cuda')
-    def sum_after_2_to_4(self, mat, rows, cols, start, end, blocks, threads, out): self.module.sum_after_2_to_4(mat, rows, cols, start, end, math.gcd(blocks, (end-start)//4), threads, out)
+    def sum_after_2_to_4(self, mat, rows, cols, start, end, blocks, threads, out):
+        self.module.sum_after_2_to_4(mat, rows, cols, start, end, math.gcd(blocks, (end-start)//4), threads, out)
     def build_swap_map(self, *args): self.module.build_swap_map(*args)
 
     def build_permute_map(self, mat, rows, cols, stripes, num_groups, group_width, *args):
@@ -236,8 +240,9 @@ class _ApexKernels:
 
     def check_permutations(self, mat, rows, cols, stripe_groups, group_width, num_groups, perms, num_perms, improvement, perm):
         self._check(group_width)
-        first = np.concatenate([perms[:4*group_width]]*(1 if num_perms > 1 else 2))
-        for p in (first, perms): self.module.check_permutations(mat, rows, cols, stripe_groups, group_width, num_groups, p, len(p)//(4*group_width), improvement, perm)   # the first call makes it forget
+        other = np.tile(perms[:4*group_width], 1 if num_perms > 1 else 2)   # another number of them makes it forget
+        for p in (other, perms):
+            self.module.check_permutations(mat, rows, cols, stripe_groups, group_width, num_groups, p, len(p)//(4*group_width), improvement, perm)
 
     def _check(self, width):
         if width > 4: raise ValueError(f"Apex's kernels deal up to 4 stripes at once, not {width}")
@@ -252,7 +257,7 @@ def asp_kernels():
     return {'numpy': '', 'cuda': _no_cuda(), 'apex': _no_apex()}
 
 def _array(name, a, dtype, size):
-    "`a` as one row"
+    "`a` as one row, of which what is written shows in `a`"
     if isinstance(a, np.ndarray) and a.dtype == dtype and a.flags.c_contiguous and a.size == size: return a.reshape(-1)
     is_ = f'{a.dtype}, {a.shape}, strides {a.strides}' if isinstance(a, np.ndarray) else type(a).__name__
     raise ValueError(f"{name} is a contiguous numpy array of {size} {np.dtype(dtype)}, not {is_}")
@@ -263,8 +268,8 @@ def _indices(name, a, size, limit):
     return a
 
 class ASPKernels:
-    """ASP's four functions in their calling convention, by `kernels`, a name of `asp_kernels()`. Arrays are row by row, float32 or uint32; since compiled code takes their address, one of another
-    kind, size or layout is a `ValueError`, and so is a stripe or column that isn't there."""
+    """ASP's four functions in their calling convention, by `kernels`, a name of `asp_kernels()`. Arrays are row by row, float32 or uint32;
+    since compiled code takes their address, one of another kind, size or layout is a `ValueError`, and so is a stripe or column that isn't there."""
     def __init__(self, kernels='numpy'):
         there = asp_kernels()
         if kernels not in there: raise ValueError(f"kernels is one of {list(there)}, not {kernels!r}")
@@ -284,17 +289,22 @@ class ASPKernels:
     def build_permute_map(self, mat, rows, cols, stripes, num_groups, group_width, perms, perm_len, improvements, best_idx):
         "Write for each group of `group_width` stripes which of `perms` keeps most, the first of several, and how much more than the first of all"
         if perm_len != 4*group_width: raise ValueError(f"perm_len is 4 times group_width {group_width}, not {perm_len}")
+        n_perms = max(1, np.size(perms)//perm_len)
         self.by.build_permute_map(*self._matrix(mat, rows, cols), _indices('stripes', stripes, num_groups*group_width, cols//4), num_groups, group_width,
-            _indices('perms', perms, max(1, np.size(perms)//perm_len)*perm_len, perm_len), perm_len, _array('improvements', improvements, np.float32, num_groups), _array('best_idx', best_idx, np.uint32, num_groups))
+            _indices('perms', perms, n_perms*perm_len, perm_len), perm_len,
+            _array('improvements', improvements, np.float32, num_groups), _array('best_idx', best_idx, np.uint32, num_groups))
 
     def check_permutations(self, mat, rows, cols, stripe_groups, group_width, num_groups, perms, num_perms, improvement, perm):
         "Write which of `num_perms` `perms` of the first group keeps most, and how much more than the first of them"
+        if not min(num_groups, num_perms, group_width) > 0: raise ValueError(f"group_width, num_groups and num_perms are at least 1, not {group_width}, {num_groups} and {num_perms}")
         self.by.check_permutations(*self._matrix(mat, rows, cols), _indices('stripe_groups', stripe_groups, num_groups*group_width, cols//4), group_width, num_groups,
-            _indices('perms', perms, num_perms*4*group_width, 4*group_width), num_perms, _array('improvement', improvement, np.float32, 1), _array('perm', perm, np.uint32, 1))
+            _indices('perms', perms, num_perms*4*group_width, 4*group_width), num_perms,
+            _array('improvement', improvement, np.float32, 1), _array('perm', perm, np.uint32, 1))
 
     def build_swap_map(self, mat, rows, cols, stripe_pairs, out):
         "Write for each pair of stripes the gains of its 16 swaps"
-        self.by.build_swap_map(*self._matrix(mat, rows, cols), _indices('stripe_pairs', stripe_pairs, np.size(stripe_pairs)//2*2, cols//4), _array('out', out, np.float32, np.size(stripe_pairs)//2*16))
+        n_pairs = np.size(stripe_pairs)//2
+        self.by.build_swap_map(*self._matrix(mat, rows, cols), _indices('stripe_pairs', stripe_pairs, 2*n_pairs, cols//4), _array('out', out, np.float32, 16*n_pairs))
 
 # %% ../nbs/19_permutation_cuda.ipynb #6ea54d8c
 def _splits(columns):
@@ -350,7 +360,7 @@ def _exhaustive_order(x, kernels, size, escapes, rng):
     c = x.shape[1]
     if size == 12 and c > 512:
         half = c//8*4
-        order = np.concatenate([s.start + _exhaustive_order(np.ascontiguousarray(x[:,s]), kernels, size, escapes, rng) for s in (slice(0, half), slice(half, c))])
+        order = np.concatenate([i + _exhaustive_order(np.ascontiguousarray(x[:,i:j]), kernels, size, escapes, rng) for i,j in ((0, half), (half, c))])
         return order[_exhaustive_order(np.ascontiguousarray(x[:,order]), kernels, 8, 10*max(escapes, 100), rng)]
     return _asp_order(x, _Exhaustive(kernels, min(size, c)), kernels, escapes, rng)
 
@@ -362,15 +372,27 @@ def asp_search(
     kernels=None, # A name of `asp_kernels()`; None: 'cuda' for scores that are there, else 'numpy'
     seed=0, # Of the random swaps; no global state is touched
 ):
-    "The `Permutation` of the columns of `scores` for 2:4 that ASP's search finds (Pool & Yu 2021), never worse than the order that was there. Raises `ValueError` for scores and options that can't be"
+    """The `Permutation` of the columns of `scores` for 2:4 that ASP's search finds (Pool & Yu 2021), never worse than the order that was there.
+    Raises `ValueError` for scores and options that can't be."""
     s, start = _check_scores(scores, 2, 4), time.perf_counter()
     if strategy not in ('exhaustive', 'channel_swap'): raise ValueError(f"strategy is 'exhaustive' or 'channel_swap', not {strategy!r}")
     if stripe_group_size not in (8, 12): raise ValueError(f"stripe_group_size is 8 or 12, not {stripe_group_size!r}")
-    if isinstance(escape_attempts, bool) or not isinstance(escape_attempts, Integral) or escape_attempts < 0: raise ValueError(f"escape_attempts is a whole number, not {escape_attempts!r}")
+    if isinstance(escape_attempts, bool) or not isinstance(escape_attempts, Integral) or escape_attempts < 0:
+        raise ValueError(f"escape_attempts is a whole number, not {escape_attempts!r}")
     kernels = kernels or ('cuda' if s.is_cuda and not _no_cuda() else 'numpy')
     by, c, rng, order = ASPKernels(kernels), s.shape[1]//4*4, np.random.default_rng(seed), np.arange(s.shape[1])
     x, whole = np.ascontiguousarray(s[:,:c].cpu().numpy()), s[:,:c]
-    if c > 4: order[:c] = _asp_order(x, _ChannelSwap(by), by, escape_attempts, rng) if strategy == 'channel_swap' else _exhaustive_order(x, by, stripe_group_size, escape_attempts, rng)
+    if c > 4 and strategy == 'channel_swap': order[:c] = _asp_order(x, _ChannelSwap(by), by, escape_attempts, rng)
+    elif c > 4: order[:c] = _exhaustive_order(x, by, stripe_group_size, escape_attempts, rng)
     order = torch.from_numpy(order)
     naive, kept = (_worth(whole, 2, 4), _worth(whole[:,order[:c].to(s.device)], 2, 4)) if c else (0., 0.)
     return Permutation(order, naive, kept, whole.topk(c//2).values.double().sum().item(), _largest(whole, c//2*len(s)), time.perf_counter()-start, kernels)
+
+# %% ../nbs/19_permutation_cuda.ipynb #50a86750
+def _apex_order(s, n, m, time_budget, seed, start):
+    if (n, m) != (2, 4) or time_budget is not None:
+        raise ValueError(f"The back end 'apex' searches for 2:4 and without a time_budget, not for {n}:{m} in {time_budget} s")
+    return asp_search(s, kernels='apex', seed=seed).order.numpy()
+
+_backends['cuda'] = _no_cuda, lambda s, *args: _found(CudaMap, s if s.is_cuda else s.cuda(), *args)
+_backends['apex'] = _no_apex, _apex_order

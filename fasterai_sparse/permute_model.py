@@ -88,9 +88,13 @@ class Place:
         return t.index_select(self.axis, at)
 
 # %% ../nbs/19b_permute_model.ipynb #6282cf73
+class _Tuple(list): "Axes of several values"
+
 def _each(axes):
     for axis in axes:
-        for c,_ in axis or (): yield c
+        if isinstance(axes, _Tuple): yield from _each(axis or ())
+        else:
+            for c,_ in axis or (): yield c
 
 def _fix(axes, why):
     for c in _each(axes): c.fix(why)
@@ -186,11 +190,11 @@ class _Trace:
             c.root.moved += [Place(m, n, k, offset, inner, layer=layer) for n in names if getattr(m, n, None) is not None]
             offset += c.size*inner
 
-    def reads(self, axis, m, k, layer):
+    def reads(self, axis, m, k, layer, name='weight'):
         "The weight of `m` has the channels of `axis` along its axis `k`, and is judged by their order"
         offset = 0
         for c,inner in axis:
-            place = Place(m, 'weight', k, offset, inner, layer=layer)
+            place = Place(m, name, k, offset, inner, layer=layer)
             c.root.moved.append(place)
             c.root.read.append(place)
             offset += c.size*inner
@@ -198,6 +202,7 @@ class _Trace:
     def module(self, node, m, size):
         x = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
         axes, name = self.axes.get(x), node.target
+        if isinstance(m, nn.MultiheadAttention) and axes is not None and node.target not in self.shared: return self.attention(node, axes, m)
         if axes is None or len(node.all_input_nodes) != 1: return self.refuse(node, f'{type(m).__name__} {name} is not known')
         if node.target in self.shared and list(m.parameters()): return self.refuse(node, f'{type(m).__name__} {name} is shared')
         if isinstance(m, _same_shape): return list(axes)
@@ -229,6 +234,39 @@ class _Trace:
         out = self.new(size[at])
         out.moved += [Place(m, 'weight', k_out, layer=node.target)] + [Place(m, 'bias', 0, layer=node.target)]*(m.bias is not None)
         return [axes[0] if i == 0 else ((out,1),) if i == at else None for i in range(len(size))]
+
+    def attention(self, node, axes, m):
+        "Self-attention: values may move within their heads; queries and keys stay"
+        if any(a is not node.args[0] for a in node.args[1:3]) or len(node.args) < 3 or node.all_input_nodes != [node.args[0]] or m.in_proj_weight is None or m.bias_k is not None:
+            return self.refuse(node, f'MultiheadAttention {node.target} attends to something else')
+        e, name = m.embed_dim, node.target
+        if axes[-1] is not None: self.reads(axes[-1], m, 1, name, 'in_proj_weight')
+        _fix(axes[1:-1], f'{name} mixes other axes')
+        values, out = self.new(e), self.new(e)
+        values.split(m.num_heads)
+        values.moved += [Place(m, 'in_proj_weight', 0, 2*e, layer=name)] + [Place(m, 'in_proj_bias', 0, 2*e, layer=name)]*(m.in_proj_bias is not None)
+        self.reads(((values,1),), m.out_proj, 1, f'{name}.out_proj')
+        out.moved += [Place(m.out_proj, 'weight', 0, layer=name)] + [Place(m.out_proj, 'bias', 0, layer=name)]*(m.out_proj.bias is not None)
+        return _Tuple([[axes[0], *[None]*(len(axes)-2), ((out,1),)], None])
+
+    def item(self, node, x, size):
+        "What is left of the axes of `x` when it is indexed with `node.args[1]`"
+        axes, at = self.axes[x], node.args[1]
+        if isinstance(axes, _Tuple): return axes[at] if isinstance(at, int) else self.refuse(node, 'taken apart')
+        at, out, k = at if isinstance(at, tuple) else (at,), [], 0
+        if any(i is not None and i is not ... and not isinstance(i, (int, slice)) for i in at) or at.count(...) > 1: return self.refuse(node, f'{node.name} takes some of them')
+        if ... not in at: at = (*at, ...)
+        n_named = sum(i is not None and i is not ... for i in at)
+        for i in at:
+            if i is None: out.append(None)
+            elif i is ...:
+                out += axes[k:k+len(axes)-n_named]
+                k += len(axes)-n_named
+            else:
+                if axes[k] is not None and i != slice(None): axes[k] = _fix([axes[k]], f'{node.name} takes some of them')
+                if isinstance(i, slice): out.append(axes[k])
+                k += 1
+        return out if len(out) == len(size) else self.refuse(node, f'{node.name} takes some of them')
 
     def conv(self, node, axes, m, size):
         if m.groups == 1: return self.layer(node, axes, m, 1, 1, 0, size)
@@ -275,10 +313,15 @@ class _Trace:
     def function(self, node, name, size):
         ins = self.inputs(node)
         if name in ('size', 'getattr', 'dim', 'numel') and size is None: return None
-        if size is None or not ins: return self.refuse(node, f'{name} is not known')
+        if name == 'getitem' and len(ins) == 1 and ins[0] is node.args[0]: return self.item(node, ins[0], size or ())
+        if size is None or not ins or any(isinstance(self.axes[a], _Tuple) for a in ins): return self.refuse(node, f'{name} is not known')
         if name in _elementwise: return _broadcast([self.axes[a] for a in ins], [_size(a) for a in ins])
         axes, x = self.axes[ins[0]], ins[0]
         if name in ('cat', 'concat'): return self.cat(node, size)
+        if name == 'layer_norm' and len(node.args[1] if len(node.args) > 1 else node.kwargs['normalized_shape']) == 1 and ins[0] is node.args[0]:
+            for a in ins[1:]: _join_axes(axes[-1], self.axes[a][-1])
+            return list(axes)
+        if name == 'expand' and len(ins) == 1: return [None]*(len(size)-len(axes)) + [a if _size(x)[k] == size[k-len(axes)] else None for k,a in enumerate(axes)]
         if len(ins) > 1: return self.refuse(node, f'{name} is not known')
         if name in ('flatten', 'view', 'reshape', 'squeeze', 'unsqueeze'): return self.reshape(node, axes, _size(x), size)
         if name in _pool_functions and not any(axes[2:]): return axes[:2] + [None]*(len(size)-2)
@@ -361,8 +404,9 @@ def permute_model(
     scores=large_final, # How important a weight is: a function of the parameter
     **kwargs, # Of `search_permutation`: time_budget (for each set of channels), seed, backend
 ):
-    """Put the channels of `model` into the order in which n:m keeps most of the `scores`. Returns a `DataFrame` with a row for each layer that could have the pattern: what it keeps of its scores before
-    and after, and why its inputs have stayed where they are; `attrs['share']` is the share of their weights whose order has been searched.
+    """Put the channels of `model` into the order in which n:m keeps most of the `scores`, without changing what it computes.
+    Returns a `DataFrame` with a row for each layer that could have the pattern: what it keeps of its scores before and after, and why its inputs have stayed where they are;
+    `attrs['share']` is the share of their weights whose order has been searched.
     Raises `ValueError` where the model can't be traced, before anything has changed."""
     try:
         with evaluating(model, []): trace = _Trace(model, example_input)
@@ -411,7 +455,7 @@ def _report(trace, n, m, naive, score_of):
         else:
             flat = s.reshape(-1, s.shape[-1])
             rows.append(dict(layer=name, weights=n_weights, searched=searched.get(name, 0), total=s.double().sum().item(), naive=naive[name], kept=kept[name],
-                             row_bound=flat.topk(flat.shape[1]*n//m).values.double().sum().item(), note=why.get(name, '' if name in searched else 'reads an input of the model')))
+                             row_bound=flat.topk(flat.shape[1]*n//m).values.double().sum().item(), note=why.get(name, '' if name in searched else 'reads an input of the model, or something unknown')))
     df = pd.DataFrame(rows, columns=['layer', 'weights', 'searched', 'total', 'naive', 'kept', 'row_bound', 'note'])
     can = df[df.naive.notna()]
     df.attrs['share'] = float(can.searched.sum()/max(can.weights.sum(), 1))

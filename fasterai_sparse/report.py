@@ -96,7 +96,7 @@ def sparsity_report(
     layer_type=None, # A module class or a tuple of them; None for all that can be sparse
     notes=None, # Layer name -> what there is to say of it
 ):
-    """A `DataFrame` with a row per weight: shape, params, zeros, sparsity (%), share of all these weights (%), bytes dense and packed, FLOPs, and why a layer has no mask.
+    """A `DataFrame` with a row per weight: shape, params, zeros, sparsity (%), share of them all (%), bytes dense and packed, FLOPs, and why it has no mask.
     Its `attrs` have `model_params` and `model_zeros`, of all parameters of the model, biases and norms among them."""
     uses = None if example_input is None else weight_uses(model, example_input)
     rows = [_row(*w, uses, notes or {}) for w in maskable_weights(model, layer_type)]

@@ -42,12 +42,12 @@ class SoftMasks:
     ):
         for held in {id(h): h for p in params.values() if (ref := _holders.get(p)) and (h := ref())}.values(): held.end()   # of a fit that was interrupted
         for p in params.values(): _holders[p] = weakref.ref(self)
-        self.params, self.masks, self.on = params, {}, False
+        self.params, self.masks, self.on, self.callback = params, {}, False, None
         self.below, self.above, self.versions = {}, {}, {}   # by name: the weights below the mask, memory for those with it, and whether somebody wrote to these
         self.hooks = [p.register_hook(partial(self._of_grad, n)) for n,p in params.items() if p.requires_grad]
 
     def _of_grad(self, n, grad):
-        if not self.on or n not in self.masks: return
+        if not self.on or n not in self.masks or getattr(self.callback, 'learn', True) is None: return   # or the fit was interrupted, and another goes on without the callback
         self.see_grad(n, grad)
         if not self.alone: return times_mask(grad, self.masks[n])
 
@@ -91,7 +91,7 @@ class SoftMasks:
         for h in self.hooks: h.remove()
         self.hooks, self.masks, self.below, self.above, self.on = [], {}, {}, {}, False
 
-def _alike(a, b): return (a.device, a.dtype, a.shape, a.stride()) == (b.device, b.dtype, b.shape, b.stride())
+def _alike(a, b): return (a.device, a.dtype, a.shape) == (b.device, b.dtype, b.shape)
 
 # %% ../nbs/15_soft_masks.ipynb #0959501f
 CONV_AND_LINEAR = (nn.Linear, _ConvNd)
@@ -115,8 +115,10 @@ class SoftMaskCallback(MaskUpdates):
         if sparsity is not None: as_fraction(sparsity)
         self.schedule = schedule if self.by_epoch else as_schedule(ifnone(schedule, Schedule(lin.sched_func, end_pct=.5)))
         layers = [layers] if isinstance(layers, str) else layers
+        if not all(isinstance(c, type) for c in (layer_type if isinstance(layer_type, tuple) else () if layer_type is None else (layer_type,))):
+            raise ValueError(f"layer_type is a module class or a tuple of them, not {layer_type!r}")
         store_attr('sparsity,layer_type,layers,freeze_pct')
-        self.baked = {}   # name -> hard mask that has been made of a soft one
+        self.baked = {}   # name -> hard mask that has been made of a soft one, and the one that was there before
 
     def name_columns(self):
         if self.learn.cbs.items.count(self) == 1 and hasattr(self.learn, 'recorder'): self.column = add_column(self.learn.recorder, 'sparsity')
@@ -137,15 +139,19 @@ class SoftMaskCallback(MaskUpdates):
         self._unbake()
         self._see_hard()
         self.soft, self.state, self.level, self.noted, self.into, self.started, self.frozen = self.make_masks(), None, 0., [], 0., True, False
+        self.soft.callback = self
         self.begin()
 
     def before_train(self):
         if self.waits: return
-        if not self.started: self._begin()
+        first = not self.started
+        if first: self._begin()
         self.into = 0.
         self.soft.lift()
         self._see_hard()
-        if self.by_epoch and self.schedule.is_frozen(self.n_epochs) and self.soft.masks: self._freeze()
+        if self.by_epoch and self.schedule.is_frozen(self.n_epochs):
+            if first and self.n_epochs: self.take_zeros()   # a fit that goes on with what another has frozen
+            self._freeze()
         elif not self.frozen: self._to(self._level())
 
     def before_batch(self):
@@ -160,6 +166,8 @@ class SoftMaskCallback(MaskUpdates):
         if not self.started or self.frozen: return
         self.settle()
         self.soft.lay()
+    def after_cancel_epoch(self): self.after_train()
+    def after_cancel_train(self): self.after_train()
 
     def after_validate(self):
         if hasattr(self.learn, 'recorder'): fill_column(self.learn.recorder, self.column, round(100*self._measured(), 2))
@@ -176,23 +184,32 @@ class SoftMaskCallback(MaskUpdates):
     def make_masks(self): return SoftMasks(self.params)
     def begin(self): pass
     def settle(self): pass
+    def take_zeros(self): self.soft.masks = {n: p != 0 for n,p in self.params.items()}   # have the masks that the weights show
     def _details(self): return {}   # of the report: name of a column -> layer -> value
 
 # %% ../nbs/15_soft_masks.ipynb #91dafecd
 @patch
 def _unbake(self:SoftMaskCallback):
     "Take back hard masks of the fit before, which this callback has made: it goes on from there"
-    for n,mask in self.baked.items():
+    for n,(mask,before) in self.baked.items():
         m, p = self.owners.get(n, (None, None))
-        if m is not None and get_mask(m, p) is not None and torch.equal(get_mask(m, p), mask.to(get_mask(m, p).device)): delattr(m, f'{p}_mask')
+        now = None if m is None else get_mask(m, p)
+        if now is None or not torch.equal(now, mask.to(now.device)): continue
+        if before is None: delattr(m, f'{p}_mask')
+        else: now.copy_(before)
     self.baked = {n: mask for n,mask in self.baked.items() if n not in self.owners}
 
 @patch
 def _see_hard(self:SoftMaskCallback):
     "Note what hard masks drop, of others in this fit or before it: that stays dropped"
-    self.hard = {} if self.frozen and self.started else {n: mask.bool() for n,(m,p) in self.owners.items() if (mask := get_mask(m, p)) is not None}
+    self.hard = {} if self.frozen and self.started else {n: mask.bool().clone() for n,(m,p) in self.owners.items() if (mask := get_mask(m, p)) is not None}
     self.found_in = {n: n_true(~mask)/mask.numel() for n,mask in self.hard.items()}
     self.found = sum(f*self.hard[n].numel() for n,f in self.found_in.items())/sum(p.numel() for p in self.params.values())
+
+def _unfit(m):
+    "Why `m` can't have a soft mask, or ''"
+    if getattr(m, 'max_norm', None) is not None: return 'cuts its norm in the forward pass, so it can not have a soft mask'
+    return 'has sparse gradients, so it can not have a soft mask' if getattr(m, 'sparse', False) else ''
 
 @patch
 def _find_layers(self:SoftMaskCallback):
@@ -200,7 +217,7 @@ def _find_layers(self:SoftMaskCallback):
     found = {n: (m, p) for n,m,p in maskable_weights(unwrapped(self.model), self.layer_type) if self.layers is None or n in self.layers}
     if missing := sorted(set(self.layers or ()) - set(found)): raise ValueError(f"No layer {missing[0]!r} to sparsify; there are {[n for n,*_ in maskable_weights(unwrapped(self.model), self.layer_type)]}")
     for n,(m,p) in found.items():
-        if why := unmaskable(m, p): raise ValueError(f"Layer {n!r} {why}")
+        if why := unmaskable(m, p) or _unfit(m): raise ValueError(f"Layer {n!r} {why}")
     trained = {n: m._parameters[p] for n,(m,p) in found.items() if m._parameters[p].requires_grad}
     if not found: raise ValueError(f"No layer to sparsify in {type(unwrapped(self.model)).__name__}")
     return trained, {n: found[n] for n in trained}
@@ -278,7 +295,7 @@ def bake(self:SoftMaskCallback):
         if n in self.hard: mask = mask & self.hard[n]
         clear_opt_state(self.opt, m._parameters[p], ~mask)
         set_mask(m, mask, p)
-        self.baked[n] = get_mask(m, p).clone()
+        self.baked[n] = get_mask(m, p).clone(), self.hard.get(n)
     self.soft.end()
     self.frozen = True
     watch_loads(unwrapped(self.model))
@@ -296,6 +313,7 @@ def report(self:SoftMaskCallback):
     if not getattr(self, 'params', None): raise ValueError("There is nothing to report before a fit")
     df = sparsity_report(self.net, layer_type=self.layer_type)
     df = df[df.layer.isin(list(self.params))].reset_index(drop=True)
+    df['share'] = 100*df.params/max(df.params.sum(), 1)
     df.insert(len(df.columns)-1, 'level', 100*self.level)
     for name,of in self._details().items(): df.insert(len(df.columns)-1, name, df.layer.map(of))
     return df
@@ -313,7 +331,7 @@ class MagnitudeSparsityCallback(SoftMaskCallback):
         num_bn_adaptation_samples=0, # Samples of training data with which BatchNorm is adapted to the first masks
         layer_type=CONV_AND_LINEAR, layers=None, freeze_pct=.75):
         super().__init__(sparsity, schedule, layer_type, layers, freeze_pct)
-        if weight_importance not in weight_importances: raise ValueError(f"weight_importance is one of {list(weight_importances)}, not {weight_importance!r}")
+        if not isinstance(weight_importance, str) or weight_importance not in weight_importances: raise ValueError(f"weight_importance is one of {list(weight_importances)}, not {weight_importance!r}")
         as_allocation(context)
         check_n_samples(num_bn_adaptation_samples)
         store_attr('weight_importance,context,num_bn_adaptation_samples')
@@ -340,7 +358,7 @@ class MagnitudeSparsityCallback(SoftMaskCallback):
 # %% ../nbs/15_soft_masks.ipynb #b0f8d6d6
 class ConstSparsityCallback(MaskUpdates):
     "Zeros that are there when a fit begins stay zero"
-    order = Recorder.order + 1
+    order = Recorder.order + .5   # before all others that look at masks
     def __init__(self,
         layer_type=None, # Layers that are meant, a module class or a tuple of them; None: all that can be sparse
         layers=None, # Names of those that are meant; None: all of `layer_type`
@@ -353,6 +371,8 @@ class ConstSparsityCallback(MaskUpdates):
 
     def before_fit(self):
         if self.learn.cbs.items.count(self) > 1: return self.learn.cbs.remove(self)
+        there = [n for n,*_ in maskable_weights(unwrapped(self.model), self.layer_type)]
+        if missing := [n for n in self.layers or () if n not in there]: raise ValueError(f"No layer {missing[0]!r}; there are {there}")
         masks_from_zeros(unwrapped(self.model), self.layer_type, self.layers)
         self.found = self._measured()
         if not self.found: warnings.warn("There is no zero to keep: all layers are dense")
@@ -360,7 +380,8 @@ class ConstSparsityCallback(MaskUpdates):
 
     def _measured(self):
         df = sparsity_report(unwrapped(self.model), layer_type=self.layer_type)
-        return 100*df.zeros.sum()/df.params.sum()
+        if self.layers is not None: df = df[df.layer.isin(self.layers)]
+        return 100*df.zeros.sum()/max(df.params.sum(), 1)
 
     def after_validate(self):
         if hasattr(self.learn, 'recorder'): fill_column(self.learn.recorder, self.column, round(self._measured(), 2))
@@ -453,13 +474,13 @@ class RBSparsityCallback(SoftMaskCallback):
         self.soft = SimpleNamespace(logits=dict(state['logits']), end=noop, loaded=True)
 
     def make_masks(self):
-        old = self.logits
-        if getattr(getattr(self, 'soft', None), 'loaded', False):
+        before, old = getattr(self, 'soft', None), self.logits
+        if loaded := getattr(before, 'loaded', False):
             for n,s in old.items():
                 if n not in self.params or self.params[n].shape != s.shape: raise ValueError(f"The logits that were loaded have {n!r} of shape {tuple(s.shape)}; the layers are { {n: tuple(p.shape) for n,p in self.params.items()} }")
         soft = _Drawn(self.params, (self.seed, rank_distrib()))
         for n,s in soft.logits.items():   # a second fit goes on with what the first has learned
-            if n in old and old[n].shape == s.shape: s.copy_(old[n]).nan_to_num_(neginf=-_START)
+            if n in old and (loaded or before.params.get(n) is self.params[n]): s.copy_(old[n]).nan_to_num_(neginf=-_START)
         return soft
 
     def _see_hard(self):
@@ -473,6 +494,9 @@ class RBSparsityCallback(SoftMaskCallback):
         self.losses, self.accumulates = [], False
 
     def settle(self): self.soft.settle()
+
+    def take_zeros(self):
+        for n,p in self.params.items(): self.logits[n].copy_(torch.where(p != 0, _START, -_START))
 
     def bake(self):
         super().bake()

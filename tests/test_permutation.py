@@ -9,7 +9,7 @@ from fasterai_sparse.native import *
 from fasterai_sparse.permutation import *
 from fasterai_sparse.permutation import NumpyMap, TorchMap
 
-BACKENDS = [b for b,why in permutation_backends().items() if not why]
+BACKENDS = [b for b,why in permutation_backends().items() if not why and b != 'apex']   # which does less
 each_backend = pytest.mark.parametrize('backend', BACKENDS)
 
 def kept(s, n=2, m=4): return np.sort(np.asarray(s, np.float64).reshape(len(s), -1, m), -1)[...,m-n:].sum()

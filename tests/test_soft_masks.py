@@ -44,7 +44,7 @@ def n_zero(learn): return zeros(learn.model, ALL)
 
 def masks_of(cb):
     "The masks of now, soft or hard, by name"
-    return {n: cb.soft.masks[n] if cb.soft.masks else get_mask(*cb.modules[n]) for n in cb.params if cb.soft.masks or cb.frozen}
+    return {n: cb.soft.masks[n] if cb.soft.masks else get_mask(*cb.owners[n]) for n in cb.params if cb.soft.masks or cb.frozen}
 
 def copies(d): return {n: t.detach().clone() for n,t in d.items()}
 
@@ -54,9 +54,9 @@ def column(learn, name='sparsity'):
 
 def has_hooks(model): return any(p._backward_hooks for p in model.parameters())
 
-def check_sparse(learn, hooks=False):
+def check_sparse(learn):
     "Masks are hard, and exactly what they drop is zero"
-    assert len(masks(learn.model)) >= 1 and follows_masks(learn.model) and has_hooks(learn.model) == hooks
+    assert len(masks(learn.model)) >= 1 and follows_masks(learn.model) and not has_hooks(learn.model)
     assert any(isinstance(cb, KeepMasks) for cb in learn.cbs)
 
 class Everywhere(Callback):
@@ -131,6 +131,56 @@ def test_weights_survive_below_the_mask(kind, schedule):
             if i: returned += int((m[n] & ~drawn[i-1][n]).sum())
     assert len(drawn) == 24 and moved and (returned or kind == 'magnitude' and schedule is None)
 
+@pytest.mark.parametrize('exc,event', [(None, 'before_batch'), (CancelBatchException, 'after_pred'), (CancelBatchException, 'after_backward'), (CancelStepException, 'before_step'), (CancelBackwardException, 'before_backward'),
+                                       (CancelTrainException, 'after_pred'), (CancelTrainException, 'after_backward'), (CancelEpochException, 'after_loss'), (CancelEpochException, 'after_step')], ids=lambda o: o.__name__[6:-9] if isinstance(o, type) else o)
+@both
+def test_weights_survive_whatever_is_cancelled(kind, exc, event):
+    "With a learning rate of 0 they are to the bit what they were, whenever they are raw"
+    learn, cb = learner(4, opt_func=SGD), soft(kind, freeze_pct=1)
+    dense, seen = copies(dict(learn.model.named_parameters())), []
+    def stop(learn):
+        if exc and learn.iter == 1 and learn.epoch < 2: raise exc
+    def check(learn): seen.append(all(torch.equal(p, dense[n]) for n,p in learn.model.named_parameters()))
+    fit(learn, 3, [cb, at(event, stop), at('before_batch', check, 0), at('after_batch', check), at('before_train', check)], lr=0.)
+    assert all(seen) and len(seen) > 8 and n_zero(learn) > 0
+
+@pytest.mark.parametrize('acc', [False, True])
+@both
+def test_a_backward_pass_of_another(kind, acc):
+    "While the weights are raw nothing is masked, and nothing counts for the logits"
+    learn, cb, n = learner(4), soft(kind, freeze_pct=1), []
+    def extra(learn):
+        grads = {k: s.grad.clone() for k,s in getattr(cb, 'logits', {}).items()}
+        kept, drawn = [p.grad.clone() for p in learn.model.parameters()], copies(masks_of(cb))
+        learn.model.zero_grad(set_to_none=False)
+        learn.loss_func(learn.model(*learn.xb), *learn.yb).backward()
+        for k,p in cb.params.items(): n.append(bool(p.grad[~drawn[k]].any()))
+        assert all(torch.equal(s.grad, grads[k]) for k,s in getattr(cb, 'logits', {}).items())
+        for p,g in zip(learn.model.parameters(), kept): p.grad.copy_(g)
+    fit(learn, 2, [cb, at('after_batch', extra), *([GradientAccumulation(16)] if acc else [])])
+    assert len(n) == 24 and all(n)
+
+@pytest.mark.parametrize('when', ['after_batch', 'before_train'])
+@both
+def test_weights_that_move_to_another_order_in_memory(kind, when):
+    learn, cb = learner(), soft(kind)
+    fit(learn, 4, [cb, Watch(cb), at(when, lambda l: l.model.to(memory_format=torch.channels_last))])
+    assert learn.model[3].weight.is_contiguous(memory_format=torch.channels_last)
+    check_sparse(learn)
+
+@both
+def test_weights_stay_where_they_are_in_memory(kind):
+    learn, cb = learner(), soft(kind)
+    where = lambda: [p.data_ptr() for p in learn.model.parameters()]
+    at_first = where()
+    fit(learn, 3, cb)
+    assert where() == at_first
+    with pytest.raises(RuntimeError): fit(learn, 3, [cb, at('after_pred', raising(RuntimeError('stop')))])
+    left, (begin, begun) = [p.detach().clone() for p in learn.model.parameters()], collect('before_fit', lambda l: [p.detach().clone() for p in l.model.parameters()], 90)
+    assert where() != at_first
+    fit(learn, 1, [cb, begin])
+    assert where() == at_first and all_same(left, begun[0])
+
 # --- 2. fits one after the other, frozen layers, optimizers that are made anew
 
 @pytest.mark.parametrize('how', ['fit', 'fit_one_cycle', 'fit_flat_cos'])
@@ -161,7 +211,6 @@ def test_hard_masks_that_were_changed_in_between_stay(kind):
     assert len(seen) == 12 and all(seen) and min(column(learn)) >= 89.9 and cb.level >= .899
     check_sparse(learn)
 
-@defect('the logits of one model are those that another, unrelated one starts with')
 def test_one_object_and_two_models():
     cb = RBSparsityCallback(70, mask_lr=.3)
     fit(learner(), 4, cb)
@@ -232,12 +281,22 @@ def test_an_optimizer_that_is_made_anew(kind, when):
     check_sparse(learn)
     if kind == 'magnitude': assert n_zero(learn) == n_zeros(.7, N_ALL)
 
+def past(opt, p):
+    "Tensors of the shape of `p` that `opt` keeps, with those of the optimizer that it wraps"
+    slow, inner = getattr(opt, 'slow_weights', None) or [], opt.__dict__.get('opt')
+    own = [t for pg,ps in zip(slow, opt.param_lists) for t,q in zip(pg, ps) if q is p]
+    if isinstance(inner, OptimWrapper) or hasattr(inner, 'param_lists'): return own + past(inner, p)
+    return own + [v for v in (inner or opt).state[p].values() if torch.is_tensor(v) and v.shape == p.shape]
+
 @pytest.mark.parametrize('opt', OPTIMIZERS)
 @both
 def test_the_past_of_what_is_baked_is_forgotten(kind, opt):
     "Momentum does not move what is zero, nor do slow weights bring it back"
-    learn, cb = learner(4, opt_func=OPTIMIZERS[opt]), soft(kind)
+    learn, cb = learner(4, opt_func=OPTIMIZERS[opt]), soft(kind, freeze_pct=1)
     fit(learn, 2, cb)
+    for *_,p,mask in masked_params(learn.model):
+        kept = past(learn.opt, p)
+        assert kept and not any(t[~mask].any() for t in kept) and any(t[mask].any() for t in kept)
     fit(learn, 3)
     check_sparse(learn)
 
@@ -332,6 +391,7 @@ def by_hand(net, logits, noise, batches, level, local, n_acc, clip, adam, lr=1e-
         sum((d - (1-level))**2 for d in shares).div(p**2).backward()
         if clip: nn.utils.clip_grad_norm_(net.parameters(), clip)
         for o in (opt, mask_opt): o.step(), o.zero_grad()
+        for t in s.values(): t.data.clamp_(-8, 8)
     return {n: t.detach() for n,t in s.items()}, {n: net.get_submodule(n).weight.detach() for n in s}
 
 @pytest.mark.parametrize('context', ['global', 'local'])
@@ -341,10 +401,10 @@ def test_gradients_of_weights_and_logits(n_acc, clip, context):
     "Each micro-batch counts under its own mask; clipping is of weights' gradients alone"
     learn, cb, start = plain_sgd(), soft('rb', 40, Schedule(sched_one_shot), context=context, freeze_pct=1), []
     net, noise = deepcopy(learn.model), noted_noise(cb)
-    begin = at('before_train', lambda l: start.append(copies(cb.soft.logits)))
+    begin = at('before_train', lambda l: start.extend([copies(cb.soft.logits), cb.mask_opt.defaults]))
     raw = at('after_batch', lambda l: start.append(copies(cb.params)))   # of the last batch, before the masks are baked
     fit(learn, 2, [cb, begin, raw, *([GradientAccumulation(n_acc)] if n_acc else []), *([GradientClip(clip)] if clip else [])])
-    adam = {k: cb.mask_opt.defaults[k] for k in ('lr', 'betas', 'eps', 'weight_decay')}
+    adam = {k: start[1][k] for k in ('lr', 'betas', 'eps', 'weight_decay')}
     assert adam['lr'] == cb.mask_lr and adam['eps'] <= 1e-8 and adam['weight_decay'] == 0
     logits, ws = by_hand(net, start[0], noise, list(learn.dls.train)*2, .4, context == 'local', n_acc, clip, adam)
     for n in logits:
@@ -364,6 +424,37 @@ def test_magnitude_accumulates(n_acc):
         (F.cross_entropy(functional_call(net, ws, x), y)*len(x)/n_acc).backward()
         if (i+1)*len(x) % n_acc == 0: opt.step(), opt.zero_grad()
     for n,w in raw[-1].items(): torch.testing.assert_close(w, net.get_submodule(n).weight.detach(), rtol=1e-4, atol=1e-6)
+
+@pytest.mark.parametrize('n', [1, 7, 4097])
+def test_noise_is_uniform(n):
+    soft = RBSparsityCallback(70, seed=3)
+    soft.params, soft.hard = {'p': nn.Parameter(torch.ones(n))}, {}
+    noise, s = soft.make_masks()._uniform, torch.zeros(n)
+    xi = torch.stack([noise(s) for _ in range(2**16//n)])
+    assert xi.dtype == torch.float32 and 0 < xi.min() < 1e-3 and 1-1e-3 < xi.max() < 1 and xi.mean() == pytest.approx(.5, abs=.01) and xi.var() == pytest.approx(1/12, abs=.005)
+    assert torch.histc(xi, 8, 0, 1).min() > .95*xi.numel()/8 and xi.unique().numel() > .6*min(xi.numel(), 2**16)
+
+def test_logits_stay_where_they_can_come_back():
+    learn, cb = learner(), RBSparsityCallback(70, Schedule(sched_one_shot), mask_lr=3., freeze_pct=1)
+    Sparsifier(learn.model, 'weight', 'local', large_final).sparsify_layer(learn.model[0], 50)
+    watch, seen = collect('after_batch', lambda l: torch.cat([s.flatten() for s in cb.logits.values()]))
+    fit(learn, 3, [cb, watch])
+    for s in seen: assert int(s.isneginf().sum()) == 72 and s[~s.isneginf()].abs().max() <= 8
+    assert max(s[~s.isneginf()].abs().max() for s in seen) == 8
+
+@pytest.mark.parametrize('loss', [math.nan, math.inf])
+def test_logits_rest_where_gradients_are_not_finite(loss):
+    "Also without mixed precision, where another callback spares the weights the step, or none does"
+    cb, n = soft('rb', freeze_pct=1), []
+    before, was = collect('before_step', lambda l: copies(cb.logits), 0)
+    after, now = collect('after_step', lambda l: copies(cb.logits))
+    def spoil(learn):
+        n.append(0)
+        if len(n) == 5: learn.loss_grad = learn.loss_grad*loss
+    def spare(learn):
+        if not all(p.grad.isfinite().all() for p in learn.model.parameters()): raise CancelStepException
+    fit(plain_sgd(), 2, [cb, before, after, at('after_loss', spoil), at('before_step', spare, 70)])
+    assert [same(a, b) for a,b in zip(was, now)] == [i == 4 for i in range(12)] and all(s.isfinite().all() for s in cb.logits.values())
 
 def test_the_same_seed_the_same_masks():
     "And nothing is drawn from torch's own generator, which orders the data"
@@ -397,9 +488,13 @@ def frozen_at(kind, n_epoch, **kwargs):
 @pytest.mark.parametrize('pct,first', [(.25, 6), (.5, 12), (.6, 15), (.75, 18), (1, 24), (.01, 1)])
 @both
 def test_frozen_from_a_share_of_the_fit(kind, pct, first):
-    at_batch, learn, _ = frozen_at(kind, 4, freeze_pct=pct)
+    at_batch, learn, _ = frozen_at(kind, 4, freeze_pct=pct, schedule=Schedule(lin.sched_func, end_pct=min(pct, .5)))
     assert at_batch == first
     if kind == 'rb': assert [l == 0 for l in column(learn, 'rb_loss')] == [6*e >= first for e in range(4)]
+
+@pytest.mark.parametrize('schedule,first', [(None, 12), (lin, 24), (Schedule(lin.sched_func, end_pct=.6), 15)])
+@both
+def test_not_frozen_before_the_schedule_ends(kind, schedule, first): assert frozen_at(kind, 4, freeze_pct=.1, schedule=schedule)[0] == first
 
 SCHEDULES = dict(polynomial=Polynomial(.1, .6, 3, 2), exponential=Exponential(.1, .6, 3, 2), adaptive=Adaptive(.1, .6, 3, 1, .2),
                  multistep=Multistep(sparsity_freeze_epoch=3, multistep_steps=(1,), multistep_sparsity_levels=(.2, .6)), moving=Polynomial(.1, .6, 3, 2, update_per_optimizer_step=True))
@@ -412,21 +507,22 @@ def test_frozen_from_an_epoch(kind, name):
     assert first == 18 and all_same(ends[2], ends[-1]) and column(learn)[2] == column(learn)[4]
     if kind == 'rb': assert column(learn, 'rb_loss')[3:] == [0, 0] and all(column(learn, 'rb_loss')[:3])
 
-@pytest.mark.parametrize('kind', [pytest.param('rb', marks=defect('its masks are trained for one epoch more')), 'magnitude'])
+@both
 def test_frozen_from_the_start(kind):
     first, learn, _ = frozen_at(kind, 2, schedule=Polynomial(.3, .6, 0, 2))
     assert first == 0 and (kind == 'rb' or n_zero(learn) == n_zeros(.3, N_ALL))
 
+@pytest.mark.parametrize('s', [Polynomial(.1, .6, 6, 4), Adaptive(.1, .6, 6, step=.1), Multistep(multistep_steps=(2, 4), multistep_sparsity_levels=(.1, .3, .6))], ids=['polynomial', 'adaptive', 'multistep'])
 @both
-def test_a_fit_that_starts_later(kind):
+def test_a_fit_that_starts_later(kind, s):
     "The epochs before count as reached"
-    s, learn = Polynomial(.1, .6, 6, 4), learner()
+    if kind == 'rb' and isinstance(s, Adaptive): return
+    learn = learner()
     cb, (levels, seen) = soft(kind, schedule=s), collect('before_batch', lambda l: cb.level)
     fit(learn, 6, [cb, levels], start_epoch=3)
     assert seen == [l for l in s.levels(6)[3:] for _ in range(6)]
-    if kind == 'magnitude': assert n_zero(learn) == n_zeros(.6, N_ALL)
+    if kind == 'magnitude': assert n_zero(learn) == n_zeros(s.levels(6)[-1], N_ALL)
 
-@defect('magnitude freezes what sparsity_init drops, RB trains its masks for an epoch')
 @both
 def test_a_fit_that_starts_after_the_freeze(kind):
     "Masks are those that the weights have, at the level of the freeze"
@@ -500,8 +596,8 @@ def test_a_level_for_each_batch(kind, steps):
 def test_an_adaptive_level_waits_for_rb(start, rises):
     "With all weights kept it is never reached, with nearly all dropped always"
     learn, cb = learner(), RBSparsityCallback(schedule=Adaptive(.1, .5, step=.1), mask_lr=1e-6)
-    set_to = at('before_fit', lambda l: [s.fill_(start) for s in cb.soft.logits.values()] if start else None)
-    _, ends = ends_of(learn, cb, 5, set_to)
+    if start: cb.load_state_dict({'logits': {n: torch.full_like(learn.model.get_parameter(f'{n}.weight'), start) for n in ('0', '3', '8')}})
+    _, ends = ends_of(learn, cb, 5)
     assert [l for l,*_ in ends] == pytest.approx([.2, .3, .4, .5, .5] if rises else [.2]*5)
 
 def test_an_adaptive_level_of_magnitudes():
@@ -520,8 +616,8 @@ def blob_net(): return nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.R
 @pytest.mark.parametrize('context', ['global', 'local'])
 def test_rb_lands_on_its_target(context, schedule):
     learn = learner(model=blob_net(), dls=loaders(40, blobs))
-    with warnings.catch_warnings(): 
-        warnings.filterwarnings('error', 'RB sparsity has reached')
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', '.*has (reached|come)')
         fit(learn, 6, RBSparsityCallback(None if schedule else 70, schedule, mask_lr=.1, context=context), lr=5e-3)
     shares = [float((w == 0).float().mean()) for w in weights(learn.model, nn.Linear)]
     assert abs(n_zero(learn)/1664 - .7) < .01 and column(learn, 'accuracy')[-1] > .9
@@ -529,8 +625,17 @@ def test_rb_lands_on_its_target(context, schedule):
     else: assert max(shares)-min(shares) > .1
     check_sparse(learn)
 
-def test_a_target_that_was_not_reached_is_warned_about():
-    with pytest.warns(UserWarning, match='reached 0.00 %.*70.00 %'): fit(learner(), 2, RBSparsityCallback(70))
+@pytest.mark.parametrize('cb,why', [(partial(RBSparsityCallback, 70, mask_lr=1e-3), 'reached 0.00 % of 70.00 %.*mask_lr'), (partial(MagnitudeSparsityCallback, schedule=Polynomial(.1, .7, 9, 4, power=1.)), 'reached 25.00 % of 70.00 %.*the fit ended'),
+                                    (partial(MagnitudeSparsityCallback, schedule=Polynomial(.1, .7, 1, 4)), 'reached 10.00 % of 70.00 %.*fixed')])
+def test_a_target_that_was_not_reached_is_warned_about(cb, why):
+    with pytest.warns(UserWarning, match=f'{cb.func.__name__} has {why}'): fit(learner(), 2, cb())
+
+@both
+def test_a_target_that_was_reached_is_not(kind):
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', '.*has (reached|come)')
+        fit(learner(), 2, soft('magnitude'))
+        fit(learner(), 2, soft('magnitude', schedule=lin))
 
 # --- 7. copies, files, fits that break off, and looks
 
@@ -655,7 +760,6 @@ def test_what_is_loaded_between_epochs_takes_effect(kind, event):
 
 STOPS = ['before_epoch', 'before_train', 'before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward', 'before_step', 'after_step', 'after_batch',
          'after_train', 'before_validate', 'after_validate', 'after_epoch']
-RAW_STOPS = defect('an exception between the backward pass and the next batch leaves the weights below the mask in the model')
 
 def broken_off(kind, event, exc=RuntimeError('stop'), beside=()):
     "A learner whose second epoch broke off at `event`, its callback, and the masks of that moment"
@@ -668,11 +772,23 @@ def broken_off(kind, event, exc=RuntimeError('stop'), beside=()):
     assert then and cb.learn is None
     return learn, cb, then
 
-@pytest.mark.parametrize('event', [pytest.param(e, marks=RAW_STOPS) if e in RAW else e for e in STOPS])
+@pytest.mark.parametrize('event', STOPS)
 @both
-def test_a_fit_that_breaks_off_leaves_masked_weights(kind, event):
+def test_what_a_fit_that_breaks_off_leaves(kind, event):
+    "Masked weights, but from the end of the backward pass to the end of the batch, and where no batch has begun"
     learn, cb, then = broken_off(kind, event, KeyboardInterrupt())
-    for n,p in cb.params.items(): assert torch.equal(p == 0, ~then[n])
+    for n,p in cb.params.items(): assert p.all() if event in RAW else torch.equal(p == 0, ~then[n])
+
+@defect('the weights below the mask are still there while the next batch is loaded')
+@both
+def test_what_a_fit_leaves_that_breaks_off_while_it_loads(kind):
+    class Broken(list):
+        def __getitem__(self, i):
+            if i == 4 and cb.n_epochs: raise KeyboardInterrupt
+            return super().__getitem__(i)
+    learn, cb = learner(dls=loaders(6, lambda n: Broken(images(n)))), soft(kind)
+    with pytest.raises(KeyboardInterrupt): fit(learn, 3, cb)
+    assert n_zero(learn) > 0
 
 @pytest.mark.parametrize('event', ['before_epoch', 'before_train', 'after_pred', 'after_backward', 'before_step', 'after_train', 'after_validate'])
 @both
@@ -684,18 +800,17 @@ def test_fits_after_one_that_broke_off(kind, event):
         new = {None: None, 'same': cb, 'other': soft(kind)}[again]
         before = {n: p.detach().clone() for n,p in cb.params.items()}
         fit(learn, 3, new or at('before_step', lambda l: [check_some(p.grad, ~then[n]) for n,p in cb.params.items()], 0))
-        if new: check_sparse(learn, again == 'other' and has_hooks(learn.model))
+        if new: check_sparse(learn)
         else: assert masks(learn.model) == [] and n_zero(learn) == 0 and not any(torch.equal(before[n], p) for n,p in cb.params.items())
         if kind == 'magnitude' and new: assert n_zero(learn) == n_zeros(.7, N_ALL)
 
 def check_some(t, at): assert t[at].any()
 
-@pytest.mark.parametrize('kind', [pytest.param('rb', marks=defect('its hooks go on to mask gradients, by masks of the fit that broke off')), 'magnitude'])
+@both
 def test_a_plain_fit_after_one_that_broke_off_while_it_accumulated(kind):
     learn, cb, then = broken_off(kind, 'after_pred', beside=[GradientAccumulation(16)])
     fit(learn, 1, at('before_step', lambda l: [check_some(p.grad, ~then[n]) for n,p in cb.params.items()], 0))
 
-@defect('its hooks are left on the parameters')
 @both
 def test_a_fit_after_one_that_broke_off_ends_without_hooks(kind):
     learn, cb, then = broken_off(kind, 'after_pred')
@@ -705,7 +820,6 @@ def test_a_fit_after_one_that_broke_off_ends_without_hooks(kind):
 CANCELS = [(CancelBatchException, e) for e in STOPS[2:9]] + [(CancelStepException, 'before_step'), (CancelBackwardException, 'before_backward')] + \
           [(CancelTrainException, e) for e in ('before_train', 'after_pred', 'before_step', 'after_batch')] + [(CancelEpochException, e) for e in ('before_epoch', 'after_pred', 'before_step')] + \
           [(CancelFitException, e) for e in ('before_epoch', 'before_train', 'after_loss', 'after_backward', 'after_step', 'after_validate', 'after_epoch')] + [(CancelValidException, 'before_validate')]
-RAW_EPOCH = defect('an epoch that is cancelled while weights are raw leaves them so until the next: SaveModelCallback writes them')
 
 @pytest.mark.parametrize('order', [0, 66])
 @pytest.mark.parametrize('exc,event', CANCELS, ids=lambda o: o if isinstance(o, str) else o.__name__[6:-9])
@@ -719,8 +833,7 @@ def test_what_others_cancel(kind, exc, event, order):
     check_sparse(learn)
     if kind == 'magnitude': assert n_zero(learn) == n_zeros(.7*2/3 if exc is CancelFitException and (event, order) in (('before_epoch', 0), ('before_epoch', 66), ('before_train', 0), ('after_epoch', 66)) else .7, N_ALL)
 
-@pytest.mark.parametrize('event,order', [pytest.param(e, o, marks=RAW_EPOCH) if e in RAW and (e, o) not in (('before_train', 0), ('after_backward', 0)) or (e, o) in (('before_batch', 0), ('after_train', 0)) else (e, o)
-                                         for e in STOPS[:13] for o in (0, 66)])
+@pytest.mark.parametrize('event,order', [(e, o) for e in STOPS[:13] for o in (0, 66)])
 @both
 def test_what_is_saved_of_an_epoch_that_was_cancelled(kind, event, order):
     learn, cb = learner(4), soft(kind)
@@ -732,12 +845,11 @@ def test_what_is_saved_of_an_epoch_that_was_cancelled(kind, event, order):
 
 LOOKS = dict(validate=lambda l: l.validate(), preds=lambda l: l.get_preds(), train_loss=lambda l: l.get_preds(ds_idx=0, with_loss=True),
              lr_find=lambda l: l.lr_find(num_it=6, show_plot=False, suggest_funcs=None), summary=lambda l: l.summary(), fit0=lambda l: l.fit(0))
-BEGINS = defect('it begins like a fit, and bakes masks of the level at its start: after a fit of magnitude sparsity all zeros are gone')
 
 def looked(learn, look):
     with learn.no_bar(), learn.no_logging(): said(lambda: LOOKS[look](learn))
 
-@pytest.mark.parametrize('look', [pytest.param(l, marks=BEGINS) if l == 'fit0' else l for l in LOOKS])
+@pytest.mark.parametrize('look', LOOKS)
 @both
 def test_looking_before_a_fit_changes_nothing(kind, look):
     cb = RBSparsityCallback(70) if kind == 'rb' else soft(kind, schedule=Polynomial(.2, .7, 3, 2))
@@ -746,7 +858,8 @@ def test_looking_before_a_fit_changes_nothing(kind, look):
     looked(learn, look)
     assert same(before, snapshot(learn.model)) and masks(learn.model) == [] and not has_hooks(learn.model)
 
-@pytest.mark.parametrize('kind,look', [pytest.param(k, l, marks=BEGINS) if l in ('summary', 'fit0') else (k, l) for k in CLASSES for l in LOOKS])
+@pytest.mark.parametrize('look', LOOKS)
+@both
 def test_looking_after_a_fit_changes_nothing(kind, look):
     cb = soft(kind)
     learn = learner(4, cbs=cb)
@@ -803,6 +916,8 @@ def test_logits_of_a_checkpoint():
     assert same(begun[0], saved[0]) and same(again.logits, again.state_dict()['logits']) and not same(again.logits, saved[0])
     assert same(torch.load('rb.pth')['logits'], saved[0])
     check_sparse(other)
+    again.load_state_dict({'logits': {'0': torch.zeros(3)}})
+    with pytest.raises(ValueError, match="'0' of shape \\(3,\\)"): fit(learner(), 1, again)
 
 # --- 8. before and after other ways to be sparse
 
@@ -836,7 +951,6 @@ def test_what_was_dropped_before_stays_dropped(kind, before, sparsity):
     check_sparse(learn)
     if kind == 'rb': assert all(torch.equal(cb.soft.logits[n].isneginf(), had[id(p)]) for n,p in cb.params.items() if id(p) in had) and not any(s.isnan().any() for s in cb.soft.logits.values())
 
-@defect('the second fit takes back all of its hard masks, also what had been dropped before the first')
 @both
 def test_what_was_dropped_before_stays_dropped_in_a_second_fit(kind):
     learn, cb = learner(), soft(kind)
@@ -907,6 +1021,25 @@ def test_two_callbacks_on_two_layers(kind):
     assert column(learn)[-1] == round(100*zeros(learn.model[:1])/144, 2) and list(one.report().layer) == ['0'] and list(two.report().layer) == ['3', '8']
     check_sparse(learn)
 
+@both
+def test_two_callbacks_on_one_layer_are_refused(kind):
+    learn, before = learner(), None
+    before = snapshot(learn.model)
+    with pytest.raises(ValueError, match="both.*'3'.*layers="): fit(learn, 1, [soft(kind, layers=['0', '3']), MagnitudeSparsityCallback(80, layers=['3', '8'])])
+    assert same(before, snapshot(learn.model)) and masks(learn.model) == [] and not has_hooks(learn.model)
+    fit(learn, 2, soft(kind))
+    check_sparse(learn)
+
+@pytest.mark.parametrize('first', [True, False])
+@both
+def test_beside_a_sparsifying_callback(kind, first):
+    "What that one drops stays dropped, and counts"
+    learn, cb, other = learner(4), soft(kind, 30, freeze_pct=1), sparse(70, layer_type=ALL, update_every=1)
+    watch, seen = collect('after_batch', lambda l: mask_sparsity(l.model))
+    fit(learn, 4, [cb, other, watch] if first else [other, cb, watch])
+    assert seen == sorted(seen) and seen[-1] == pytest.approx(n_zeros(.7, N_ALL)/N_ALL) and n_zero(learn) >= n_zeros(.7, N_ALL)
+    check_sparse(learn)
+
 def half_empty(share=.5):
     learn, g = learner(4), torch.Generator().manual_seed(1)
     for w in weights(learn.model, ALL): w.data[torch.rand(w.shape, generator=g) < share] = 0
@@ -921,14 +1054,12 @@ def rewrites(learn):
 FITS = dict(plain=lambda: [], rewritten=lambda: [at('after_step', rewrites, 5)], frozen=lambda: [at('before_fit', freeze, -30)], sparsify=lambda: [sparse(70, layer_type=ALL)],
             sparsify_global=lambda: [sparse(70, layer_type=ALL, context='global', update_every=1)], little=lambda: [sparse(20, layer_type=ALL)], clip=lambda: [GradientClip(.1)],
             accumulate=lambda: [GradientAccumulation(24)], amp=lambda: [OnCPU()], rb=lambda: [soft('rb')], magnitude=lambda: [soft('magnitude')], magnitude_little=lambda: [soft('magnitude', 20)])
-LATE = defect('listed after them, it masks zeros that callbacks which have begun before it do not know of, and bring back')
 
 @pytest.mark.parametrize('first', [True, False], ids=['first', 'last'])
 @pytest.mark.parametrize('beside', FITS)
 def test_constant_zeros(beside, first, request):
     "Stay, in validation too, whatever else goes on; the weights that live are trained"
     if beside == 'little': request.applymarker(defect('a target below what is zero takes the masks back to it'))
-    elif not first and beside in ('sparsify', 'sparsify_global', 'rb', 'magnitude_little'): request.applymarker(LATE)
     learn, zero = half_empty()
     cb, others, before = ConstSparsityCallback(), FITS[beside](), snapshot(learn.model)
     watch, seen = collect('after_batch', lambda l: beside in ('rb', 'magnitude', 'magnitude_little') or stays_zero(l, zero))
@@ -942,18 +1073,16 @@ def test_constant_zeros(beside, first, request):
     assert n_zero(learn) == n
 
 def test_constant_zeros_of_some_layers():
-    for kwargs,kept in ((dict(layers=['0']), [0]), (dict(layer_type=nn.Linear), [8]), (dict(layer_type=ALL), [0, 3, 8]), (dict(layer_type=nn.Conv2d, layers=['3', '8']), [3])):
+    for kwargs,kept in ((dict(layers=['0']), [0]), (dict(layer_type=nn.Linear), [8]), (dict(layer_type=ALL), [0, 3, 8]), (dict(layer_type=nn.Conv2d, layers='3'), [3])):
         learn, zero = half_empty()
         fit(learn, 1, ConstSparsityCallback(**kwargs))
         assert [i for i,z in zip((0, 3, 8), zero) if not learn.model[i].weight[z].any()] == [i for i in (0, 3, 8) if get_mask(learn.model[i]) is not None] == kept
 
-@defect('the column is of all layers of layer_type, also of those that are not meant')
 def test_the_column_is_of_the_layers_that_are_meant():
     learn, zero = half_empty()
     fit(learn, 1, ConstSparsityCallback(layers=['0']))
     assert column(learn)[-1] == round(100*int(zero[0].sum())/144, 2)
 
-@defect('a name that no layer has is ignored')
 def test_constant_zeros_of_a_layer_that_is_not_there():
     with pytest.raises(ValueError, match='nope'): fit(learner(), 1, ConstSparsityCallback(layers=['nope']))
 
@@ -1046,24 +1175,18 @@ def test_models_of_all_kinds(kind, model):
     fit(learn, 1)
     assert follows_masks(learn.model)
 
-@defect('where a parameter has gaps between its elements, as a slice has, masked weights are taken for ones that were loaded: they are lost')
 @both
 def test_a_parameter_that_is_a_slice(kind):
     learn, cb = learner(model=sliced()), soft(kind)
     fit(learn, 3, [cb, Watch(cb)])
 
-@defect('its norm is cut in the forward pass, in place: all that lies below the mask is lost, as if it had been loaded')
+@pytest.mark.parametrize('kwargs,why', [(dict(max_norm=.5), 'cuts its norm'), (dict(sparse=True), 'sparse gradients')])
 @both
-def test_an_embedding_with_a_greatest_norm(kind):
-    learn, cb = learner(model=Words(Alone(), max_norm=.5), dls=loaders(6, words)), soft(kind, layer_type=None, layers=['emb'])
-    fit(learn, 3, [cb, Watch(cb)])
-
-@defect('a sparse gradient is no array to be masked')
-@both
-def test_an_embedding_with_sparse_gradients(kind):
-    learn, cb = learner(model=Words(Alone(), sparse=True), dls=loaders(6, words), opt_func=SGD), soft(kind, layer_type=None)
-    fit(learn, 3, cb)
-    check_sparse(learn)
+def test_embeddings_that_can_not_have_one_are_refused(kind, kwargs, why):
+    learn = learner(model=Words(Alone(), **kwargs), dls=loaders(6, words), opt_func=SGD)
+    before = copies(dict(learn.model.named_parameters()))
+    with pytest.raises(ValueError, match=f"'emb'.*{why}"): fit(learn, 3, soft(kind, layer_type=None))
+    assert all(torch.equal(p, before[n]) for n,p in learn.model.named_parameters())
 
 WRAPPED = dict(parallel=nn.DataParallel, compiled=partial(torch.compile, backend='eager'))
 
@@ -1114,15 +1237,14 @@ def test_layers_of_a_type_or_by_name(kind, layer_type, names):
         assert [n for n,m in learn.model.named_modules() if isinstance(m, ALL) and (m.weight == 0).any()] == names
 
 WRONG = dict(context=['globally', None, 3], freeze_pct=[0, 1.5, -1, True, '.5', math.nan], sparsity=[120, -5, '70', True], schedule=['agp', 3, lambda pos: 2*pos])
-OF_ONE = dict(rb=dict(mask_lr=[0, -1., math.nan], p=[0, -.05]), magnitude=dict(weight_importance=['l2', None]))
-CHOICES = dict(context="'global'", weight_importance="'normed_abs', 'abs'", freeze_pct='above 0 and up to 1', sparsity='0 to 100', schedule='agp|0 to 1', mask_lr='positive', p='positive')
+OF_ONE = dict(rb=dict(mask_lr=[0, -1., math.nan, math.inf, True], p=[0, -.05, math.inf], seed=[-1, 1.5, 'a', True]), magnitude=dict(weight_importance=['l2', None]))
+CHOICES = dict(context="'global'", weight_importance="'normed_abs', 'abs'", freeze_pct='above 0 and up to 1', sparsity='0 to 100', schedule='agp|0 to 1', mask_lr='positive', p='positive', seed='whole number')
 
 @pytest.mark.parametrize('kind,name,value', [(k, n, v) for k in CLASSES for n,vs in {**WRONG, **OF_ONE[k]}.items() for v in vs])
 def test_a_wrong_value_is_named_with_the_choices(kind, name, value):
     with pytest.raises((ValueError, TypeError), match=CHOICES[name]) as e: CLASSES[kind](**{'sparsity': 70, name: value})
     assert repr(value) in str(e.value) or name == 'schedule' and callable(value) or str(value) in str(e.value)
 
-@defect('the message is of a comparison or a hash, and names neither the argument nor its value')
 @pytest.mark.parametrize('kind,name,value', [('rb', 'mask_lr', 'fast'), ('rb', 'mask_lr', None), ('rb', 'p', 'small'), ('magnitude', 'weight_importance', ['abs'])])
 def test_a_value_of_a_wrong_type_is_named(kind, name, value):
     with pytest.raises((ValueError, TypeError), match=f'{name} is'): CLASSES[kind](70, **{name: value})
@@ -1138,7 +1260,7 @@ def parametrized():
     parametrize.register_parametrization(net[3], 'weight', nn.Identity())
     return net
 
-BAD = dict(name=(convnet, dict(layers=['0', 'nope']), "'nope'.*'0', '3', '8'"), kind=(convnet, dict(layer_type=nn.Conv3d), 'No layer.*Sequential'), parametrized=(parametrized, {}, "'3' is parametrized"))
+BAD = dict(name=(convnet, dict(layers=['0', 'nope']), "'nope'.*'0', '3', '8'"), one=(convnet, dict(layers='nope'), "'nope'.*'0', '3', '8'"), kind=(convnet, dict(layer_type=nn.Conv3d), 'No layer.*Sequential'), parametrized=(parametrized, {}, "'3' is parametrized"))
 
 @pytest.mark.parametrize('bad', BAD)
 @both
@@ -1149,12 +1271,10 @@ def test_what_does_not_fit_the_model_is_refused_before_anything_changes(kind, ba
     with pytest.raises(ValueError, match=named): fit(learn, 1, soft(kind, schedule=Polynomial(.3, .7, 3, 2), **kwargs))
     assert same(before, snapshot(learn.model)) and masks(learn.model) == [] and len(learn.cbs) == n_cbs and not has_hooks(learn.model)
 
-@defect('it is said in before_fit only, when the weights have been masked')
 @pytest.mark.parametrize('n', [-5, 1.5, '2048', True])
 def test_samples_for_batchnorm_are_a_whole_number(n):
     with pytest.raises(ValueError, match=f'samples.*{n}'): MagnitudeSparsityCallback(schedule=Polynomial(.3, .7), num_bn_adaptation_samples=n)
 
-@defect('a type is looked for in a string')
 @both
 def test_a_layer_type_is_a_class(kind):
     with pytest.raises(ValueError, match='layer_type.*Conv2d'): fit(learner(), 1, soft(kind, layer_type='Conv2d'))
@@ -1188,7 +1308,7 @@ def test_statistics(name):
         if not const: assert row.threshold == pytest.approx(case['thresholds'][layer['id']], rel=1e-5) and row.level == 100*case['target_sparsity_level']
     if const: assert cb.found == pytest.approx(100*want['sparsified_layers_level'])
 
-@pytest.mark.parametrize('name', [pytest.param(n, marks=defect('the shares are of all layers of layer_type, also of those that are not sparsified')) if n.endswith('y_') else n for n in GOLDEN if n[0] == 'm'])
+@pytest.mark.parametrize('name', [n for n in GOLDEN if n[0] == 'm'])
 def test_shares_are_of_what_is_sparsified(name):
     case, learn = GOLDEN[name], golden_learner()
     cb = callbacks_from_config(SparsityConfig.from_json(case['config']), learn)[0]
@@ -1229,7 +1349,7 @@ def test_the_log(kind):
         fit(learn, n_epoch, [cb, watch])
         n, asked = 6*n_epoch*3//4, [35.]*6 + [70.]*12 if n_epoch == 4 else [70.]*9
         if kind == 'rb': want = [i/6 for i in range(n)], asked, seen[:n]
-        else: want = [0, *range(n_epoch)], [0., *[35., 70., 70., 70.][-n_epoch if n_epoch == 4 else 1:][:n_epoch]], None
+        else: want = [0, *range(n_epoch)], [35., 35., 70., 70., 70.] if n_epoch == 4 else [70.]*3, None
         for name,values in zip(cb.log, want):
             if values is not None: assert cb.log[name].tolist() == pytest.approx(values)
         if kind == 'magnitude': assert cb.log.sparsity.tolist() == pytest.approx([100*n_zeros(a/100, N_ALL)/N_ALL for a in cb.log.asked])
@@ -1257,6 +1377,14 @@ def test_thresholds(context, importance):
     want = list(score.values()) if context == 'local' else [max(score.values())]*3
     assert cb.report().threshold.tolist() == pytest.approx(want, rel=1e-5)
 
+def test_weights_are_back_where_the_adaptation_fails():
+    class Broken(list):
+        def __getitem__(self, i): raise RuntimeError('no such file')
+    learn = learner(dls=DataLoaders(DataLoader(Broken(images(4)), bs=None), DataLoader(images(2), bs=None), device='cpu'))
+    before = snapshot(learn.model)
+    with pytest.raises(RuntimeError, match='no such file'): fit(learn, 1, soft('magnitude', schedule=Polynomial(.4, .7, 3, 2), num_bn_adaptation_samples=8))
+    assert same(before, snapshot(learn.model)) and masks(learn.model) == []
+
 @pytest.mark.parametrize('n', [8, 30])
 def test_batchnorm_is_adapted_to_the_first_masks(n):
     "With as many batches as hold the samples, of which the fit sees none less; raw weights are back then"
@@ -1271,9 +1399,8 @@ def test_batchnorm_is_adapted_to_the_first_masks(n):
 
 @pytest.mark.filterwarnings('ignore:The schedule')
 @pytest.mark.parametrize('first', ['const', 'soft'])
-def test_a_configuration_with_two_algorithms(first, request):
+def test_a_configuration_with_two_algorithms(first):
     "Zeros that were there stay; the rest goes by its schedule"
-    request.applymarker(LATE if first == 'soft' else defect('the second fit takes back all of its hard masks, also what had been dropped before the first'))
     (learn, zero), const = half_empty(.2), {'algorithm': 'const_sparsity'}
     mag = {'algorithm': 'magnitude_sparsity', 'sparsity_init': .05, 'params': {'schedule': 'multistep', 'multistep_steps': [1], 'multistep_sparsity_levels': [.1, .6], 'sparsity_freeze_epoch': 3}}
     cbs = callbacks_from_config(SparsityConfig.from_json([const, mag] if first == 'const' else [mag, const]), learn)

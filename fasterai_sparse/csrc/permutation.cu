@@ -124,7 +124,7 @@ __device__ float two_of_four(float a, float b, float c, float d) {
 }
 
 // kept[g][p] = what 2:4 keeps of the `width` stripes of group g when their 4·width columns are dealt as permutation p says. A block for each group and blockDim.x permutations
-extern "C" __global__ void deals(const float* __restrict__ mat, int rows, int cols, const unsigned* __restrict__ groups, int width, const unsigned* __restrict__ perms, int n_perms, float* kept) {
+extern "C" __global__ void deals(const float* __restrict__ mat, int rows, int cols, const unsigned* __restrict__ groups, int width, const unsigned* __restrict__ perms, int n_perms, double* kept) {
     const int p = blockIdx.y*blockDim.x + threadIdx.x;
     if (p >= n_perms) return;
     groups += blockIdx.x*(long long)width;

@@ -149,8 +149,12 @@ class _Trace:
             for p in m._parameters.values():
                 if p is not None: owners.setdefault(id(p), []).append(m)
         self.shared = {t for t in calls if sum(self.modules[c] is self.modules[t] for c in calls) > 1 or any(len(owners[id(p)]) > 1 for p in self.modules[t].parameters())}
-        self.channels = []
-        for node in graph.nodes: self.axes[node] = self.follow(node)
+        self.channels, self.unknown, self.unread = [], {}, {}   # `unknown`: why nothing is known of a value; `unread`: of what a layer reads
+        for node in graph.nodes:
+            self.axes[node] = self.follow(node)
+            before = [self.unknown[a] for a in node.all_input_nodes if a in self.unknown]
+            if before: self.unknown.setdefault(node, before[0])
+            if node.op == 'call_module': self.unread[node.target] = (before or ['reads an input of the model'])[0]
 
     def new(self, size):
         c = Channels(size)
@@ -161,7 +165,7 @@ class _Trace:
 
     def refuse(self, node, why):
         for a in self.inputs(node): _fix(self.axes[a], why)
-        size = _size(node)
+        self.unknown[node], size = why, _size(node)
         return None if size is None else [None]*len(size)
 
     def follow(self, node):
@@ -455,7 +459,7 @@ def _report(trace, n, m, naive, score_of):
         else:
             flat = s.reshape(-1, s.shape[-1])
             rows.append(dict(layer=name, weights=n_weights, searched=searched.get(name, 0), total=s.double().sum().item(), naive=naive[name], kept=kept[name],
-                             row_bound=flat.topk(flat.shape[1]*n//m).values.double().sum().item(), note=why.get(name, '' if name in searched else 'reads an input of the model, or something unknown')))
+                             row_bound=flat.topk(flat.shape[1]*n//m).values.double().sum().item(), note=why.get(name, '' if name in searched else trace.unread.get(name, 'not called by itself'))))
     df = pd.DataFrame(rows, columns=['layer', 'weights', 'searched', 'total', 'naive', 'kept', 'row_bound', 'note'])
     can = df[df.naive.notna()]
     df.attrs['share'] = float(can.searched.sum()/max(can.weights.sum(), 1))

@@ -226,9 +226,10 @@ def _find_layers(self:SoftMaskCallback):
 def _level(self:SoftMaskCallback):
     "The level of this epoch, a fraction"
     if not self.by_epoch: return float(as_fraction(self.sparsity))*min(max(self.schedule.progress((self.n_epochs+1)/self.n_epoch), 0.), 1.)
+    measured = None if self.state is None else self._measured()
     if self.state is None:   # a fit may start later, and the first epochs count as reached
         for e in range(self.n_epochs): self.state = self.schedule.next(self.state, e)
-    self.state = self.schedule.next(self.state, self.n_epochs, self._measured() if self.state else None)
+    self.state = self.schedule.next(self.state, self.n_epochs, measured)
     return self.state.level
 
 @patch
@@ -567,6 +568,6 @@ def _step_logits(self:RBSparsityCallback):
     if all(math.isfinite(s.grad.sum().item()) for s in self.soft.logits.values()):   # or a batch was skipped that should be
         self.mask_opt.step()
         for n,s in self.soft.logits.items():
-            s.clamp_(max=_MOST)
-            if n not in self.hard: s.clamp_(min=-_MOST)
+            s.clamp_(-_MOST, _MOST)
+            if n in self.hard: s.masked_fill_(~self.hard[n], -math.inf)
     self.mask_opt.zero_grad(set_to_none=False)

@@ -434,13 +434,14 @@ def test_noise_is_uniform(n):
     assert xi.dtype == torch.float32 and 0 < xi.min() < 1e-3 and 1-1e-3 < xi.max() < 1 and xi.mean() == pytest.approx(.5, abs=.01) and xi.var() == pytest.approx(1/12, abs=.005)
     assert torch.histc(xi, 8, 0, 1).min() > .95*xi.numel()/8 and xi.unique().numel() > .6*min(xi.numel(), 2**16)
 
-def test_logits_stay_where_they_can_come_back():
+@pytest.mark.parametrize('n', [0, pytest.param(72, marks=defect('a layer with a hard mask has no lower bound for its other logits'))])
+def test_logits_stay_where_they_can_come_back(n):
     learn, cb = learner(), RBSparsityCallback(70, Schedule(sched_one_shot), mask_lr=3., freeze_pct=1)
-    Sparsifier(learn.model, 'weight', 'local', large_final).sparsify_layer(learn.model[0], 50)
+    if n: Sparsifier(learn.model, 'weight', 'local', large_final).sparsify_layer(learn.model[0], 50)
     watch, seen = collect('after_batch', lambda l: torch.cat([s.flatten() for s in cb.logits.values()]))
     fit(learn, 3, [cb, watch])
-    for s in seen: assert int(s.isneginf().sum()) == 72 and s[~s.isneginf()].abs().max() <= 8
-    assert max(s[~s.isneginf()].abs().max() for s in seen) == 8
+    for s in seen: assert int(s.isneginf().sum()) == n and s[~s.isneginf()].abs().max() <= 8
+    assert {float(f(s[~s.isneginf()])) for s in seen for f in (torch.min, torch.max)} >= {-8., 8.}
 
 @pytest.mark.parametrize('loss', [math.nan, math.inf])
 def test_logits_rest_where_gradients_are_not_finite(loss):
@@ -514,9 +515,9 @@ def test_frozen_from_the_start(kind):
 
 @pytest.mark.parametrize('s', [Polynomial(.1, .6, 6, 4), Adaptive(.1, .6, 6, step=.1), Multistep(multistep_steps=(2, 4), multistep_sparsity_levels=(.1, .3, .6))], ids=['polynomial', 'adaptive', 'multistep'])
 @both
-def test_a_fit_that_starts_later(kind, s):
+def test_a_fit_that_starts_later(kind, s, request):
     "The epochs before count as reached"
-    if kind == 'rb' and isinstance(s, Adaptive): return
+    if isinstance(s, Adaptive): request.applymarker(defect('the level waits for an epoch, as masks of the level before are not there to be measured'))
     learn = learner()
     cb, (levels, seen) = soft(kind, schedule=s), collect('before_batch', lambda l: cb.level)
     fit(learn, 6, [cb, levels], start_epoch=3)

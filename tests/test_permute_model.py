@@ -1,0 +1,145 @@
+"permute_model: whatever the network, it computes the same afterwards, and what can move does"
+from copy import deepcopy
+
+import pytest, torch
+import torch.nn.functional as F
+from fastai.layers import AdaptiveConcatPool2d, Flatten
+from torch import nn
+
+from fasterai_sparse.masks import get_mask, set_mask
+from fasterai_sparse.permutation import search_permutation
+from fasterai_sparse.permute_model import *
+from fasterai_sparse.permute_model import _outputs
+
+class Net(nn.Module):
+    "Modules `mods` by name, and a function of them and the input as `forward`"
+    def __init__(self, run, **mods):
+        super().__init__()
+        self.run = run
+        for n,m in mods.items(): setattr(self, n, m)
+    def forward(self, x): return self.run(self, x)
+
+conv = lambda i, o, k=1, **kw: nn.Conv2d(i, o, k, padding=k//2, **kw)
+image, tokens, row = lambda: torch.randn(2,4,6,6), lambda: torch.randn(2,5,16), lambda: torch.randn(3,12)
+
+# name -> what makes the network, its input, and the layers whose inputs can move
+MOVE = {
+    'chain': (lambda: nn.Sequential(conv(4,16,3), nn.BatchNorm2d(16), nn.ReLU(), conv(16,16,3,bias=False), nn.Hardswish(), conv(16,8)), image, ['3', '5']),
+    'residual': (lambda: Net(lambda s, x: s.d(s.a(x) + s.c(torch.relu(s.b(s.a2(x))))), a=conv(4,16), a2=conv(4,24), b=conv(24,12), c=conv(12,16), d=conv(16,4)), image, ['b', 'c', 'd']),
+    'concat': (lambda: Net(lambda s, x: s.c(s.bn(torch.cat([s.a(x), s.b(x)], 1))), a=conv(4,8), b=conv(4,12), bn=nn.BatchNorm2d(20), c=conv(20,8)), image, ['c']),
+    'depthwise': (lambda: nn.Sequential(conv(4,16), conv(16,16,3,groups=16), nn.BatchNorm2d(16), nn.ReLU6(), conv(16,8)), image, ['4']),
+    'depth multiplier': (lambda: nn.Sequential(conv(4,8), conv(8,16,3,groups=8), conv(16,8)), image, []),
+    'groups': (lambda: nn.Sequential(conv(4,16), conv(16,32,3,groups=2), nn.BatchNorm2d(32), conv(32,8)), image, ['1', '3']),
+    'group norm': (lambda: nn.Sequential(conv(4,16), nn.GroupNorm(2,16), nn.PReLU(16), conv(16,8)), image, ['3']),
+    'transposed': (lambda: nn.Sequential(conv(4,16), nn.ConvTranspose2d(16,16,2,2), nn.LeakyReLU(), conv(16,8)), image, ['1', '3']),
+    'head': (lambda: nn.Sequential(conv(4,16), AdaptiveConcatPool2d(1), Flatten(), nn.BatchNorm1d(32), nn.Linear(32,16), nn.ReLU(), nn.Dropout(.5), nn.Linear(16,3)), image, ['4', '7']),
+    'flat': (lambda: nn.Sequential(conv(4,8), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(72,16), nn.Tanh(), nn.Linear(16,2)), image, ['5']),
+    'squeeze and excite': (lambda: Net(lambda s, x: s.d((y := s.a(x)) * torch.sigmoid(s.c(F.relu(s.b(F.adaptive_avg_pool2d(y, 1)))))), a=conv(4,16), b=conv(16,8), c=conv(8,16), d=conv(16,4)), image, ['b', 'c', 'd']),
+    'mlp': (lambda: nn.Sequential(nn.Linear(12,32), nn.GELU(), nn.BatchNorm1d(32), nn.Linear(32,16), nn.ReLU(), nn.Linear(16,2)), row, ['3', '5']),
+    'layer norm': (lambda: nn.Sequential(nn.Linear(16,32), nn.LayerNorm(32), nn.SiLU(), nn.Linear(32,8)), tokens, ['3']),
+    'channels last': (lambda: Net(lambda s, x: s.c(F.layer_norm(s.a(x).permute(0,2,3,1), (16,), s.ln.weight, s.ln.bias).permute(0,3,1,2)), a=conv(4,16), ln=nn.LayerNorm(16), c=conv(16,8)), image, ['c']),
+    'scale': (lambda: Net(lambda s, x: s.b(s.a(x)*s.gamma.weight.view(1,-1,1,1)), a=conv(4,16), b=conv(16,8), gamma=nn.BatchNorm1d(16)), image, None),
+    'attention': (lambda: Net(lambda s, x: s.d(s.attn(y := s.ln(s.a(x)), y, y, need_weights=False)[0]), a=nn.Linear(16,32), ln=nn.LayerNorm(32), attn=nn.MultiheadAttention(32,2,batch_first=True), d=nn.Linear(32,8)), tokens, ['attn.out_proj', 'd']),
+    'unet': (lambda: Net(lambda s, x: s.d(torch.cat([y := s.a(x), F.interpolate(s.c(F.max_pool2d(s.b(y), 2)), scale_factor=2)], 1)), a=conv(4,8,3), b=conv(8,16,3), c=conv(16,12,3), d=conv(20,4)), image, ['c']),   # d reads the channels of b, and those of c
+    'pooled': (lambda: Net(lambda s, x: s.b(s.a(x).mean((2,3))), a=conv(4,16), b=nn.Linear(16,2)), image, ['b']),
+}
+# the layer `c` must stay as it is: its inputs go through something that minds
+STAY = {
+    'sliced': lambda s, x: s.c(torch.cat([(y := s.a(x))[:,:8], y[:,8:]], 1)),
+    'rolled': lambda s, x: s.c(torch.roll(s.a(x), 1, 1)),
+    'flipped': lambda s, x: s.c(s.a(x).flip(1)),
+    'shuffled': lambda s, x: s.c(s.a(x).view(2,4,4,6,6).transpose(1,2).reshape(2,16,6,6)),
+    'chunked': lambda s, x: s.c(torch.cat(s.a(x).chunk(2, 1)[::-1], 1)),
+    'softmax over channels': lambda s, x: s.c(s.a(x).cumsum(1)),
+    'added to the input': lambda s, x: s.c(s.a(x) + torch.cat([x]*4, 1)),
+    'given out': lambda s, x: (s.c(y := s.a(x)), y),
+    'a constant': lambda s, x: s.c(s.a(x) + torch.arange(16.).view(1,16,1,1).to(x)),
+    'group norm as a function': lambda s, x: s.c(F.group_norm(s.a(x), 4, torch.ones(16).to(x))),
+    'sorted': lambda s, x: s.c(s.a(x).sort(1).values),
+    'multiplied as a matrix': lambda s, x: s.c((s.a(x).flatten(2).transpose(1,2) @ torch.ones(16,16).to(x).tril()).transpose(1,2).view(2,16,6,6)),
+}
+
+def stirred(model):
+    "`model` with BatchNorm that has seen something"
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.running_mean.normal_(), m.running_var.uniform_(.5, 2), m.weight.data.uniform_(.5, 2), m.bias.data.normal_()
+    return model.eval()
+
+def same(a, b): return all((x-y).abs().max() <= 1e-10*x.abs().max() for x,y in zip(a, b, strict=True))
+
+def permuted(model, x):
+    before, keys, sizes = _outputs(model, x), list(model.state_dict()), [p.shape for p in model.parameters()]
+    ids = [id(p) for p in model.parameters()]
+    df = permute_model(model, x)
+    assert same(before, _outputs(model, x)) and list(model.state_dict()) == keys and [p.shape for p in model.parameters()] == sizes and [id(p) for p in model.parameters()] == ids
+    can = df[df.naive.notna()]
+    assert (can.kept >= can.naive*(1-1e-6)).all() or len(can) > 1   # layers that share channels may give to one another
+    assert can.kept.sum() >= can.naive.sum()*(1-1e-6)
+    return df
+
+@pytest.mark.parametrize('name', MOVE)
+def test_channels_that_can_move_do(name):
+    make, x, layers = MOVE[name]
+    model = stirred(make())
+    df = permuted(model, x())
+    if layers is None: return
+    gained = df[df.kept > df.naive*(1+1e-6)].layer.tolist()
+    assert [l for l in layers if l not in gained] == [] and not any(df.set_index('layer').note[l] for l in layers)
+
+@pytest.mark.parametrize('name', STAY)
+def test_channels_that_something_minds_stay(name):
+    model = stirred(Net(STAY[name], a=conv(4,16), c=conv(16,8)))
+    was = deepcopy(model.state_dict())
+    df = permuted(model, image())
+    assert all(torch.equal(was[k], v) for k,v in model.state_dict().items()) and df.attrs['share'] == 0 and df.set_index('layer').note['c']
+
+def test_only_the_refused_stay():
+    model = Net(lambda s, x: s.e(torch.relu(s.d(torch.roll(s.a(x), 1, 1)))), a=conv(4,16), d=conv(16,32), e=conv(32,8))
+    df = permuted(model, image()).set_index('layer')
+    assert 'roll' in df.note['d'] and df.kept['e'] > df.naive['e'] and 0 < df.attrs['share'] < 1
+
+def test_a_shared_layer_stays():
+    model = Net(lambda s, x: s.c(s.b(s.b(s.a(x)))), a=conv(4,16), b=conv(16,16), c=conv(16,8))
+    assert 'shared' in permuted(model, image()).set_index('layer').note['b']
+
+def test_tied_weights_stay():
+    model = Net(lambda s, x: s.c(torch.relu(s.b(torch.relu(s.a(x))))), a=nn.Linear(12,12), b=nn.Linear(12,12), c=nn.Linear(12,4))
+    model.b.weight = model.a.weight
+    permuted(model, row())
+
+def test_twice_is_safe():
+    model, x = stirred(MOVE['chain'][0]()), image()
+    first, second = permuted(model, x), permuted(model, x)
+    assert second.kept.dropna().sum() >= first.kept.dropna().sum()*(1-1e-6)
+
+def test_masks_and_gradients_go_along():
+    model = stirred(nn.Sequential(nn.Linear(12,16), nn.ReLU(), nn.Linear(16,8)))
+    mask = torch.rand(8,16) < .5
+    set_mask(model[2], mask)
+    model(row()).sum().backward()
+    w, g = model[2].weight.detach().clone(), model[2].weight.grad.clone()
+    permuted(model, row())
+    order = [int((w.T == c).all(1).nonzero()[0,0]) for c in model[2].weight.detach().T]
+    assert sorted(order) == list(range(16)) and order != list(range(16))
+    assert torch.equal(get_mask(model[2]), mask[:,order]) and torch.equal(model[2].weight.grad, g[:,order])
+
+@pytest.mark.parametrize('training', [True, False])
+def test_modes_and_statistics_are_left(training):
+    model, x = stirred(MOVE['residual'][0]()).train(training), image()
+    permute_model(model, x)
+    assert all(m.training == training for m in model.modules())
+
+def test_what_can_not_be_traced_is_refused():
+    model = Net(lambda s, x: s.a(x) if x.sum() > 0 else s.c(x), a=conv(4,16), c=conv(4,16))
+    was = deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="Net can't be traced"): permute_model(model, image())
+    assert all(torch.equal(was[k], v) for k,v in model.state_dict().items())
+
+def test_a_wrong_rule_is_taken_back(monkeypatch):
+    "What the rules say is not believed: channels that change the output go back, others stay moved"
+    from fasterai_sparse import permute_model as pm
+    monkeypatch.setattr(pm, '_elementwise', (*pm._elementwise, 'roll'))
+    monkeypatch.setitem(pm._Trace.function.__globals__, '_elementwise', (*pm._elementwise,))
+    model = Net(lambda s, x: s.e(torch.relu(s.d(torch.roll(s.a(x), 1, 1)))), a=conv(4,16), d=conv(16,32), e=conv(32,8))
+    df = permuted(model, image()).set_index('layer')
+    assert 'taken back' in df.note['d'] and df.kept['e'] > df.naive['e']

@@ -63,6 +63,7 @@ def level(nm, cs):
 def arg_line(line):
     "A line of a signature without module names and types inferred from a default; a commented argument on its own line"
     c,sep,comment = line.partition(' # ')
+    c = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r'\1', c)
     c = re.sub(r'((?<=[:>[])|(?<=\| ))([A-Za-z_]\w*\.)+(?=[A-Za-z_])', '', c)
     c = re.sub(r':(NoneType|type|function|builtin_function_or_method)=', '=', c)
     return (_arg_sep.sub(',\n    ', c) if sep else c) + sep + comment

@@ -436,7 +436,7 @@ def test_noise_is_uniform(n):
 
 @pytest.mark.parametrize('n', [0, pytest.param(72, marks=defect('a layer with a hard mask has no lower bound for its other logits'))])
 def test_logits_stay_where_they_can_come_back(n):
-    learn, cb = learner(), RBSparsityCallback(70, Schedule(sched_one_shot), mask_lr=3., freeze_pct=1)
+    learn, cb = learner(), RBSparsityCallback(70, Schedule(sched_one_shot), mask_lr=20., freeze_pct=1)
     if n: Sparsifier(learn.model, 'weight', 'local', large_final).sparsify_layer(learn.model[0], 50)
     watch, seen = collect('after_batch', lambda l: torch.cat([s.flatten() for s in cb.logits.values()]))
     fit(learn, 3, [cb, watch])

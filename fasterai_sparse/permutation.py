@@ -163,7 +163,7 @@ class _Search:
             p, q = self.rng.integers(0, len(self.order), (2, self.rng.integers(2, 6)))
             for a,b in zip(p, q): self.order[a], self.order[b] = self.order[b], self.order[a]
             self.refresh(np.unique(np.concatenate([p, q])//self.m))
-            self.descend(2)
+            self.descend(1)
             now, done = self.kept.sum(), done+1
             if now >= here - tolerance*left: here, origin = now, self.order.copy()
             else: self.back_to(origin)
@@ -240,7 +240,7 @@ def _found(hole_map, s, n, m, time_budget, seed, start):
     "The order of the columns of `s` after a search by `hole_map`"
     x = s.T.contiguous()
     search = _Search(hole_map(x, n, m, s.device), len(x), seed, math.inf if time_budget is None else start+time_budget)
-    search.descend(16 if len(x) < 1024 else 4)
-    n_kicks = min(40, 200_000//s.numel()) if time_budget is None else None
+    search.descend(16 if len(x) < 1024 else 3)
+    n_kicks = min(24, 1_500_000//s.numel()) if time_budget is None else None
     if n_kicks != 0: search.kick(n_kicks, time.perf_counter())
     return search.order

@@ -6,7 +6,7 @@
 __all__ = ['Channels', 'Place', 'permute_model']
 
 # %% ../nbs/19b_permute_model.ipynb #e28e31af
-import math, operator
+import math, warnings
 from copy import deepcopy
 from dataclasses import dataclass, field
 from math import lcm
@@ -418,6 +418,7 @@ def permute_model(
     score_of = lambda p: scores(p.tensor.detach()).float()
     sets = [c for c in trace.channels if c.root is c and c.read]
     before, naive = _outputs(model, example_input), _kept(trace, n, m, score_of)
+    if not any(bool(o.any()) for o in before): warnings.warn(f"The output of {type(model).__name__} is zero, as that of a new head can be: that nothing changes is not checked, only known from the rules")
     orders = {c: order for c in sets if not c.why and (order := _search(c, n, m, score_of, **kwargs)) is not None}
     for c,order in orders.items(): _permute(c, order)
     if _differs(before, _outputs(model, example_input)): _one_by_one(model, example_input, before, orders)

@@ -143,3 +143,8 @@ def test_a_wrong_rule_is_taken_back(monkeypatch):
     model = Net(lambda s, x: s.e(torch.relu(s.d(torch.roll(s.a(x), 1, 1)))), a=conv(4,16), d=conv(16,32), e=conv(32,8))
     df = permuted(model, image()).set_index('layer')
     assert 'taken back' in df.note['d'] and df.kept['e'] > df.naive['e']
+
+def test_a_check_that_shows_nothing_is_said():
+    model = nn.Sequential(nn.Linear(12,16), nn.ReLU(), nn.Linear(16,8), nn.ReLU(), nn.Linear(8,4))
+    nn.init.zeros_(model[4].weight), nn.init.zeros_(model[4].bias)
+    with pytest.warns(UserWarning, match='output of Sequential is zero'): permuted(model, row())

@@ -42,6 +42,14 @@ def train(width, name, args):
     return dict(weights=int(df.params.sum()), optimizer=name, reached=100*df.zeros.sum()/df.params.sum(), moved=int(moved.argmax()) if moved.any() else None,
                 met=next((i for i,s in enumerate(log.sparsity) if abs(s-SPARSITY) < 1), None), accuracy=percent, seconds=seconds), log
 
+def command(args):
+    "The command line that repeats what `args` asked for, but for its folders"
+    words = ['python benchmarks/rb_level.py']
+    for n,default in dict(epochs=6, bs=128, images=12800, widths=list(WIDTHS), arms=list(ARMS), threads=2).items():
+        v = getattr(args, n)
+        if v != default: words += [f'--{n}', *(f'"{o}"' if ' ' in str(o) else str(o) for o in (v if isinstance(v, list) else [v]))]
+    return ' '.join(words)
+
 def main(args):
     import matplotlib.pyplot as plt
     torch.set_num_threads(args.threads)
@@ -61,7 +69,7 @@ def main(args):
     table = ['| weights | optimizer of the logits | sparsity reached, % | within 1 % of 90 first at batch | first masked at batch | accuracy, % | s |', '|---'*7 + '|',
              *(f'| {r["weights"]:,} | {r["optimizer"]} | {r["reached"]:.2f} | {"–" if r["met"] is None else r["met"]} | {"–" if r["moved"] is None else r["moved"]} | {r["accuracy"]:.2f} | {r["seconds"]:.0f} |' for r in rows)]
     (args.out/'rb_level.md').write_text('\n'.join(['# Whether RB sparsity reaches its level', '',
-        f'`python benchmarks/rb_level.py`: `RBSparsityCallback({SPARSITY})`, one seed, `fit_one_cycle({args.epochs}, {LR:g})` over {args.images//args.bs} batches of {args.bs} images of Fashion-MNIST an epoch; '
+        f'`{command(args)}`: `RBSparsityCallback({SPARSITY})`, one seed, `fit_one_cycle({args.epochs}, {LR:g})` over {args.images//args.bs} batches of {args.bs} images of Fashion-MNIST an epoch; '
         f'ResNet-18 of widths {" and ".join(map(str, args.widths))}; the level rises over the first half, masks are fixed after three quarters. fasterai_sparse {version("fasterai_sparse")}, torch {version("torch")}, '
         f'{cpu_name()}, {os.cpu_count()} cores, {args.threads} thread{"s"*(args.threads > 1)}.', '', *table, '', '![Sparsity by batch](rb_level.png)', '',
         '- The learning rate of the logits is the default, .1, and ours is `betas=(.9,.95), eps=1e-12`. The level is 90 % from the middle of the fit on.',

@@ -10,6 +10,11 @@ from .schedules import *
 from .graph import *
 from .bn_adaptation import *
 from .report import *
+from .native import *
+from .permutation import *
+from .permutation_cuda import *
+from .channels import *
+from .permute_model import *
 from .sparsifier import *
 from .training import *
 from .lottery import *
@@ -20,7 +25,3 @@ from .dynamic import *
 from .epoch_schedules import *
 from .soft_masks import *
 from .config import *
-from .native import *
-from .permutation import *
-from .permutation_cuda import *
-from .permute_model import *

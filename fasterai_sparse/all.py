@@ -9,6 +9,7 @@ from .allocation import *
 from .schedules import *
 from .graph import *
 from .bn_adaptation import *
+from .opt_state import *
 from .report import *
 from .native import *
 from .permutation import *
@@ -25,3 +26,4 @@ from .dynamic import *
 from .epoch_schedules import *
 from .soft_masks import *
 from .config import *
+from .nm import *

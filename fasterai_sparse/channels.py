@@ -496,7 +496,7 @@ def _run(model, x, training, mode):
     devices = [t.device for t in tensors_in([x, list(model.parameters())]) if t.is_cuda]
     try:
         torch.backends.mha.set_fastpath_enabled(False)   # it calls no function that could be watched
-        with torch.random.fork_rng(sorted({d.index for d in devices})), torch.no_grad(), mode:
+        with torch.random.fork_rng(sorted({d.index for d in devices})), torch.no_grad(), torch.autocast('cuda' if devices else 'cpu', enabled=False), mode:
             torch.manual_seed(0)
             return list(tensors_in(call_with(model.train(training), x)))
     finally: torch.backends.mha.set_fastpath_enabled(fast)

@@ -7,7 +7,7 @@ __all__ = ['magnitude', 'STATE', 'random_criteria', 'large_final', 'squared_fina
            'large_init_large_final', 'small_init_small_final', 'magnitude_increase', 'movement', 'movmag',
            'updating_magnitude_increase', 'updating_movement', 'updating_movmag', 'wanda', 'grad_crit', 'Reducer',
            'Normalizer', 'needed_state', 'Criteria', 'as_criteria', 'squared_input', 'evaluating', 'call_with',
-           'input_norms']
+           'inputs_of', 'input_norms']
 
 # %% ../nbs/02_criteria.ipynb #cbc90271
 import inspect
@@ -224,6 +224,12 @@ def call_with(model, batch):
     if isinstance(batch, dict): return model(**batch)
     return model(*batch) if isinstance(batch, (tuple,list)) else model(batch)
 
+def inputs_of(
+    data, # A batch: a tensor, a dict of arguments, or a tuple whose last item is the target; or batches, in a list or `DataLoader`
+):
+    "Yield what each batch gives to a model"
+    for b in [data] if isinstance(data, (torch.Tensor, tuple, dict)) else data: yield (b[:-1] or b) if isinstance(b, (tuple,list)) else b   # without the target
+
 def input_norms(
     model:nn.Module,
     data, # A batch: a tensor, a dict of arguments, or a tuple whose last item is the target; or batches, in a list or `DataLoader`
@@ -234,8 +240,6 @@ def input_norms(
     def hook(m, args): total[m] = total.get(m, 0) + squared_input(m, args[0])
     device = next((p.device for p in model.parameters()), 'cpu')
     with evaluating(model, [m.register_forward_pre_hook(hook) for m in layers.values()]):
-        for b in ([data] if isinstance(data, (torch.Tensor, tuple, dict)) else data):
-            if isinstance(b, (tuple,list)): b = b[:-1] or b   # without the target
-            call_with(model, _to(b, device))
+        for b in inputs_of(data): call_with(model, _to(b, device))
     if missed := [n for n,m in layers.items() if m not in total]: raise ValueError(f"No batch of data= reaches {missed}: name the other layers, or use another criterion")
     return {m: t.sqrt() for m,t in total.items()}

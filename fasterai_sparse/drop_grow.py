@@ -19,7 +19,7 @@ from .granularity import *
 from .criteria import *
 from .allocation import *
 from .sparsifier import *
-from .training import state_of
+from .opt_state import state_of
 
 # %% ../nbs/12_drop_grow.ipynb #e4445043
 random_score = random_criteria

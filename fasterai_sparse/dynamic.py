@@ -25,6 +25,7 @@ from .masks import *
 from .report import maskable_weights
 from .schedules import *
 from .sparsifier import *
+from .opt_state import *
 from .training import *
 
 # %% ../nbs/13_dynamic.ipynb #fdb73413

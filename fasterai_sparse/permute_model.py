@@ -16,6 +16,7 @@ from .channels import *
 from .criteria import *
 from .granularity import out_in_axes
 from .masks import *
+from .opt_state import past_of
 from .permutation import *
 from .report import maskable_weights
 
@@ -59,8 +60,9 @@ def _reads(model, channels, m, score_of):
         if w is None or not _can_have_pattern(module): continue
         k = out_in_axes(module)[1]
         if unmaskable(module, pname) or w.shape[k] % m: not_[layer] = unmaskable(module, pname) or f'{w.shape[k]} inputs are no multiple of {m}'
-        else:
-            s = score_of(layer, w).to(w.device).float()
+        elif (s := score_of(layer, w)) is not None:
+            s = s.to(w.device).float()
+            s = s - s.min().clamp(max=0)   # the order is what counts, and the pattern always keeps as many
             if s.shape != w.shape: raise ValueError(f"The scores of {layer} have shape {tuple(s.shape)}, its weight {tuple(w.shape)}")
             reads += [_Read(layer, p, (p or Place('', k)).part(s).flatten(1), channels) for p in by_weight[names[id(w)],k] or [None]]
     return reads, not_
@@ -143,15 +145,15 @@ def _solved(problem, seen, reads, readers, channels, n, m, kwargs):
     if gain > 1e-9*x.sum().item(): return source
 
 # %% ../nbs/06e_permute_model.ipynb #7f0a1be7
-def _companions(model, opt, copies):
+def _companions(model, opt, copies, along):
     "Name of each parameter and buffer -> it and all that has its shape and moves with it"
-    tensors, state = defaultdict(list), getattr(getattr(opt, 'opt', opt), 'state', {})
+    tensors = defaultdict(list)
     for one in (model, *copies):
         for n,t in (*one.named_parameters(), *one.named_buffers()): tensors[n].append(t)
     names = {id(p): n for n,p in model.named_parameters()}
     for _,_,p,mask in masked_params(model): tensors[names[id(p)]].append(mask)
-    for n,p in model.named_parameters():
-        tensors[n] += [t for t in (p.grad, *(state[p].values() if p in state else ())) if torch.is_tensor(t) and t.shape == p.shape]
+    for n,p in model.named_parameters(): tensors[n] += ([] if p.grad is None else [p.grad]) + ([] if opt is None else list(past_of(opt, p)))
+    for p,t in along: tensors[names[id(p)]].append(t)
     return {n: list({id(t): t for t in ts}.values()) for n,ts in tensors.items()}
 
 @torch.no_grad()
@@ -173,9 +175,10 @@ def permute_model(
     example_input, # A batch (tensor, or tuple or dict of the arguments of `forward`), on which the model is watched and checked
     n=2, # How many of `m` the pattern keeps
     m=4,
-    scores=large_final, # How important a weight is: a function of the parameter, or a dict of layer names to scores of the weight's shape
+    scores=large_final, # How important a weight is: a function of the parameter, or a dict of layer names to scores of the weight's shape (layers it does not have do not count)
     opt=None, # An optimizer, fastai's or torch's, that has state of the weights
     copies=(), # Models with the same parameters that move along, as an average of the weights
+    along=(), # Pairs of a parameter and another tensor of its shape that moves along
     **kwargs, # Of `search_permutation`: time_budget (of each search), seed, backend
 ):
     """Put the channels of `model` into the order in which n:m keeps most of the `scores`, without changing what it computes.
@@ -185,14 +188,14 @@ def permute_model(
     model, copies = unwrapped(model), [unwrapped(c) for c in copies]
     if any([(n_, p.shape) for n_,p in c.named_parameters()] != [(n_, p.shape) for n_,p in model.named_parameters()] for c in copies): raise ValueError("copies are models with the same parameters, these have others")
     channels, before, untrained = follow_channels(model, example_input)
-    reads, not_ = _reads(model, channels, m, (lambda name, p: scores[name]) if isinstance(scores, dict) else lambda name, p: scores(p.detach()))
+    reads, not_ = _reads(model, channels, m, scores.get if isinstance(scores, dict) else lambda name, p: scores(p.detach()))
     if untrained and (unseen := sorted({n for n,_ in model.named_parameters()} - channels.seen)):
         warnings.warn(f"{type(model).__name__} can't run on the example in training mode ({untrained}); if {unseen[0]} and others that were not read are used there, it computes something else in training")
     if not any(bool(t.any()) for outs in before for t in outs): warnings.warn(f"The output of {type(model).__name__} is zero, as that of a new head can be: that nothing changes is not checked, only known from the rules")
     seen = _stripes(reads, channels.kinds, m)
     readers = _readers(reads)
     sources = [_solved(p, seen, reads, readers, channels, n, m, kwargs) for p in _problems(_agreed(seen, reads), channels.kinds)]
-    sources = _check(model, example_input, before, channels, [s for s in sources if s is not None], _companions(model, opt, copies))
+    sources = _check(model, example_input, before, channels, [s for s in sources if s is not None], _companions(model, opt, copies, along))
     return _report(model, reads, channels, not_, n, m, _together(sources, channels))
 
 def _together(sources, channels):

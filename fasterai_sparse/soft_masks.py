@@ -28,6 +28,7 @@ from .masks import *
 from .report import *
 from .schedules import *
 from .sparsifier import *
+from .opt_state import *
 from .training import *
 
 # %% ../nbs/15_soft_masks.ipynb #6377e5d0

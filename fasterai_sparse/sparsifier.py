@@ -24,6 +24,7 @@ from .allocation import *
 from .graph import batchnorms_after
 from .bn_adaptation import adapt_batchnorm
 from .report import *
+from .permute_model import permute_model
 
 # %% ../nbs/07_sparsifier.ipynb #7a2f18b1
 def as_fraction(
@@ -67,6 +68,7 @@ class Sparsifier:
         context, # How the sparsity is shared among layers: 'local', 'global' or an allocation
         criteria, # How important a weight is: a score function or a `Criteria`
         nm=False, # N:M pattern: True for 2:4, or `(n, m)`; it sets each layer's share, whatever the context
+        permute=False, # Put the channels first into the order in which N:M keeps most (`permute_model`, which runs the model on a batch of `data`); what the model computes stays
         layer_type=nn.Conv2d, # Layers to sparsify, a module class or a tuple of them; None for all that have granularities
         data=None, # Calibration batch, or batches in a list or `DataLoader`, for criteria that ask for `data`
         undo=False, # Keep what `undo` needs (a copy of what each call changes)
@@ -76,6 +78,8 @@ class Sparsifier:
         self.criteria, self.allocation = as_criteria(criteria), as_allocation(context)
         self.granularity = _pattern(granularity, nm)
         if isinstance(self.granularity, NM): self.allocation = uniform_sparsity
+        elif permute: raise ValueError(f"permute=True is for an N:M pattern, as nm=True or NM(2,4), not for {self.granularity!r}")
+        self.to_permute, self.permutation = permute, None   # Whether that is still to be done; and its report
         if 'data' in self.criteria.needs and data is None: raise ValueError(f"The criterion {self.criteria.name!r} needs data=, a calibration batch")
         if not all(isinstance(t, type) for t in (layer_type if isinstance(layer_type, tuple) else (layer_type,)) if t is not None):
             raise ValueError(f"layer_type is a module class or a tuple of them, not {layer_type}")
@@ -318,6 +322,24 @@ def _plan(self:Sparsifier, names, allocation, fraction, round_to, norms):
 # %% ../nbs/07_sparsifier.ipynb #84d9e035
 @patch
 @torch.no_grad()
+def permute(self:Sparsifier,
+    data=None, # A batch, as for `Sparsifier`; None: the first of the Sparsifier's own
+    opt=None, # The optimizer that has trained the model
+):
+    """Put the channels into the order in which the pattern keeps most of what the criterion scores, or of the weights' size where it needs gradients or an optimizer; see `permute_model`,
+    whose report is `permutation` from then on. Where layers have masks already, all stays as it is"""
+    data = ifnone(data, self.data)
+    if data is None: raise ValueError("permute=True needs data=, a batch on which the model is run")
+    self.to_permute = False
+    if any(get_mask(m, p) is not None for m,p in self.layers.values()): return
+    g, norms = self.granularity, self._norms(self.layers) if not self.criteria.needs & {'grad', 'opt'} else {}
+    scores = {n: self.scores(n, norms) if not self.criteria.needs & {'grad', 'opt'} else large_final(self.param(n)) for n in self.layers}
+    along = [(self.param(n), t) for kept in (self.init, self.prev) for n,t in kept.items()]
+    self.permutation = permute_model(self.model, next(inputs_of(data)), g.n, g.m, scores, opt=opt, along=along, seed=self.seed)
+
+# %% ../nbs/07_sparsifier.ipynb #bb050e13
+@patch
+@torch.no_grad()
 def choose(self:Sparsifier,
     target, # A fraction for all layers together, or a dict of weight name -> fraction, from `targets`
     round_to=None, # Make the kept number of groups of each layer a multiple of this
@@ -338,6 +360,8 @@ def apply(self:Sparsifier,
     on_change=None, # Called with each parameter and the bool mask of what changes, before it does
 ):
     "Set the masks for `target`; nothing changes unless all can be set"
+    self.check(target, round_to)
+    if self.to_permute: self.permute()
     plan = self.choose(target, round_to)
     self._set([c for n,mask in plan for c in self._changes(n, mask)], on_change)
     for n,mask in plan:

@@ -20,6 +20,7 @@ from .lottery import *
 from .masks import *
 from .schedules import *
 from .sparsifier import *
+from .opt_state import *
 from .training import *
 
 # %% ../nbs/10_sparsify_callback.ipynb #f8a27fa5
@@ -54,6 +55,7 @@ class SparsifyCallback(MaskUpdates):
         model=None, # Part of the learner's model to sparsify, all of it if None; names are relative to it, and only it is rewound
         round_to=None, # Make the kept number of groups of each layer a multiple of this
         nm=False, # N:M pattern: True for 2:4, or `(n, m)`
+        permute=False, # Put the channels first into the order in which N:M keeps most; what the model computes stays
         layer_type=nn.Conv2d, # Layers to sparsify, a module class or a tuple of them
         data=None, # Calibration batch for criteria that ask for `data`
         start_epoch=None, # Epochs of training before the schedule starts, in place of the schedule's own
@@ -73,7 +75,7 @@ class SparsifyCallback(MaskUpdates):
         if lth and update_every is None and not takes_steps(self.schedule):
             raise ValueError("lth rewinds at each step of the schedule, and this one changes all the time: use one_shot, iterative or "
                              "partial(iterative, n_steps=5), or say with update_every= after how many batches to take a step")
-        self.make = partial(sparsifier, granularity=granularity, context=context, criteria=criteria, nm=nm, layer_type=layer_type, data=data)
+        self.make = partial(sparsifier, granularity=granularity, context=context, criteria=criteria, nm=nm, permute=permute, layer_type=layer_type, data=data)
         store_attr('lth,rewind_epoch,reset_end,save_tickets,round_to,start_epoch,end_epoch,update_every,verbose')
         self.part, self.sparsifier, self.started, self.rewind_point = model, None, False, None
 
@@ -91,6 +93,7 @@ class SparsifyCallback(MaskUpdates):
         self.waits = not self.started
 
     def before_train(self):
+        if self.sparsifier.to_permute: self._permute()
         if self.n_epochs == self.rewind_epoch: self._remember()
         self.trained = self.has_trained = True
 
@@ -177,6 +180,14 @@ def _set_up(self:SparsifyCallback):
     self.trained, self.has_trained, self.measured, self.last, self.rewind_point = False, self.n_epoch == 0, None, None, None
     if self.speaks: print(f'Pruning of {self.sparsifier.granularity} until a sparsity of {self._asked()}')
     return True
+
+@patch
+def _permute(self:SparsifyCallback):
+    "Put the channels into order, on the first batch of the data"
+    dl = self.dls.train
+    b = next(iter(dl))
+    self.sparsifier.permute(to_device(b, self.dls.device) if isinstance(b, (tuple,list,dict,torch.Tensor)) else b, self.opt)
+    if self.speaks and (df := self.sparsifier.permutation) is not None: print(f'Channels permuted: {self.sparsifier.granularity} keeps {df.kept.sum()/df.total.sum():.2%} of the scores, {df.naive.sum()/df.total.sum():.2%} in the order that was there')
 
 def _from_first_rank(norms):
     "What the first rank has measured: BatchNorm has other statistics on each"

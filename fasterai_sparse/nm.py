@@ -14,7 +14,6 @@ import math
 import pandas as pd, torch
 from fastai.basics import *
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from .criteria import *
 from .granularity import *
@@ -30,9 +29,11 @@ def _groups(m, p, nm):
     return group_weights(m, nm).planes(m._parameters[p].detach() != 0)
 
 def _verified(name, m, p, nm):
-    w = m._parameters.get(p)
-    row = dict(layer=name, type=type(m).__name__, shape=() if w is None else tuple(w.shape), groups=0, broken=0, pattern='no', masked=get_mask(m, p) is not None, note='')
-    if why := unmaskable(m, p) or group_weights(m, nm).misfit(w.shape): return dict(row, note=why, pattern='dense' if w is not None and not is_lazy(w) and bool((w != 0).all()) else 'no')
+    w, why = m._parameters.get(p), unmaskable(m, p)
+    row = dict(layer=name, type=type(m).__name__, shape=(), groups=0, broken=0, pattern='no', masked=get_mask(m, p) is not None, note=why or '')
+    if why: return row
+    row['shape'] = tuple(w.shape)
+    if why := group_weights(m, nm).misfit(w.shape): return dict(row, note=why, pattern='dense' if bool((w != 0).all()) else 'no')
     n_live = _groups(m, p, nm).sum(0)
     broken = n_true(n_live > nm.n)
     row.update(groups=n_live.numel(), broken=broken)
@@ -53,7 +54,7 @@ def verify_nm(
     rows = [_verified(*w, nm) for w in maskable_weights(model, layer_type)]
     if not rows: raise ValueError(f"No layer of {type(model).__name__} can have an N:M pattern")
     df = pd.DataFrame(rows)
-    sizes = df['shape'].map(math.prod)
+    sizes = df['shape'].map(lambda s: math.prod(s) if s else 0)
     df.attrs['share'] = float(sizes[df.pattern == str(nm)].sum()/max(sizes.sum(), 1))
     return df
 

@@ -106,7 +106,7 @@ class _Search:
         self.kept, g = np.zeros(len(self.stripes)), len(self.stripes)
         self.best, self.which = np.empty((g, g)), np.empty((g, g), np.int64)   # by pair of stripes: gain of the best swap, and which
         self.refresh(self.stripes)
-        self.eps = 1e-6*self.kept.sum()/g   # below that a gain is a matter of rounding
+        self.eps = 1e-6*self.kept.sum()/g   # below that the gain of a swap is a matter of rounding; of an assignment, a sum over stripes, below √g times that
 
     @property
     def late(self): return time.perf_counter() > self.deadline
@@ -137,8 +137,9 @@ class _Search:
                 changed.append(both)
                 best[both], best[:,both] = -np.inf, -np.inf
             if not changed: return
+            had = self.kept.sum()
             self.refresh(np.concatenate(changed))
-            if self.late: return
+            if self.late or self.kept.sum() <= had + self.eps/2: return   # what it promised was rounding
 
     def assign(self, n_most=512):
         "Deal the columns of one random hole in each stripe anew; whether that gained anything"
@@ -150,10 +151,11 @@ class _Search:
         price = np.zeros(len(gain), np.float32)   # of each column. The best assignment is the same at any prices, but found several times as fast where few holes want another column than theirs
         for _ in range(min(8, len(gain)//16)): price = (gain + price[:,None]).max(0)
         i, j = linear_sum_assignment(gain + price[:,None] - price, maximize=True)
-        if gain[i,j].sum() <= self.eps: return False
+        had, least = self.kept.sum(), self.eps*len(self.stripes)**.5
+        if gain[i,j].sum() <= least: return False
         self.order[holes] = self.order[holes[j]]
         self.refresh(stripes[i != j])
-        return True
+        return self.kept.sum() > had + least/2   # so that it ends
 
     def holes(self, stripes):
         "One of the places in each of `stripes`, drawn from those that can change"

@@ -1,5 +1,5 @@
 "The permutation search against brute force and dynamic programming, its back ends against each other, and what it refuses"
-import math, random
+import itertools, math, random
 from itertools import combinations
 
 import numpy as np, pytest, torch
@@ -55,6 +55,38 @@ def test_other_patterns_get_the_optimum(backend, n, m, c):
     p = search_permutation(s, n, m, backend=backend)
     check(p, s, n, m)
     assert p.kept == pytest.approx(optimum(s, n, m), rel=1e-6)
+
+def best_in_groups(s, groups, n=2, m=4):
+    "The most that n:m can keep where columns move within their group only: all ways to deal each group's columns into its places"
+    places = {g: [i for i in range(len(groups)) if groups[i] == g] for g in set(groups) if g >= 0}
+    best = 0.
+    for dealt in itertools.product(*(itertools.permutations(p) for p in places.values())):
+        order = list(range(len(groups)))
+        for p,d in zip(places.values(), dealt):
+            for i,j in zip(p, d): order[i] = j
+        best = max(best, kept(s[:,order], n, m))
+    return best
+
+@each_backend
+@pytest.mark.parametrize('groups', [[0,0,1,1,0,1,1,0], [0,1,-1,-1,0,1,1,0], [0,0,0,-1,0,0,-1,-1], [-1]*8, [0,1,2,3,4,5,6,7], [2,2,2,2,2,2,2,2], [0,0,0,0,1,1,1,1]])
+def test_columns_move_within_their_group(backend, groups):
+    for seed in range(3):
+        s = np.random.RandomState(seed).rand(9, 8)
+        p = search_permutation(s, backend=backend, groups=groups)
+        check(p, s)
+        assert (np.array(groups)[p.order.numpy()] == groups).all() and all(o == i for i,o in enumerate(p.order.tolist()) if groups[i] < 0)
+        assert p.kept == pytest.approx(best_in_groups(s, groups), rel=1e-6)
+
+def test_groups_of_a_larger_matrix():
+    s, groups = np.random.RandomState(0).rand(32, 64), np.arange(64) % 3 - 1
+    p = search_permutation(s, groups=groups)
+    check(p, s)
+    assert (groups[p.order.numpy()] == groups).all() and search_permutation(s).kept > p.kept > 1.005*p.naive
+
+@pytest.mark.parametrize('shape', [(4,512), (1,256), (2,1024)])
+def test_it_ends_where_only_rounding_is_left_to_gain(shape):
+    p = search_permutation(torch.rand(shape))
+    assert p.efficacy > 99
 
 @each_backend
 @pytest.mark.parametrize('columns', [1, 3, 4, 5, 7, 8, 18, 23])
@@ -117,7 +149,7 @@ def test_inputs_of_other_kinds():
 @pytest.mark.parametrize('kwargs,what', [
     (dict(scores=torch.rand(8)), r'\(8,\)'), (dict(scores=torch.rand(2,2,4)), r'\(2, 2, 4\)'), (dict(scores=torch.rand(0,8)), r'\(0, 8\)'), (dict(scores=torch.tensor([[1., math.nan]])), '1 of 2'),
     (dict(scores=torch.tensor([[1., math.inf]])), 'finite'), (dict(scores=torch.tensor([[1., -2.]])), '-2'), (dict(n=4), '4:4'), (dict(n=0), '0:4'), (dict(m=2.5), '2.5'), (dict(n=True), 'True:4'),
-    (dict(time_budget=0), 'not 0'), (dict(time_budget=-1.), '-1.0'), (dict(time_budget='1'), "'1'"), (dict(backend='gpu'), "'gpu'")])
+    (dict(time_budget=0), 'not 0'), (dict(time_budget=-1.), '-1.0'), (dict(time_budget='1'), "'1'"), (dict(backend='gpu'), "'gpu'"), (dict(groups=[0]*15), r'16 columns'), (dict(groups=[.5]*16), 'float64')])
 def test_what_is_refused(kwargs, what):
     with pytest.raises(ValueError, match=what): search_permutation(**{'scores': torch.rand(8,16), **kwargs})
 

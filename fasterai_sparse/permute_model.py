@@ -16,7 +16,7 @@ from .channels import *
 from .criteria import *
 from .granularity import out_in_axes
 from .masks import *
-from .opt_state import past_of
+from .opt_state import params_of, past_of, state_of
 from .permutation import *
 from .report import maskable_weights
 
@@ -145,13 +145,14 @@ def _solved(problem, seen, reads, readers, channels, n, m, kwargs):
     if gain > 1e-9*x.sum().item(): return source
 
 # %% ../nbs/06e_permute_model.ipynb #7f0a1be7
-def _companions(model, opt, copies, along):
+def _companions(model, opt=None, copies=(), along=()):
     "Name of each parameter and buffer -> it and all that has its shape and moves with it"
     tensors = defaultdict(list)
     for one in (model, *copies):
         for n,t in (*one.named_parameters(), *one.named_buffers()): tensors[n].append(t)
-    names = {id(p): n for n,p in model.named_parameters()}
-    for _,_,p,mask in masked_params(model): tensors[names[id(p)]].append(mask)
+    names = {id(p): n for one in (model, *copies) for n,p in one.named_parameters()}
+    for one in (model, *copies):
+        for _,_,p,mask in masked_params(one): tensors[names[id(p)]].append(mask)
     for n,p in model.named_parameters(): tensors[n] += ([] if p.grad is None else [p.grad]) + ([] if opt is None else list(past_of(opt, p)))
     for p,t in along: tensors[names[id(p)]].append(t)
     return {n: list({id(t): t for t in ts}.values()) for n,ts in tensors.items()}
@@ -163,11 +164,37 @@ def _move(channels, tensors, source):
         for t in tensors[place.name]: place.permute_(t.data, _sources(at, source))
 
 def _differ(a, b, tolerance=1e-10):
-    "Whether outputs differ by more than `tolerance` of their largest value"
+    "Whether outputs differ, by more than `tolerance` of the largest that is not the same"
     for x,y in zip((t for outs in a for t in outs), (t for outs in b for t in outs), strict=True):
-        x, y = torch.nan_to_num(x, nan=0.).double(), torch.nan_to_num(y, nan=0.).double()   # what is no number stays none, and where
-        if x.numel() and bool((x-y).abs().max() > tolerance*x.abs().max()): return True
+        x, y = x.double(), y.double()
+        other = (x != y) & ~(x.isnan() & y.isnan())
+        if bool(other.any()) and not bool((x-y)[other].abs().max() <= tolerance*x[other].abs().max() + 1e-13): return True
     return False
+
+@torch.no_grad()
+def _stirred(model):
+    "A copy of `model` in float64 with a little noise on each value, so that no channel is hidden behind a zero, and no two are alike"
+    twin, rng = copied(model).double(), torch.Generator().manual_seed(0)
+    for t in (*twin.parameters(), *twin.buffers()):
+        if t.is_floating_point() and t.numel(): t += (torch.rand(t.shape, generator=rng, dtype=t.dtype)*.1*(t.abs().mean().cpu()+.1)).to(t.device)
+    return twin
+
+def _proven(model, example_input, channels, sources):
+    "Those of `sources` after which a stirred copy of `model` computes what it did: all together, or else one after the other"
+    twin = _stirred(model)
+    before, tensors = outputs_of(twin, example_input)[0], _companions(twin)
+    same = lambda: not _differ(before, outputs_of(twin, example_input)[0])
+    _move(channels, tensors, together := _together(sources, channels))
+    if not sources or same(): return sources
+    good = []
+    _move(channels, tensors, together.argsort())
+    for s in sources:
+        _move(channels, tensors, s)
+        if same(): good.append(s)
+        else:
+            _move(channels, tensors, s.argsort())
+            channels.why[s != np.arange(len(s))] = 'the output would change'
+    return good
 
 # %% ../nbs/06e_permute_model.ipynb #974aa2c8
 def permute_model(
@@ -184,40 +211,32 @@ def permute_model(
     """Put the channels of `model` into the order in which n:m keeps most of the `scores`, without changing what it computes.
     Returns a `DataFrame` with a row for each layer: what the pattern keeps of its scores before and after, what it could keep if each row chose for itself, and why channels have stayed where they are;
     `attrs['share']` is the share of the weights (of layers that can have the pattern) whose order was searched.
-    Raises `ValueError`, before anything has changed, where the model does not run on the example or decides by values."""
+    Raises `ValueError`, before anything has changed, where the model does not run on the example or decides by values, or an optimizer has state that can't move along."""
     model, copies = unwrapped(model), [unwrapped(c) for c in copies]
-    if any([(n_, p.shape) for n_,p in c.named_parameters()] != [(n_, p.shape) for n_,p in model.named_parameters()] for c in copies): raise ValueError("copies are models with the same parameters, these have others")
-    channels, before, untrained = follow_channels(model, example_input)
+    _check_companions(model, opt, copies)
+    channels, _, untrained = follow_channels(model, example_input)
     reads, not_ = _reads(model, channels, m, scores.get if isinstance(scores, dict) else lambda name, p: scores(p.detach()))
     if untrained and (unseen := sorted({n for n,_ in model.named_parameters()} - channels.seen)):
         warnings.warn(f"{type(model).__name__} can't run on the example in training mode ({untrained}); if {unseen[0]} and others that were not read are used there, it computes something else in training")
-    if not any(bool(t.any()) for outs in before for t in outs): warnings.warn(f"The output of {type(model).__name__} is zero, as that of a new head can be: that nothing changes is not checked, only known from the rules")
-    seen = _stripes(reads, channels.kinds, m)
-    readers = _readers(reads)
+    seen, readers = _stripes(reads, channels.kinds, m), _readers(reads)
     sources = [_solved(p, seen, reads, readers, channels, n, m, kwargs) for p in _problems(_agreed(seen, reads), channels.kinds)]
-    sources = _check(model, example_input, before, channels, [s for s in sources if s is not None], _companions(model, opt, copies, along))
-    return _report(model, reads, channels, not_, n, m, _together(sources, channels))
+    total = _together(_proven(model, example_input, channels, [s for s in sources if s is not None]), channels)
+    _move(channels, _companions(model, opt, copies, along), total)
+    return _report(model, reads, channels, not_, n, m, total)
+
+def _check_companions(model, opt, copies):
+    params = dict(model.named_parameters())
+    if any({n: p.shape for n,p in c.named_parameters()} != {n: p.shape for n,p in params.items()} for c in copies): raise ValueError("copies are models with the same parameters, these have others")
+    if opt is None: return
+    if not {id(p) for p in params_of(opt)} & {id(p) for p in params.values()}: raise ValueError(f"The {type(opt).__name__} of opt= has other parameters than {type(model).__name__}")
+    kept = {n: [k for k,t in state_of(opt, p).items() if torch.is_tensor(t) and t.numel() > 1 and t.shape != p.shape] for n,p in params.items()}
+    if odd := next((f'{k!r} of {n}' for n,ks in kept.items() for k in ks), None): raise ValueError(f"{type(opt).__name__} keeps {odd}, which is not of the weight's shape and can't move along: permute with a new optimizer")
 
 def _together(sources, channels):
     "All of `sources` in one"
     together = np.arange(len(channels.kinds))
     for s in sources: together[s != np.arange(len(s))] = s[s != np.arange(len(s))]
     return together
-
-def _check(model, example_input, before, channels, sources, tensors):
-    "Move all; where the outputs are not those `before`, move back and try one after the other. Returns what has moved"
-    same = lambda: not _differ(before, outputs_of(model, example_input)[0])
-    _move(channels, tensors, together := _together(sources, channels))
-    if same(): return sources
-    good = []
-    _move(channels, tensors, together.argsort())
-    for s in sources:
-        _move(channels, tensors, s)
-        if same(): good.append(s)
-        else:
-            _move(channels, tensors, s.argsort())
-            channels.why[s != np.arange(len(s))] = 'the output changed: taken back'
-    return good
 
 def _note(read, channels):
     "Why some of the channels that `read` reads stay"

@@ -431,12 +431,14 @@ def of_einsum(self:_Watch, equation, *operands, out):
 
 @patch
 def of_scaled_dot_product_attention(self:_Watch, query, key, value, attn_mask=None, *args, out, **kwargs):
-    if kwargs.get('enable_gqa') or query.shape[:-2] != key.shape[:-2] or key.shape[:-2] != value.shape[:-2]: raise _Unknown('attention of that kind is not known')
+    q, k, v = (self.labels(t) for t in (query, key, value))
+    if kwargs.get('enable_gqa'): k, v = (t.repeat_interleave(q.shape[-3]//t.shape[-3], -3) for t in (k, v))   # several heads of queries share one of keys
+    if q.shape[:-2] != k.shape[:-2] or k.shape[:-2] != v.shape[:-2]: raise _Unknown('attention of that kind is not known')
     if attn_mask is not None and hasattr(attn_mask, '_labels'): self.hold(attn_mask._labels, 'an attention mask')
-    batch = 'abcdefgh'[:query.dim()-2]
-    size = dict(zip(batch+'nkmv', (*query.shape, *key.shape[-2:-1], value.shape[-1])))
-    self.contract(self.labels(query), batch+'nk', self.labels(key), batch+'mk', batch+'nm', size)
-    return self.contract(_unlabelled([size[d] for d in batch+'nm']), batch+'nm', self.labels(value), batch+'mv', batch+'nv', size)
+    batch = 'abcdefgh'[:q.dim()-2]
+    size = dict(zip(batch+'nkmv', (*q.shape, k.shape[-2], v.shape[-1])))
+    self.contract(q, batch+'nk', k, batch+'mk', batch+'nm', size)
+    return self.contract(_unlabelled([size[d] for d in batch+'nm']), batch+'nm', v, batch+'mv', batch+'nv', size)
 
 @patch
 def of_multi_head_attention_forward(self:_Watch, query, key, value, embed_dim_to_check, num_heads, in_proj_weight, in_proj_bias, bias_k, bias_v, add_zero_attn, dropout_p,

@@ -129,7 +129,7 @@ def _readers(reads):
     return readers
 
 def _solved(problem, seen, reads, readers, channels, n, m, kwargs):
-    "For each channel, the one that takes its place; None where nothing is gained"
+    "For each channel, the one that takes its place (None where nothing is gained), and which channels could have moved"
     x, channel, kinds = _matrix(problem, seen, reads, channels.kinds, m)
     whole = len(set(kinds)) == 1
     if not whole and kwargs.get('backend') == 'apex': kwargs = {**kwargs, 'backend': 'auto'}   # it knows no groups
@@ -142,7 +142,7 @@ def _solved(problem, seen, reads, readers, channels, n, m, kwargs):
         reads[r].searched |= here
         stripes = np.flatnonzero(here.reshape(-1, m).any(1))
         gain += reads[r].kept(n, m, source, stripes) - reads[r].kept(n, m, None, stripes)
-    if gain > 1e-9*x.sum().item(): return source
+    return source if gain > 1e-9*x.sum().item() else None, channel[moves]
 
 # %% ../nbs/06e_permute_model.ipynb #7f0a1be7
 def _companions(model, opt=None, copies=(), along=()):
@@ -181,19 +181,18 @@ def _stirred(model):
 
 def _proven(model, example_input, channels, sources):
     "Those of `sources` after which a stirred copy of `model` computes what it did: all together, or else one after the other"
-    twin = _stirred(model)
+    twin, good = _stirred(model), []
     before, tensors = outputs_of(twin, example_input)[0], _companions(twin)
     same = lambda: not _differ(before, outputs_of(twin, example_input)[0])
-    _move(channels, tensors, together := _together(sources, channels))
-    if not sources or same(): return sources
-    good = []
+    _move(channels, tensors, together := _together([s for s,_ in sources], channels))
+    if not sources or same(): return [s for s,_ in sources]
     _move(channels, tensors, together.argsort())
-    for s in sources:
+    for s,could in sources:
         _move(channels, tensors, s)
         if same(): good.append(s)
         else:
             _move(channels, tensors, s.argsort())
-            channels.why[s != np.arange(len(s))] = 'the output would change'
+            channels.why[could] = 'the output would change'
     return good
 
 # %% ../nbs/06e_permute_model.ipynb #974aa2c8
@@ -220,7 +219,7 @@ def permute_model(
         warnings.warn(f"{type(model).__name__} can't run on the example in training mode ({untrained}); if {unseen[0]} and others that were not read are used there, it computes something else in training")
     seen, readers = _stripes(reads, channels.kinds, m), _readers(reads)
     sources = [_solved(p, seen, reads, readers, channels, n, m, kwargs) for p in _problems(_agreed(seen, reads), channels.kinds)]
-    total = _together(_proven(model, example_input, channels, [s for s in sources if s is not None]), channels)
+    total = _together(_proven(model, example_input, channels, [(s, could) for s,could in sources if s is not None]), channels)
     _move(channels, _companions(model, opt, copies, along), total)
     return _report(model, reads, channels, not_, n, m, total)
 
@@ -242,7 +241,9 @@ def _note(read, channels):
     "Why some of the channels that `read` reads stay"
     if read.place is None: return 'no call of it was seen'
     if why := next((w for w in channels.why[read.at] if w), ''): return why
-    return '' if read.searched.all() else 'the pattern does not see their order' if not read.searched.any() else 'some have nothing to change places with'
+    if read.searched.all(): return ''
+    several = len(np.unique(read.at)) < len(read.at)
+    return 'each channel is several neighbours here, as after Flatten: not searched' if several else 'they have nothing to change places with' if not read.searched.any() else 'some have nothing to change places with'
 
 def _report(model, reads, channels, not_, n, m, source):
     weights = {layer: module._parameters[p].numel() for layer,module,p in maskable_weights(model) if module._parameters.get(p) is not None}

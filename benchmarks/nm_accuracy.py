@@ -1,0 +1,178 @@
+"""Accuracy on Fashion-MNIST of 2:4, its channels in the order they were trained in and in the one `permute_model` finds: `python benchmarks/nm_accuracy.py`
+
+Appends each finished row to benchmarks/nm_accuracy.csv, skips seeds whose rows are all there, and writes benchmarks/nm_accuracy.md from it. The data: Debian's `dataset-fashion-mnist`."""
+import argparse, os, signal, sys, time
+from copy import deepcopy
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+from accuracy import DATA, FILES, LR, learner, n_params, small_resnet18   # first: it silences a warning
+import torch
+from torch import nn
+
+from fasterai_sparse.all import KeepMasks, Sparsifier, large_final, permute_model
+from fasterai_sparse.channels import outputs_of
+from fasterai_sparse.masks import masked_params
+from runs import append, cell, cpu_name, positive, results, trained
+
+ORDERS = {'as trained': None, 'random': lambda p: torch.rand(p.shape, generator=torch.Generator().manual_seed(p.numel())), 'permuted': large_final}   # by which scores channels move
+DENSE, TRAINED_ON = 'dense', 'dense, trained on'
+STAGES = ONE_SHOT, ADAPTED, TUNED = '2:4', '2:4, BatchNorm adapted', '2:4, fine-tuned'
+FT_LR = 1e-3
+
+class Run(NamedTuple):
+    "What tells one row from another: the first columns of the csv"
+    stage: str
+    order: str
+    seed: int
+    epochs: int
+    ft_epochs: int   # of fine-tuning
+    bs: int
+    images: int
+
+KEY, MEASURED = list(Run._fields), ['accuracy', 'loss', 'kept', 'row_bound', 'error', 'seconds']   # accuracy, kept and row_bound in percent; error: relative, of the logits in float64, after channels have moved
+
+def validated(learn, model):
+    "Test accuracy in percent and loss of `model`"
+    learn.model = model
+    loss, acc = learn.validate()
+    return dict(accuracy=f'{100*acc:.2f}', loss=f'{loss:.4f}')
+
+def sparse(model, recalibrate=False, data=None):
+    "A copy of `model` as 2:4, and how much of the magnitude of its sparse layers that keeps, in percent"
+    model = deepcopy(model)
+    dense = {n: p.detach().clone() for n,p in model.named_parameters()}
+    Sparsifier(model, 'weight', 'local', large_final, nm=True, layer_type=(nn.Linear, nn.Conv2d), data=data).sparsify_model(50, recalibrate=recalibrate)
+    names = {id(p): n for n,p in model.named_parameters()}
+    left = [((dense[names[id(p)]]*mask).abs().double().sum(), dense[names[id(p)]].abs().double().sum()) for _,_,p,mask in masked_params(model)]
+    return model, 100*float(sum(a for a,_ in left)/sum(b for _,b in left))
+
+def tuned(run, path, model):
+    "`model` after fine-tuning, its masks kept: of one seed, all see the same batches"
+    learn = learner(run._replace(seed=1000+run.seed), path)
+    learn.model = model
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(run.ft_epochs, FT_LR, cbs=KeepMasks())
+    return learn.model
+
+def ordered(model, x, scores):
+    "A copy of `model` whose channels have moved, and what is known of that"
+    if scores is None: return deepcopy(model), {}
+    moved, start = deepcopy(model), time.perf_counter()
+    df = permute_model(moved, x, scores=scores)
+    seconds, can = time.perf_counter()-start, df[df.naive.notna()]
+    before, after = (torch.cat([t.flatten() for outs in outputs_of(m, x)[0] for t in outs]) for m in (model, moved))
+    bound = {} if scores is not large_final else dict(row_bound=f'{100*can.row_bound.sum()/can.total.sum():.3f}')
+    return moved, dict(error=f'{float((before-after).abs().max()/before.abs().max()):.1e}', seconds=f'{seconds:.2f}', **bound)
+
+def rows_of(run, path):
+    "All rows of a seed, as (run, measured)"
+    learn = learner(run, path)
+    with learn.no_bar(), learn.no_logging():
+        start = time.perf_counter()
+        learn.fit_one_cycle(run.epochs, LR)
+        seconds, dense, x = time.perf_counter()-start, deepcopy(learn.model), learn.dls.valid.x[:8]
+        yield run, dict(validated(learn, dense), seconds=f'{seconds:.1f}')
+        yield run._replace(stage=TRAINED_ON), validated(learn, tuned(run, path, deepcopy(dense)))
+        for order,scores in ORDERS.items():
+            moved, what = ordered(dense, x, scores)
+            if scores is not None: yield run._replace(order=order), dict(validated(learn, moved), **what)
+            one_shot, kept = sparse(moved)
+            yield run._replace(stage=ONE_SHOT, order=order), dict(validated(learn, one_shot), kept=f'{kept:.3f}')
+            calibration = learner(run._replace(seed=2000+run.seed), path).dls.train   # of one seed, the same for all
+            yield run._replace(stage=ADAPTED, order=order), validated(learn, sparse(moved, True, calibration)[0])
+            yield run._replace(stage=TUNED, order=order), validated(learn, tuned(run, path, one_shot))
+
+def train(run, path): return list(rows_of(run, path))
+
+def asked_runs(args):
+    "All rows that `args` ask for, one seed after the other"
+    for seed in range(args.seeds):
+        same = seed, args.epochs, args.ft_epochs, args.bs, args.images
+        yield Run(TRAINED_ON, 'as trained', *same)
+        for order in ORDERS:
+            for stage in (DENSE, *STAGES): yield Run(stage, order, *same)
+
+def run_all(missing, args, file):
+    "Train the seeds that rows are missing of, and append these to the csv `file`"
+    seeds = list(dict.fromkeys(r._replace(stage=DENSE, order='as trained') for r in missing))
+    for rows in trained(train, seeds, args.jobs, args.path):
+        for run,what in rows:
+            if run in missing: append(file, KEY+MEASURED, [*run, *(what.get(m, '') for m in MEASURED)])
+            print(f'seed {run.seed}  {run.stage}, {run.order}: {what}', flush=True)
+
+def table(df, args):
+    "Yield the lines of the markdown tables"
+    at = lambda stage, order, what='accuracy': df[(df.stage==stage) & (df.order==order)].set_index('seed')[what].dropna()
+    signed = lambda v: ', '.join(f'{d:+.2f}' for d in v.sort_index())
+    yield '| accuracy, % | ' + ' | '.join(ORDERS) + ' | permuted over as trained, seed by seed | random over as trained, seed by seed |'
+    yield '|---'*(len(ORDERS)+3) + '|'
+    for s in (DENSE, *STAGES):
+        more = [at(s, o)-at(s, 'as trained') for o in ('permuted', 'random')]
+        yield f'| {s} | ' + ' | '.join(cell(at(s, o), args.seeds) for o in ORDERS) + ' | ' + ' | '.join(f'{cell(d.dropna(), args.seeds)} ({signed(d.dropna())})' for d in more) + ' |'
+    yield f'| {TRAINED_ON} | {cell(at(TRAINED_ON, "as trained"), args.seeds)} |' + ' |'*(len(ORDERS)+1)
+    yield ''
+    yield '| test loss | ' + ' | '.join(ORDERS) + ' | permuted over as trained, seed by seed |'
+    yield '|---'*(len(ORDERS)+2) + '|'
+    for s in STAGES: yield f'| {s} | ' + ' | '.join(f'{at(s, o, "loss").mean():.3f}' for o in ORDERS) + ' | ' + ', '.join(f'{d:+.3f}' for d in (at(s, 'permuted', 'loss')-at(s, 'as trained', 'loss')).dropna()) + ' |'
+    yield ''
+    yield '| magnitude that 2:4 keeps, % | ' + ' | '.join(ORDERS) + ' | row bound | efficacy, % |'
+    yield '|---'*(len(ORDERS)+3) + '|'
+    kept, bound = {o: at(ONE_SHOT, o, 'kept') for o in ORDERS}, at(DENSE, 'permuted', 'row_bound')
+    efficacy = 100*(kept['permuted']-kept['as trained'])/(bound-kept['as trained'])
+    yield '| all sparse layers | ' + ' | '.join(cell(k, args.seeds) for k in kept.values()) + f' | {cell(bound, args.seeds)} | {cell(efficacy.dropna(), args.seeds)} |'
+
+def command(args):
+    "The command line that repeats what `args` asked for"
+    words = []
+    for a in parser()._actions:
+        if a.dest in ('help', 'jobs', 'out', 'path', 'table_only') or (v := getattr(args, a.dest)) == a.default: continue
+        words += [a.option_strings[0], str(v)]
+    return ' '.join(['python benchmarks/nm_accuracy.py', *words])
+
+def write_md(df, args, file):
+    "Write the settings and the tables of the results `df`"
+    moved = df[(df.stage==DENSE) & (df.order!='as trained')]
+    file.write_text('\n'.join(['# 2:4 before and after the channels have moved, on Fashion-MNIST', '',
+        f'`{command(args)}`: test accuracy, mean ± standard deviation over {args.seeds} seeds, each in a process of one thread; '
+        f'fasterai_sparse {version("fasterai_sparse")}, torch {version("torch")}, fastai {version("fastai")}, {cpu_name()}, {os.cpu_count()} cores.', '',
+        *table(df, args), '',
+        f'- Data: {args.images:,} training and 10,000 test images, no augmentation. Network: ResNet-18 of width 16 with a stride-2 stem, {n_params(small_resnet18())[1]:,} parameters; 2:4 are all convolutions but '
+        'the first, which has one input, and the head.',
+        f'- Dense: Adam, `fit_one_cycle({args.epochs}, {LR:g})`, batches of {args.bs}. All orders of a seed start from the same dense network; a test image is 0.01 points.',
+        f'- permuted: `permute_model` with its defaults; random: the same with random scores, another order that computes the same. What it changes is chance: a difference of the permuted order says something only as far as it goes beyond that. '
+        f'Largest relative error of the logits after moving, in float64: {moved.error.max():.1e}; seconds of `permute_model`: {moved.seconds.astype(float).max():.2f} at most, on one thread.',
+        f'- 2:4: `Sparsifier(…, nm=True)` by magnitude, without any training; adapted: the same with `recalibrate=True`, 2,048 training images; fine-tuned: the former after `fit_one_cycle({args.ft_epochs}, {FT_LR:g})` with `KeepMasks`, '
+        'the same batches for all orders; trained on: the dense network after the same.',
+        '- Each row: nm_accuracy.csv.']) + '\n')
+
+def parser():
+    p = argparse.ArgumentParser(description=__doc__.split('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument('--epochs', default=4, type=positive, help='epochs of the dense training')
+    p.add_argument('--ft-epochs', default=1, type=positive, help='epochs of fine-tuning')
+    p.add_argument('--bs', default=128, type=positive, help='images in a batch')
+    p.add_argument('--seeds', default=3, type=positive, help='how many seeds, from 0')
+    p.add_argument('--images', default=60000, type=positive, help='use only the first of the 60,000 training images')
+    p.add_argument('--jobs', default=1, type=positive, help='seeds at a time, each in a process of one thread')
+    p.add_argument('--out', default=Path(__file__).parent, type=Path, help='folder for nm_accuracy.csv and .md')
+    p.add_argument('--path', default=DATA, type=Path, help='folder of the data')
+    p.add_argument('--table-only', action='store_true', help='train nothing: write the tables from the csv')
+    return p
+
+def main():
+    p = parser()
+    args = p.parse_args()
+    if not args.bs <= args.images <= 60000: p.error(f'--images must be from --bs ({args.bs}) to 60000, not {args.images}')
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # so that the workers end too
+    file, asked = args.out/'nm_accuracy.csv', list(asked_runs(args))
+    missing = [] if args.table_only else [r for r in asked if r not in results(file, KEY, MEASURED).index]
+    if missing and (lost := [f for f in FILES if not (args.path/f).exists()]):
+        p.exit(2, f'No {", ".join(lost)} in {args.path}: install the Debian package dataset-fashion-mnist, or give the folder of its four .gz files with --path\n')
+    args.out.mkdir(parents=True, exist_ok=True)
+    run_all(missing, args, file)
+    df = results(file, KEY, MEASURED)
+    df = df[df.index.isin(asked)].reset_index()
+    if df.empty: p.exit(2, f'No run of these settings in {file}: leave out --table-only\n')
+    write_md(df, args, args.out/'nm_accuracy.md')
+
+if __name__ == '__main__': main()

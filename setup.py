@@ -19,6 +19,6 @@ setup(version=version, description=cfg['description'], python_requires=f">={cfg[
       long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
       ext_modules=[native], package_data={'fasterai_sparse': ['csrc/*']},
       install_requires=cfg['requirements'].split(),
-      extras_require={o: cfg[f'{o}_requirements'].split() for o in ('dev', 'docs', 'bench')},
+      extras_require={o: cfg[f'{o}_requirements'].split() for o in ('onnx', 'dev', 'docs', 'bench')},
       entry_points={'console_scripts': cfg['console_scripts'].split(),
                     'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]})

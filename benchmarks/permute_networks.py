@@ -18,7 +18,7 @@ from fastai.vision.models.xresnet import xresnet18
 import torch.nn.functional as F
 from torch import nn
 
-from fasterai_sparse.all import Sparsifier, adapt_batchnorm, large_final, permute_model
+from fasterai_sparse.all import Sparsifier, adapt_batchnorm, large_final, permute_model, wanda
 from runs import cpu_name
 
 TORCHVISION = ['resnet18', 'resnet50', 'resnext50_32x4d', 'mobilenet_v2', 'mobilenet_v3_large', 'efficientnet_b0', 'regnet_y_400mf', 'convnext_tiny', 'densenet121', 'googlenet', 'squeezenet1_1', 'vgg11_bn',
@@ -217,6 +217,20 @@ def effect(model, example, x, judge, columns, answers, others={}):
         table.append(f'| {N_RANDOM} random orders{a}, mean ± sd | | ' + ' | '.join(f'{m:.3f} ± {s:.3f}' for m,s in zip(random.mean(0), random.std(0))) + ' |')
     return table, alone, was
 
+@torch.no_grad()
+def by_wanda(model, seen, unseen, ask, judge, columns):
+    "Lines of a table of what 2:4 by |w|·‖x‖ does to a pretrained `model` on what is `unseen`, ‖x‖ from what is `seen`, in the order it has, in that of permute=True and in random ones"
+    dense, rows = ask(model.eval(), unseen), {}
+    for order in ('as it is', 'permuted', *(f'random {i}' for i in range(N_RANDOM))):
+        m, gen = deepcopy(model).eval(), torch.Generator().manual_seed(int(order[-1]) if 'random' in order else 0)
+        if 'random' in order: permute_model(m, seen, scores=lambda p: torch.rand(p.shape, generator=gen), time_budget=.05)
+        Sparsifier(m, 'weight', 'local', wanda, nm=True, permute=order == 'permuted', layer_type=(nn.Linear, nn.Conv2d), data=seen).sparsify_model(50)
+        rows[order] = judge(ask(m.eval(), unseen), dense)
+    lines = ['| order | ' + ' | '.join(columns) + ' |', '|---'*(len(columns)+1) + '|']
+    lines += [f'| {o} | ' + ' | '.join(f'{v:.3f}' for v in rows[o]) + ' |' for o in ('as it is', 'permuted')]
+    random = torch.tensor([v for o,v in rows.items() if 'random' in o])
+    return lines + [f'| {N_RANDOM} random orders, mean ± sd | ' + ' | '.join(f'{m:.3f} ± {s:.3f}' for m,s in zip(random.mean(0), random.std(0))) + ' |', '']
+
 def image_lines():
     x = views(PHOTOGRAPHS)
     table, (change, same), dense = effect(*lite0(), x, of_images, ['error of the logits, %', 'same class, %', 'KL divergence, nats'], {'': in_batches, ', BatchNorm adapted': adapted})
@@ -228,7 +242,9 @@ def image_lines():
         f'- The order alone, in float32: the class of {"all images is" if same else "not all images is"} the same; logits, the largest of which is {float(dense.abs().max()):.1f}, differ by {change:.0e} at most.',
         '- Error: norm of the difference over the norm of the dense logits; KL divergence of the sparse from the dense, mean of the images. Adapted: statistics of BatchNorm measured anew on the views of the other half of the '
         'photographs, far too few, as the dense network shows that has got them too.',
-        f'- What the dense network says of the middles, a sign that they are prepared as it expects: {said}.', '']
+        f'- What the dense network says of the middles, a sign that they are prepared as it expects: {said}.', '',
+        'Which weights stay, and the order of the channels, by |w|·‖x‖ (Wanda) in place of |w|: measured on the views of the first half of the photographs, judged on those of the second.', '',
+        *by_wanda(lite0()[0], x[:80], x[80:], in_batches, of_images, ['error of the logits, %', 'same class, %', 'KL divergence, nats'])]
 
 def free_embeddings(model, x):
     "`moved`, where the numbers of an embedding may change places, as nothing but similarities is asked for"
@@ -242,7 +258,10 @@ def sentence_lines():
     return ['## MiniLM on sentences', '', *table, '',
         f'- {len(PAIRS)} pairs, {2*len(PAIRS)} sentences, {len(PAIRS)*(2*len(PAIRS)-1)} similarities; each column is the mean distance from the dense network. All `Linear`s are 2:4. No calibration, no training.',
         '- Embeddings too: the numbers of an embedding change places as well, which no similarity shows, but which makes embeddings that were stored before useless.',
-        f'- The order alone, in float32: no number of an embedding changes by more than {change:.0e}.', f'- Similarities of the dense network: {said}', '']
+        f'- The order alone, in float32: no number of an embedding changes by more than {change:.0e}.', f'- Similarities of the dense network: {said}', '',
+        'Which weights stay, and the order of the channels, by |w|·‖x‖ (Wanda): measured on the first 12 sentences, judged on the others.', '',
+        *by_wanda(minilm(SentenceEncoder)[0], *({k: v[part] for k,v in x.items()} for part in (slice(0, 12), slice(12, None))), call, of_sentences,
+                  ['embeddings, 1 − cosine', 'similarity of the pairs, absolute', 'of all, absolute'])]
 
 def main(only, out):
     warnings.filterwarnings('ignore', category=UserWarning)

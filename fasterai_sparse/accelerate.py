@@ -369,8 +369,9 @@ def accelerate(
     example_input=None, # A batch, or a tuple of the arguments of `forward`; None: one of the learner's
     threads=None, # None: torch's number, whenever the model runs
 ):
-    """(fast, report): `fast` runs in evaluation mode and computes what `model` does, to 1e-4 of the largest output, and `report` has a row for each layer: its sparsity in percent,
-    milliseconds in torch (as the layer is) and in the engine (with what was put into it), the form of its weights, and why it runs in torch. `report.attrs` has `dense_ms`, `sparse_ms` and `note`.
+    """(fast, report): `fast` runs in evaluation mode and computes what `model` does, to 1e-4 of the largest output.
+    `report` has a row for each layer: its sparsity in percent, milliseconds in torch (as the layer is) and in the engine (with what was put into it), the form of its weights, and why it runs in torch;
+    `report.attrs` has `dense_ms`, `sparse_ms` and `note`.
     Where nothing is gained `fast` is `model` itself, and `note` says why. Raises `ValueError` without an example."""
     learn, model = (model, model.model) if isinstance(model, Learner) else (None, model)
     if example_input is None:

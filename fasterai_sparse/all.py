@@ -27,3 +27,6 @@ from .epoch_schedules import *
 from .soft_masks import *
 from .config import *
 from .nm import *
+from .sparse_files import *
+from .engine import *
+from .accelerate import *

@@ -239,7 +239,7 @@ def move(self:_Watch, name, func, args, kwargs, out):
     if name == 'repeat_interleave' and any(torch.is_tensor(a) for a in args[1:]): raise _Unknown(f'{name} is not known')
     own = lambda t: self.labels(t).expand(t.shape)   # a tensor of its own, as the function may work in place
     kwargs = {k: _replaced(v, own) if k in ('input', 'tensors') else v for k,v in kwargs.items()}
-    return func(*(_replaced(a, own) if i == 0 else a for i,a in enumerate(args)), **kwargs)
+    return func(*(_replaced(a, own) if i == 0 else _replaced(a, torch.Tensor.cpu) for i,a in enumerate(args)), **kwargs)   # labels are on the CPU, indices perhaps not
 
 @patch
 def elementwise(self:_Watch, name, ins, out):

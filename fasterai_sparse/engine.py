@@ -72,7 +72,8 @@ def _act(t, act): return getattr(F, act)(t) if act else t
 
 @dataclass
 class Sums:
-    "y = act(bias + sums of shifted channels of `x` + residual); `rows` blocks of `block` outputs, whose inputs are `offsets[starts[i]:starts[i+1]]` and weights `values`, in `k_blocks` parts of the inputs"
+    """y = act(bias + sums of shifted channels of `x` + residual).
+    Rows of `block` outputs each have inputs at `offsets[starts[i]:starts[i+1]]` with the weights `values`, for each of `k_blocks` parts of the inputs"""
     x:Flat
     y:Flat
     bias:np.ndarray
@@ -103,7 +104,8 @@ class Sums:
 
 @dataclass
 class Parts:
-    "`x` taken apart into the positions that lie `stride` apart: y has a channel for each of `rests` (row, column) of each of its channels; `x` is a `Flat` or a contiguous tensor"
+    """`x`, a `Flat` or a contiguous tensor, taken apart into the positions that lie `stride` apart.
+    y has a channel for each of `rests` (row, column) of each channel of x"""
     x:object
     y:Flat
     stride:tuple

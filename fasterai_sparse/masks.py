@@ -349,7 +349,8 @@ def _mask_buffers(model):
 
 def remove_masks(model:nn.Module):
     "Apply the masks of `model` a last time, then drop them with their hooks; returns `model`"
-    apply_masks(model)
+    with torch.no_grad():
+        for *_,p,mask in masked_params(model): p.masked_fill_(~mask.bool(), 0)   # not by a product, which leaves -0. where a weight was negative
     for m,b,*_ in _mask_buffers(model): delattr(m, b)
     for m in model.modules():
         for hooks in (m._load_state_dict_post_hooks, m._load_state_dict_pre_hooks, m._forward_pre_hooks): _unhook(hooks)

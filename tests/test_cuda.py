@@ -90,3 +90,13 @@ def test_gradient_criterion_under_a_grad_scaler():
     learn = learner().to_fp16()
     with learn.no_bar(), learn.no_logging(): learn.fit(2, cbs=SparsifyCallback(50, 'weight', 'local', grad_crit, lin, verbose=False))
     assert abs(mask_sparsity(learn.model) - .5) < 1e-3
+
+def test_permute_model_and_verified_pattern():
+    cpu = net().eval()
+    gpu, x = deepcopy(cpu).cuda(), torch.randn(2,4,12,12)
+    df, on_gpu = permute_model(cpu, x), permute_model(gpu, x.cuda())
+    assert on_gpu.attrs['share'] == df.attrs['share'] and on_gpu.kept.sum() == pytest.approx(df.kept.sum(), rel=.01)
+    torch.testing.assert_close(gpu(x.cuda()).cpu(), net().eval()(x), rtol=1e-4, atol=1e-4)
+    Sparsifier(gpu, 'weight', 'local', large_final, nm=True, layer_type=(nn.Conv2d, nn.Linear)).sparsify_model(50)
+    assert (verify_nm(gpu).pattern == '2:4').all()
+    with pytest.raises(TypeError, match='on the CPU|float32'): Accelerated(deepcopy(cpu))(x.cuda())

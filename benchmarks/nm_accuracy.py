@@ -11,14 +11,14 @@ from accuracy import DATA, FILES, LR, learner, n_params, small_resnet18   # firs
 import torch
 from torch import nn
 
-from fasterai_sparse.all import KeepMasks, Sparsifier, large_final, permute_model
+from fasterai_sparse.all import KeepMasks, Sparsifier, large_final, permute_model, wanda
 from fasterai_sparse.channels import outputs_of
 from fasterai_sparse.masks import masked_params
 from runs import append, cell, cpu_name, positive, results, trained
 
 ORDERS = {'as trained': None, 'random': lambda p: torch.rand(p.shape, generator=torch.Generator().manual_seed(p.numel())), 'permuted': large_final}   # by which scores channels move
 DENSE, TRAINED_ON = 'dense', 'dense, trained on'
-STAGES = ONE_SHOT, ADAPTED, TUNED = '2:4', '2:4, BatchNorm adapted', '2:4, fine-tuned'
+STAGES = ONE_SHOT, ADAPTED, TUNED, *BY_WANDA = '2:4', '2:4, BatchNorm adapted', '2:4, fine-tuned', '2:4 by Wanda', '2:4 by Wanda, BatchNorm adapted', '2:4 by Wanda, fine-tuned'
 FT_LR = 1e-3
 
 class Run(NamedTuple):
@@ -38,6 +38,12 @@ def validated(learn, model):
     learn.model = model
     loss, acc = learn.validate()
     return dict(accuracy=f'{100*acc:.2f}', loss=f'{loss:.4f}')
+
+def by_wanda(model, data, permute, recalibrate=False):
+    "A copy of `model` as 2:4, the weights that stay, and with `permute` the order, by |w|·‖x‖"
+    model = deepcopy(model)
+    Sparsifier(model, 'weight', 'local', wanda, nm=True, permute=permute, layer_type=(nn.Linear, nn.Conv2d), data=data).sparsify_model(50, recalibrate=recalibrate)
+    return model
 
 def sparse(model, recalibrate=False, data=None):
     "A copy of `model` as 2:4, and how much of the magnitude of its sparse layers that keeps, in percent"
@@ -82,6 +88,11 @@ def rows_of(run, path):
             calibration = learner(run._replace(seed=2000+run.seed), path).dls.train   # of one seed, the same for all
             yield run._replace(stage=ADAPTED, order=order), validated(learn, sparse(moved, True, calibration)[0])
             yield run._replace(stage=TUNED, order=order), validated(learn, tuned(run, path, one_shot))
+            batches = [b for b,_ in zip(calibration, range(-(-2048//run.bs)))]
+            start, permute = (dense, True) if order == 'permuted' else (moved, False)
+            one_shot = by_wanda(start, batches, permute)
+            for stage,m in zip(BY_WANDA, (one_shot, by_wanda(start, batches, permute, True))): yield run._replace(stage=stage, order=order), validated(learn, m)
+            yield run._replace(stage=BY_WANDA[2], order=order), validated(learn, tuned(run, path, one_shot))
 
 def train(run, path): return list(rows_of(run, path))
 
@@ -143,7 +154,7 @@ def write_md(df, args, file):
         f'- permuted: `permute_model` with its defaults; random: the same with random scores, another order that computes the same. What it changes is chance: a difference of the permuted order says something only as far as it goes beyond that. '
         f'Largest relative error of the logits after moving, in float64: {moved.error.max():.1e}; seconds of `permute_model`: {moved.seconds.astype(float).max():.2f} at most, on one thread.',
         f'- 2:4: `Sparsifier(…, nm=True)` by magnitude, without any training; adapted: the same with `recalibrate=True`, 2,048 training images; fine-tuned: the former after `fit_one_cycle({args.ft_epochs}, {FT_LR:g})` with `KeepMasks`, '
-        'the same batches for all orders; trained on: the dense network after the same.',
+        'the same batches for all orders; trained on: the dense network after the same. By Wanda: |w|·‖x‖ in place of |w|, for what stays and for the order (`permute=True`), from 2,048 training images.',
         '- Each row: nm_accuracy.csv.']) + '\n')
 
 def parser():

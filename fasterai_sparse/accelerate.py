@@ -36,6 +36,7 @@ class _Graph:
     def __init__(self, model, x):
         self.gm = fx.GraphModule(model, fx.Tracer().trace(model))
         with torch.no_grad(): _Shapes(self.gm).propagate(x)
+        self.images = next(_tensors(x)).shape[0]
         self.modules, self.nodes = dict(self.gm.named_modules()), list(self.gm.graph.nodes)
         if n := next((n for n in self.nodes if self.changes_in_place(n)), None): raise ValueError(f'{n.name} changes in place what something else reads too')
         self.at, self.done, self.alias, self.positive, self.items = {n: i for i,n in enumerate(self.nodes)}, set(), {}, set(), []
@@ -64,6 +65,7 @@ class _Graph:
     def match(self, n):
         m = self.module(n)
         if isinstance(m, (nn.Dropout, nn.Dropout2d, nn.Identity)): self.alias[n] = n.args[0]
+        elif any((self.size(v) or (self.images,))[0] != self.images for v in (n, *n.all_input_nodes)): return   # the engine lays out as many images as come in
         elif type(m) is nn.Conv2d and self.size(n) is not None and len(self.size(n)) == 4 and m.padding_mode == 'zeros' and m.weight.dtype == torch.float32: return self.conv(n, m)
         elif type(m) is nn.MaxPool2d and self.source(n.args[0]) in self.positive and m.dilation in (1, (1,1)) and not m.return_indices: return self.pool(n, m)
         elif self.is_mean(n, m): return _Layer('mean', n, [self.source(n.args[0])])

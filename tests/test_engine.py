@@ -132,6 +132,7 @@ NETS = {
     'unet': lambda: Net(lambda s, x: s.d(torch.cat([y := F.relu(s.a(x)), F.interpolate(s.c(F.relu(s.b(y))), size=y.shape[-2:])], 1)), a=conv(3,8), b=conv(8,16,stride=2), c=conv(16,8), d=conv(16,4)),
     'shared': lambda: Net(lambda s, x: s.b(F.relu(s.b(s.a(x)))), a=conv(3,8), b=conv(8,8)),
     'all zero': lambda: nn.Sequential(conv(3,8), nn.ReLU(), conv(8,4)).apply(lambda m: isinstance(m, nn.Conv2d) and nn.init.zeros_(m.weight)),
+    'images folded': lambda: Net(lambda s, x: s.b(F.relu(s.a(x.reshape(-1, 1, x.shape[2], x.shape[3]))).reshape(x.shape[0], -1, x.shape[2], x.shape[3])), a=conv(1,4), b=conv(12,4)),
     'no affine': lambda: nn.Sequential(conv(3,8), nn.BatchNorm2d(8, affine=False), nn.ReLU(), conv(8,4)),
 }
 flattened = lambda out: [t for o in (out if isinstance(out, (tuple,list)) else [out]) for t in (o if isinstance(o, (tuple,list)) else [o])]
@@ -282,3 +283,11 @@ def test_no_memory_beyond_is_read():
                 o = getattr(other, 'y', None)
                 if isinstance(o, Flat) and o.memory is y.memory: inside.as_strided(o.view.shape, o.view.stride(), o.begin).fill_(True)
             assert not y.memory[~inside].any()
+
+@compiled
+def test_a_learner():
+    from callback_helpers import learner
+    learn = learner(model=sparse(nn.Sequential(conv(2,32), nn.ReLU(), conv(32,32), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32,4)), 90))
+    fast, report = learn.accelerate()
+    with learn.no_bar(), learn.no_logging(), fast.no_bar(), fast.no_logging(): assert same(learn.get_preds()[0], fast.get_preds()[0]) and list(learn.validate()) == pytest.approx(list(fast.validate()), rel=1e-4)
+    assert report.layer.tolist() == ['0', '2', '6'] and 'dense_ms' in report.attrs

@@ -185,7 +185,7 @@ def normal(r): return {o.replace('>=', ' >= ').replace('==', ' == ').replace(' '
 
 def test_requirements_are_those_of_settings():
     s = settings()
-    extras = {e: normal(s[f'{e}_requirements']) for e in ('dev', 'docs', 'bench')}
+    extras = {e: normal(s[f'{e}_requirements']) for e in ('onnx', 'dev', 'docs', 'bench')}
     assert requirements() == {None: normal(s['requirements']), **extras}
 
 def test_requirements_are_ranges_and_the_core_has_no_torchvision():

@@ -100,6 +100,12 @@ def unnormed(): return nn.Sequential(*(m for m in convnet() if not isinstance(m,
 
 def wanda_without_batchnorm(): return run(net=unnormed, criteria=wanda)
 
+def permuted():
+    "The channels move on both ranks alike, although each looks at batches of its own"
+    learn, cb = make(), sparse(50, nm=True, permute=True, update_every=2, sparsifier=Noted)
+    train(learn, cb)
+    return dict(left(learn, cb), moved=gathered(bool(cb.sparsifier.permutation.kept.sum() > cb.sparsifier.permutation.naive.sum())))
+
 def one_loss_is_not_finite():
     "The last step is skipped on both ranks, as after an overflow, and the loss is not finite on one of them"
     def last(learn): return learn.epoch == 1 and learn.iter == learn.n_iter-1
@@ -109,7 +115,7 @@ def one_loss_is_not_finite():
         if last(learn): raise CancelStepException()
     return run(cbs=[at('after_loss', spoil), at('before_step', skip)])
 
-SCENES = [twice, named, filters, back_to_dense, reloaded, loader_as_data, wanda_without_batchnorm,
+SCENES = [twice, named, filters, back_to_dense, reloaded, loader_as_data, wanda_without_batchnorm, permuted,
           one_loss_is_not_finite]
 
 if __name__ == '__main__':

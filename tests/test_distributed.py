@@ -63,6 +63,10 @@ def test_a_model_that_is_reloaded(fits):
 @pytest.mark.parametrize('scene', ['loader_as_data', 'wanda_without_batchnorm'])
 def test_wanda(fits, scene): assert_alike(fits[scene], n_zeros(.8, N))
 
+def test_channels_move_alike(fits):
+    assert_alike(fits['permuted'], 1152//2)
+    assert fits['permuted']['moved'] == [True, True]
+
 def test_a_loss_that_is_not_finite_on_one_rank(fits):
     fit = fits['one_loss_is_not_finite']
     assert fit['masks'] and fit['weights'] and fit['zeros'][0] == fit['zeros'][1] > 0

@@ -88,6 +88,13 @@ def measure(case, threads, seconds):
         own = float((got-want).abs().max()/want.abs().max())
         return race(fs, seconds), own, tuning
 
+@torch.no_grad()
+def scaling(name, seconds):
+    "Milliseconds of `name` at 90 %, one image, with one thread and with two"
+    net, x = network(name, 90, 'weight'), torch.randn(1, 3, 224, 224)
+    one, two = (Accelerated(net, t) for t in (1, 2))
+    return race({1: lambda: one(x), 2: lambda: two(x)}, seconds)
+
 def main(threads, seconds, out):
     torch.set_num_threads(threads)
     rows, names = [], []
@@ -104,6 +111,10 @@ def main(threads, seconds, out):
              '| network, images | sparsity, % | times the best dense engine | asked | which | ' + ' | '.join(f'{n}, ms' for n in names) + ' | error | tuning, s |', '|---'*(len(names)+7) + '|']
     for case,ratio,best,ms,error,tuning in rows:
         lines.append(f'| {case[0]}, {case[1]} | {case[2]}{", 4×1" if case[3] == "4x1" else ""} | {ratio:.2f} | {ASKED.get(case, "")} | {best} | ' + ' | '.join(f'{ms[n]:.2f}' for n in names) + f' | {error:.0e} | {tuning:.1f} |')
+    lines += ['', '| 90 %, one image | 1 thread, ms | 2 threads, ms | times as fast |', '|---|---|---|---|']
+    for name in ('resnet50', 'mobilenet_v2'):
+        ms = scaling(name, seconds)
+        lines.append(f'| {name} | {ms[1]:.2f} | {ms[2]:.2f} | {ms[1]/ms[2]:.2f} |')
     lines += ['', '- Random weights; all convolutions but the first and depthwise ones are sparse by magnitude, the head is dense. Error: largest difference from torch over the largest output.',
               '- The dense engines run the same weights, zeros and all, in float32. Int8 and bfloat16 are not in this table.', '']
     (out/'engine.md').write_text('\n'.join(lines))

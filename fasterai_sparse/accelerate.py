@@ -33,13 +33,14 @@ class _Layer:
 
 class _Graph:
     "The `_Layer`s and other nodes of a traced model, in order, with the shape of each value"
-    def __init__(self, model, x):
-        self.gm = fx.GraphModule(model, fx.Tracer().trace(model))
+    def __init__(self, model, x, threads=1):
+        self.threads, self.gm = threads, fx.GraphModule(model, fx.Tracer().trace(model))
         with torch.no_grad(): _Shapes(self.gm).propagate(x)
         self.images = next(_tensors(x)).shape[0]
         self.modules, self.nodes = dict(self.gm.named_modules()), list(self.gm.graph.nodes)
         if n := next((n for n in self.nodes if self.changes_in_place(n)), None): raise ValueError(f'{n.name} changes in place what something else reads too')
         self.at, self.done, self.alias, self.positive, self.items = {n: i for i,n in enumerate(self.nodes)}, set(), {}, set(), []
+        self.features = set()   # values of one position
         for n in self.nodes:
             if n in self.done: continue
             self.items.append(self.match(n) or n)
@@ -51,6 +52,10 @@ class _Graph:
         return bool(in_place and n.args and isinstance(n.args[0], fx.Node) and len(n.args[0].users) > 1)
 
     def size(self, n): return n.meta.get('size')
+    def dims(self, n):
+        "The size as images × channels × height × width, of features too"
+        size = self.size(n)
+        return size if len(size) == 4 else (*size, 1, 1)
     def source(self, n):
         while n in self.alias: n = self.alias[n]
         return n
@@ -67,8 +72,12 @@ class _Graph:
         if isinstance(m, (nn.Dropout, nn.Dropout2d, nn.Identity)): self.alias[n] = n.args[0]
         elif any((self.size(v) or (self.images,))[0] != self.images for v in (n, *n.all_input_nodes)): return   # the engine lays out as many images as come in
         elif type(m) is nn.Conv2d and self.size(n) is not None and len(self.size(n)) == 4 and m.padding_mode == 'zeros' and m.weight.dtype == torch.float32: return self.conv(n, m)
+        elif self.is_flatten(n, m): self.alias[n] = n.args[0]
+        elif self.takes_linear(m) and len(self.size(n)) == 2 and self.source(n.args[0]) in self.features: return self.linear(n, m)
         elif type(m) is nn.MaxPool2d and self.source(n.args[0]) in self.positive and m.dilation in (1, (1,1)) and not m.return_indices: return self.pool(n, m)
-        elif self.is_mean(n, m): return _Layer('mean', n, [self.source(n.args[0])])
+        elif self.is_mean(n, m):
+            self.features.add(n)
+            return _Layer('mean', n, [self.source(n.args[0])])
         elif n.target in _adds and len(n.args) == 2 and not n.kwargs and all(isinstance(a, fx.Node) and self.size(a) == self.size(n) for a in n.args) and len(self.size(n)) == 4:
             return self.with_act(_Layer('add', n, [self.source(a) for a in n.args], name=n.name))
 
@@ -77,6 +86,23 @@ class _Graph:
         if isinstance(m, nn.AdaptiveAvgPool2d): return m.output_size in (1, (1,1))
         if n.target is F.adaptive_avg_pool2d: return n.args[1] in (1, (1,1))
         return n.target in ('mean', torch.mean) and tuple(d % 4 for d in (n.args[1:2] or (n.kwargs.get('dim', ()),))[0] or ()) == (2,3)
+
+    def is_flatten(self, n, m):
+        "Whether `n` makes features of channels that have one position, for Linear layers and nothing else"
+        flat = isinstance(m, nn.Flatten) and m.start_dim == 1 or n.target in (torch.flatten, 'flatten') and tuple(n.args[1:]) == (1,)
+        def read_by_linear(n): return all(self.takes_linear(self.module(u)) or isinstance(self.module(u), nn.Dropout) and read_by_linear(u) for u in n.users)
+        return flat and self.source(n.args[0]) in self.features and read_by_linear(n)
+
+    def takes_linear(self, m):
+        "A dense layer on a few features is as quick in torch, but torch's threads, which wait for more to do, would take the place of ours"
+        return type(m) is nn.Linear and m.weight.dtype == torch.float32 and (self.threads > 1 or _sparsity(m.weight.detach()) >= 50)
+
+    def linear(self, n, m):
+        l = _Layer('conv', n, [self.source(n.args[0])], name=n.target, conv=nn.Conv2d(m.in_features, m.out_features, 1, device='meta'), linear=m, weight=m.weight.detach()[:,:,None,None],
+                   bias=torch.zeros(m.out_features) if m.bias is None else m.bias.detach(), before=[0, 0])
+        l = self.with_act(l)
+        self.features.add(l.out)
+        return l
 
     def conv(self, n, m):
         l = _Layer('conv', n, [self.source(n.args[0])], name=n.target, conv=m, weight=m.weight.detach(), bias=torch.zeros(m.out_channels) if m.bias is None else m.bias.detach())
@@ -139,10 +165,10 @@ class _Grids:
 class _Plan:
     "What to run for inputs of one shape"
     def __init__(self, model, x, which=0, threads=None):
-        self.graph, self.which, self.threads = _Graph(model, x), which, threads
+        self.graph, self.which, self.threads = _Graph(model, x, threads or torch.get_num_threads()), which, threads
         self.floats, self.lock = list(engine_sets().values())[which], threading.Lock()
         self.ops, self.steps, self.layers, self.masks, self.spare = [], [], {}, {}, {}
-        self.native = {l.out for l in self.graph.items if isinstance(l, _Layer) and l.kind != 'mean'}
+        self.native = {l.out for l in self.graph.items if isinstance(l, _Layer)}
         self.lay_out(x)
         self.emit()
         self.program = Program(self.ops, which, threads)
@@ -158,7 +184,7 @@ class _Plan:
         return l.inputs[0] if tuple(self.stride(l)) == (1,1) else ('parts', l.out)
 
     def lay_out(self, x):
-        g, size = _Grids(next(_tensors(x)).shape[0]), self.graph.size
+        g, size = _Grids(next(_tensors(x)).shape[0]), self.graph.dims
         self.grids = g
         tapped = [l for l in self.graph.items if isinstance(l, _Layer) and l.kind in ('conv', 'pool')]
         for l in self.graph.items:
@@ -166,7 +192,7 @@ class _Plan:
             for v in ([self.reads(l)] if l.kind in ('conv', 'pool') else l.inputs) + [l.residual]*(l.residual is not None): g.join(v, l.out)
         for l in self.graph.items:
             if isinstance(l, _Layer):
-                for v in [*l.inputs, *[l.out]*(l.kind != 'mean')]: g[v].hold(*size(v)[2:])
+                for v in [*l.inputs, l.out]: g[v].hold(*size(v)[2:])
         for l in tapped:
             (H, W), (sy, sx) = size(l.out)[2:], [[s for _,s in taps] for taps in self.shifts(l)]
             h, w = (-(-n//s) for n,s in zip(size(l.inputs[0])[2:], self.stride(l)))
@@ -205,22 +231,17 @@ class _Plan:
     def packed(self, node):
         "The `Flat` of a value, copied where torch has made it"
         if node not in self.flats:
-            self.flats[node] = self.flat(node, *self.graph.size(node)[1:])
+            self.flats[node] = self.flat(node, *self.graph.dims(node)[1:])
             self.steps.append(['pack', node, self.flats[node]])
         return self.flats[node]
 
     def emit_layer(self, l):
-        size, n_before = self.graph.size, len(self.ops)
+        size, n_before = self.graph.dims, len(self.ops)
         x, r = self.packed(l.inputs[0]), None if l.residual is None else self.packed(l.residual)
         if l.kind == 'add': r = self.packed(l.inputs[1])
-        if l.kind == 'mean':
-            y = torch.empty(size(l.out)[:2])
-            self.ops.append(Means(x, y))
-            self.run_ops(1)
-            self.steps.append(['give', l.out, y])
-            return
         y, taken = self.flat(l.out, *size(l.out)[1:]), x
-        if l.kind == 'add': self.ops.append(Added(x, y, self.mask(y), l.act, r))
+        if l.kind == 'mean': self.ops.append(Means(x, y))
+        elif l.kind == 'add': self.ops.append(Added(x, y, self.mask(y), l.act, r))
         else:
             taps, stride = self.shifts(l), tuple(self.stride(l))
             rests = sorted({(a, b) for a,_ in taps[0] for b,_ in taps[1]})
@@ -258,9 +279,8 @@ class _Plan:
         for kind,a,b in self.steps:
             if kind == 'ops': self.program(a, b)
             elif kind == 'input': env[a] = next(inputs)
-            elif kind == 'pack': b.view.copy_(env[a])
-            elif kind == 'unpack': env[a] = b.view.clone(memory_format=torch.contiguous_format)
-            elif kind == 'give': env[a] = b.clone().view(self.graph.size(a))
+            elif kind == 'pack': np.copyto(b.view.numpy(), env[a].detach().numpy())   # not torch's copy, whose threads would wait beside ours
+            elif kind == 'unpack': env[a] = torch.from_numpy(b.view.numpy().copy()).view(self.graph.size(a))
             elif a.op == 'output': return fx.node.map_arg(a.args[0], value)
             else: env[a] = self.torch_node(a, value)
 
@@ -333,7 +353,8 @@ class Accelerated(nn.Module):
             if not torch.is_tensor(t) or t.dtype != torch.float32 or not t.is_cpu: raise TypeError(f"An accelerated model takes float32 tensors on the CPU, not {f'{t.dtype} on {t.device}' if torch.is_tensor(t) else type(t).__name__}: call .float() on them")
             if t.requires_grad and torch.is_grad_enabled(): raise RuntimeError('An accelerated model has no gradients: train the model that it was made from')
         x = [t.as_subclass(torch.Tensor).detach() for t in x]
-        if not all(t.numel() and bool(t.sum().isfinite()) for t in x):   # a zero weight would hide what is not finite
+        with np.errstate(invalid='ignore', over='ignore'): finite = all(t.numel() and np.isfinite(t.numpy().sum()) for t in x)
+        if not finite:   # a zero weight would hide what is not
             with torch.no_grad(): return self.model(*x)
         return self.plan(*x)(*x)
 
@@ -352,6 +373,7 @@ def _sparsity(w): return 100*(1 - w.count_nonzero().item()/max(w.numel(), 1))
 def _dense_ms(l, x):
     "Milliseconds that torch takes for the convolution of `l`"
     c, x = l.conv, torch.randn(x)
+    if hasattr(l, 'linear'): return 1000*_seconds(lambda: l.linear(x.flatten(1)), 2)
     return 1000*_seconds(lambda: F.conv2d(x, c.weight, c.bias, c.stride, c.padding, c.dilation, c.groups), 2)
 
 def _rows(model, plan=None, why=''):
@@ -363,7 +385,7 @@ def _rows(model, plan=None, why=''):
         if name in done:
             l, op, size = done[name]
             row.update(dense_ms=_dense_ms(l, size), sparse_ms=l.ms, form=f'{op.values.shape[1]} row{"s" if op.values.shape[1] > 1 else ""}, {len(op.starts)} part{"s" if len(op.starts) > 1 else ""}, {op.tile} vectors')
-        elif plan: row['note'] = 'runs in torch: only 2-d convolutions run in the engine'
+        elif plan: row['note'] = 'runs in torch: the engine runs 2-d convolutions, and Linear layers after a mean over positions'
         yield row
 
 def accelerate(

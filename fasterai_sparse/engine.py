@@ -147,17 +147,17 @@ class Largest:
 
 @dataclass
 class Means:
-    "The mean of each channel, into the tensor y (images × channels)"
+    "The mean of each channel, an activation of one position"
     x:Flat
-    y:torch.Tensor
+    y:Flat
 
     def c(self):
         g = self.x.grid
-        op = _COp(3, 0, self.x.channels, 1, 1, 0, 1, 1, None, None, None, None, self.x.pointer, self.y.data_ptr(), None, None, 0, self.x.stride)
-        op.a[:5] = [g.images, g.image, self.x.height*g.width, self.y.shape[1], self.x.height*self.x.width]
+        op = _COp(3, 0, self.x.channels, 1, 1, 0, 1, 1, None, None, None, None, self.x.pointer, self.y.pointer, None, None, self.y.stride, self.x.stride)
+        op.a[:5] = [g.images, g.image, self.x.height*g.width, self.y.grid.image, self.x.height*self.x.width]
         return op
 
-    def run_torch(self): self.y.copy_(self.x.view.mean((2,3)))
+    def run_torch(self): self.y.view.copy_(self.x.view.mean((2,3), keepdim=True))
 
 @dataclass
 class Added:

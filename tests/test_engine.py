@@ -118,6 +118,9 @@ NETS = {
     'pools': lambda: nn.Sequential(conv(3,8), nn.ReLU(), nn.MaxPool2d(3,2,1), conv(8,8), nn.MaxPool2d(2), conv(8,8), nn.ReLU(), nn.MaxPool2d(3,1,1), nn.AvgPool2d(2), conv(8,4)),
     'ceil': lambda: nn.Sequential(conv(3,8), nn.ReLU(), nn.MaxPool2d(3,2,ceil_mode=True), conv(8,4)),
     'head': lambda: nn.Sequential(conv(3,8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(.5), nn.Linear(8,5)),
+    'two Linears': lambda: nn.Sequential(conv(3,8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(.5), nn.Linear(8,12), nn.ReLU(), nn.Dropout(.1), nn.Linear(12,5,bias=False)),
+    'read flat and not': lambda: Net(lambda s, x: (s.b((y := s.p(s.a(x))).flatten(1)), y, y.flatten(1)*2), a=conv(3,8), p=nn.AdaptiveAvgPool2d(1), b=nn.Linear(8,5)),
+    'features are added': lambda: Net(lambda s, x: s.c((y := s.a(x).mean((2,3))) + s.b(y)), a=conv(3,8), b=nn.Linear(8,8), c=nn.Linear(8,5)),
     'mean': lambda: Net(lambda s, x: s.b(s.a(x).mean((2,3))), a=conv(3,8), b=nn.Linear(8,5)),
     'kept mean': lambda: Net(lambda s, x: s.b(s.a(x).mean([-2,-1], keepdim=True)), a=conv(3,8), b=conv(8,5,1)),
     'squeeze and excite': lambda: Net(lambda s, x: s.d((y := s.a(x))*torch.sigmoid(s.c(F.relu(s.b(F.adaptive_avg_pool2d(y, 1)))))), a=conv(3,8), b=conv(8,4,1), c=conv(4,8,1), d=conv(8,4)),
@@ -200,7 +203,7 @@ def test_report():
     model, x = sparse(nn.Sequential(conv(3,64), nn.ReLU(), conv(64,64), nn.ReLU(), conv(64,64), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64,4)), 95), torch.randn(1,3,64,64)
     before = copy.deepcopy(model.state_dict())
     fast, df = accelerate(model, x, threads=1)
-    assert df.layer.tolist() == ['0', '2', '4', '7'] and df.sparsity[1] == pytest.approx(95, abs=.1) and df.note[3].startswith('runs in torch') and (df.sparse_ms[:3] > 0).all() and (df.dense_ms[:3] > 0).all()
+    assert df.layer.tolist() == ['0', '2', '4', '7'] and df.sparsity[1] == pytest.approx(95, abs=.1) and df.note[3].startswith('runs in torch') and (df.sparse_ms[:3] > 0).all() and (df.dense_ms[:3] > 0).all() and (accelerate(model, x, threads=2)[1].sparse_ms > 0).all()
     assert df.attrs['note'] == '' and isinstance(fast, Accelerated) or 'as it is' in df.attrs['note'] and fast is model
     assert all(torch.equal(v, before[k]) for k,v in model.state_dict().items())
 

@@ -385,7 +385,7 @@ def _rows(model, plan=None, why=''):
         if name in done:
             l, op, size = done[name]
             row.update(dense_ms=_dense_ms(l, size), sparse_ms=l.ms, form=f'{op.values.shape[1]} row{"s" if op.values.shape[1] > 1 else ""}, {len(op.starts)} part{"s" if len(op.starts) > 1 else ""}, {op.tile} vectors')
-        elif plan: row['note'] = 'runs in torch: the engine runs 2-d convolutions, and Linear layers after a mean over positions'
+        elif plan: row['note'] = 'runs in torch: the engine runs 2-d convolutions, and sparse Linear layers behind a mean over positions'
         yield row
 
 def accelerate(

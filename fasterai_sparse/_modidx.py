@@ -122,8 +122,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'fasterai_sparse/accelerate.py'),
                                             'fasterai_sparse.accelerate._sparsity': ( 'accelerate.html#_sparsity',
                                                                                       'fasterai_sparse/accelerate.py'),
-                                            'fasterai_sparse.accelerate._tensors': ( 'accelerate.html#_tensors',
-                                                                                     'fasterai_sparse/accelerate.py'),
                                             'fasterai_sparse.accelerate.accelerate': ( 'accelerate.html#accelerate',
                                                                                        'fasterai_sparse/accelerate.py')},
             'fasterai_sparse.allocation': { 'fasterai_sparse.allocation._between': ( 'allocation.html#_between',

@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
+from .channels import tensors_in
 from .engine import *
 from .masks import masks_off, unwrapped
 from .native import native_library
@@ -36,7 +37,7 @@ class _Graph:
     def __init__(self, model, x, threads=1):
         self.threads, self.gm = threads, fx.GraphModule(model, fx.Tracer().trace(model))
         with torch.no_grad(): _Shapes(self.gm).propagate(x)
-        self.images = next(_tensors(x)).shape[0]
+        self.images = next(tensors_in(x)).shape[0]
         self.modules, self.nodes = dict(self.gm.named_modules()), list(self.gm.graph.nodes)
         if n := next((n for n in self.nodes if self.changes_in_place(n)), None): raise ValueError(f'{n.name} changes in place what something else reads too')
         self.at, self.done, self.alias, self.positive, self.items = {n: i for i,n in enumerate(self.nodes)}, set(), {}, set(), []
@@ -144,13 +145,8 @@ class _Shapes(fx.Interpreter):
     def run_node(self, n):
         v = super().run_node(n)
         if torch.is_tensor(v): n.meta['size'] = tuple(v.shape)
-        elif n.op in ('call_function', 'call_method') and not list(_tensors(v)): n.meta['value'] = v
+        elif n.op in ('call_function', 'call_method') and not list(tensors_in(v)): n.meta['value'] = v
         return v
-
-def _tensors(v):
-    if torch.is_tensor(v): yield v
-    elif isinstance(v, (list,tuple)):
-        for w in v: yield from _tensors(w)
 
 # %% ../nbs/23_accelerate.ipynb #458221de
 class _Grids:
@@ -184,7 +180,7 @@ class _Plan:
         return l.inputs[0] if tuple(self.stride(l)) == (1,1) else ('parts', l.out)
 
     def lay_out(self, x):
-        g, size = _Grids(next(_tensors(x)).shape[0]), self.graph.dims
+        g, size = _Grids(next(tensors_in(x)).shape[0]), self.graph.dims
         self.grids = g
         tapped = [l for l in self.graph.items if isinstance(l, _Layer) and l.kind in ('conv', 'pool')]
         for l in self.graph.items:
@@ -412,7 +408,7 @@ def accelerate(
     try: plan = fast.plan(*x)
     except Exception as e: return unchanged(f'{type(model).__name__} can not be traced: {type(e).__name__}: {e}')   # tracing runs the user's forward: anything can come out of it
     if not plan.layers: return unchanged('no convolution that the engine can run')
-    with torch.no_grad(): want, got = list(_tensors([copy(*x)])), list(_tensors([fast(*x)]))
+    with torch.no_grad(): want, got = list(tensors_in([copy(*x)])), list(tensors_in([fast(*x)]))
     if any((a-b).abs().max() > 1e-4*a.abs().max() for a,b in zip(want, got, strict=True)): return unchanged('the engine computes something else than the model', plan)
     dense_ms, sparse_ms = _race(lambda: copy(*x), lambda: fast(*x))
     df = pd.DataFrame(_rows(copy, plan))

@@ -120,7 +120,7 @@ class _Watch(_NoDropout):
         super().__init__()
         self.names = {id(t): n for ts in (model.named_buffers(), model.named_parameters()) for n,t in ts if t.is_floating_point()}
         self.keep = [t for ts in (model.buffers(), model.parameters()) for t in ts]   # their ids must stay theirs
-        self.n, self.pairs, self.held, self.places, self.cells, self.refused, self.decided, self.used = 0, [], [], {}, [], {}, None, set()
+        self.n, self.pairs, self.held, self.places, self.cells, self.refused, self.decided = 0, [], [], {}, [], {}, None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -152,7 +152,6 @@ class _Watch(_NoDropout):
         if place not in self.places:
             self.places[place] = torch.arange(self.n, self.n+n)
             self.n += n
-        self.used.add(place.name)
         return self.places[place]
     def weight(self, t, axis, rows=None): return self.place(Place(self.param(t), axis, rows), t.shape[axis])
     def hold(self, labels, why):
@@ -504,7 +503,7 @@ def found(self:_Watch):
         np.add.at(signature, channel[a.numpy()[here]], rng.integers(2**62, size=cells.max()+1, dtype=np.uint64)[cells[here]])
     kinds = np.unique(signature, return_inverse=True)[1]
     kinds[whys != ''] = -1
-    return Channels(places, kinds, whys, frozenset(self.used))
+    return Channels(places, kinds, whys, frozenset({p.name for p in places} | set(self.refused)))
 
 @patch
 def _twice(self:_Watch, place):
@@ -567,14 +566,15 @@ def outputs_of(
 def follow_channels(
     model:nn.Module,
     example_input, # A batch (tensor, or tuple or dict of the arguments of `forward`)
+    twin=None, # A copy of `model`, of other values, that runs in its place
 ):
-    """The `Channels` of `model`, what it returns as `outputs_of` does, and why it could not run in training mode, or ''.
+    """The `Channels` of `model`, what it (or its `twin`) returns as `outputs_of` does, and why it could not run in training mode, or ''.
     Raises `ValueError` where the model can't run on the example, or where its values decide what it does, so that another input could take a path that was not seen."""
     watches = []
     def watch(copy):
         watches.append(_Watch(copy))
         return watches[0]
-    try: outs, why = outputs_of(model, example_input, watch)
+    try: outs, why = outputs_of(model if twin is None else twin, example_input, watch)
     except Exception as e: raise ValueError(f"{type(model).__name__} can't run on the example: {type(e).__name__}: {e}") from e
     if watches[0].decided: raise ValueError(f"{type(model).__name__} decides by the values of its tensors ({watches[0].decided}): what it does for other inputs is not known")
     for n in _overlapping(model): watches[0].refused.setdefault(n, 'shares memory with another')

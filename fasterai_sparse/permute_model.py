@@ -179,10 +179,9 @@ def _stirred(model):
         if t.is_floating_point() and t.numel(): t += (torch.rand(t.shape, generator=rng, dtype=t.dtype)*.1*(t.abs().mean().cpu()+.1)).to(t.device)
     return twin
 
-def _proven(model, example_input, channels, sources):
-    "Those of `sources` after which a stirred copy of `model` computes what it did: all together, or else one after the other"
-    twin, good = _stirred(model), []
-    before, tensors = outputs_of(twin, example_input)[0], _companions(twin)
+def _proven(twin, before, example_input, channels, sources):
+    "Those of `sources` after which a stirred copy of the model still gives what it gave `before`: all together, or else one after the other"
+    good, tensors = [], _companions(twin)
     same = lambda: not _differ(before, outputs_of(twin, example_input)[0])
     _move(channels, tensors, together := _together([s for s,_ in sources], channels))
     if not sources or same(): return [s for s,_ in sources]
@@ -213,13 +212,14 @@ def permute_model(
     Raises `ValueError`, before anything has changed, where the model does not run on the example or decides by values, or an optimizer has state that can't move along."""
     model, copies = unwrapped(model), [unwrapped(c) for c in copies]
     _check_companions(model, opt, copies)
-    channels, _, untrained = follow_channels(model, example_input)
+    twin = _stirred(model)
+    channels, before, untrained = follow_channels(model, example_input, twin)
     reads, not_ = _reads(model, channels, m, scores.get if isinstance(scores, dict) else lambda name, p: scores(p.detach()))
     if untrained and (unseen := sorted({n for n,_ in model.named_parameters()} - channels.seen)):
         warnings.warn(f"{type(model).__name__} can't run on the example in training mode ({untrained}); if {unseen[0]} and others that were not read are used there, it computes something else in training")
     seen, readers = _stripes(reads, channels.kinds, m), _readers(reads)
     sources = [_solved(p, seen, reads, readers, channels, n, m, kwargs) for p in _problems(_agreed(seen, reads), channels.kinds)]
-    total = _together(_proven(model, example_input, channels, [(s, could) for s,could in sources if s is not None]), channels)
+    total = _together(_proven(twin, before, example_input, channels, [(s, could) for s,could in sources if s is not None]), channels)
     _move(channels, _companions(model, opt, copies, along), total)
     return _report(model, reads, channels, not_, n, m, total)
 

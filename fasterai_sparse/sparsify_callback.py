@@ -184,9 +184,7 @@ def _set_up(self:SparsifyCallback):
 @patch
 def _permute(self:SparsifyCallback):
     "Put the channels into order, on the first batch of the data"
-    dl = self.dls.train
-    b = next(iter(dl))
-    self.sparsifier.permute(to_device(b, self.dls.device) if isinstance(b, (tuple,list,dict,torch.Tensor)) else b, self.opt)
+    self.sparsifier.permute(to_device(next(iter(self.dls.train)), self.dls.device), self.opt)
     if self.speaks and (df := self.sparsifier.permutation) is not None: print(f'Channels permuted: {self.sparsifier.granularity} keeps {df.kept.sum()/df.total.sum():.2%} of the scores, {df.naive.sum()/df.total.sum():.2%} in the order that was there')
 
 def _from_first_rank(norms):

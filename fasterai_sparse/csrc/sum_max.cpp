@@ -4,12 +4,7 @@
 #include <cstdint>
 #include <thread>
 #include <vector>
-
-#if defined(_WIN32)
-#define EXPORT extern "C" __declspec(dllexport)
-#else
-#define EXPORT extern "C"
-#endif
+#include "export.h"
 
 namespace {
 

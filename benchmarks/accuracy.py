@@ -2,7 +2,7 @@
 
 Appends each finished run to benchmarks/accuracy.csv, skips those that are there, and writes benchmarks/accuracy.md and
 benchmarks/accuracy.png from it. The data: Debian's `dataset-fashion-mnist`."""
-import argparse, os, signal, sys, time
+import argparse, os, time
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import nn
 
 from fasterai_sparse import schedules
 from fasterai_sparse.all import SparsifyCallback, large_final, sparsity_report
-from runs import append, cell, cpu_name, percentage, positive, results, trained
+from runs import asked_for, append, cell, cpu_name, percentage, positive, trained
 
 SCHEDULES = ['one_shot', 'iterative', 'agp', 'one_cycle']
 DATA = '/usr/share/datasets/fashion-mnist'
@@ -171,19 +171,7 @@ def parser():
     return p
 
 def main():
-    p = parser()
-    args = p.parse_args()
-    if not args.bs <= args.images <= 60000: p.error(f'--images must be from --bs ({args.bs}) to 60000, not {args.images}')
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # so that the workers end too
-    file, asked = args.out/'accuracy.csv', list(asked_runs(args))
-    missing = [] if args.table_only else [r for r in asked if r not in results(file, KEY, MEASURED).index]
-    if missing and (lost := [f for f in FILES if not (args.path/f).exists()]):
-        p.exit(2, f'No {", ".join(lost)} in {args.path}: install the Debian package dataset-fashion-mnist, or give the folder of its four .gz files with --path\n')
-    args.out.mkdir(parents=True, exist_ok=True)
-    run_all(missing, args, file)
-    df = results(file, KEY, MEASURED)
-    df = df[df.index.isin(asked)].reset_index()
-    if df.empty: p.exit(2, f'No run of these settings in {file}: leave out --table-only\n')
+    df, args = asked_for(parser(), 'accuracy', asked_runs, run_all, KEY, MEASURED, FILES)
     write_md(df, args, args.out/'accuracy.md')
     plot(df, args, args.out/'accuracy.png')
 

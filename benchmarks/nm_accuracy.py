@@ -1,7 +1,7 @@
 """Accuracy on Fashion-MNIST of 2:4, its channels in the order they were trained in and in the one `permute_model` finds: `python benchmarks/nm_accuracy.py`
 
 Appends each finished row to benchmarks/nm_accuracy.csv, skips seeds whose rows are all there, and writes benchmarks/nm_accuracy.md from it. The data: Debian's `dataset-fashion-mnist`."""
-import argparse, os, signal, sys, time
+import argparse, os, time
 from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import nn
 from fasterai_sparse.all import KeepMasks, Sparsifier, large_final, permute_model, wanda
 from fasterai_sparse.channels import outputs_of
 from fasterai_sparse.masks import masked_params
-from runs import append, cell, cpu_name, positive, results, trained
+from runs import asked_for, append, cell, cpu_name, positive, trained
 
 ORDERS = {'as trained': None, 'random': lambda p: torch.rand(p.shape, generator=torch.Generator().manual_seed(p.numel())), 'permuted': large_final}   # by which scores channels move
 DENSE, TRAINED_ON = 'dense', 'dense, trained on'
@@ -171,19 +171,7 @@ def parser():
     return p
 
 def main():
-    p = parser()
-    args = p.parse_args()
-    if not args.bs <= args.images <= 60000: p.error(f'--images must be from --bs ({args.bs}) to 60000, not {args.images}')
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # so that the workers end too
-    file, asked = args.out/'nm_accuracy.csv', list(asked_runs(args))
-    missing = [] if args.table_only else [r for r in asked if r not in results(file, KEY, MEASURED).index]
-    if missing and (lost := [f for f in FILES if not (args.path/f).exists()]):
-        p.exit(2, f'No {", ".join(lost)} in {args.path}: install the Debian package dataset-fashion-mnist, or give the folder of its four .gz files with --path\n')
-    args.out.mkdir(parents=True, exist_ok=True)
-    run_all(missing, args, file)
-    df = results(file, KEY, MEASURED)
-    df = df[df.index.isin(asked)].reset_index()
-    if df.empty: p.exit(2, f'No run of these settings in {file}: leave out --table-only\n')
+    df, args = asked_for(parser(), 'nm_accuracy', asked_runs, run_all, KEY, MEASURED, FILES)
     write_md(df, args, args.out/'nm_accuracy.md')
 
 if __name__ == '__main__': main()

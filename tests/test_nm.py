@@ -36,7 +36,7 @@ def test_each_broken_group_is_counted():
     model = nn.Sequential(nn.Conv2d(8,4,3))
     Sparsifier(model, 'weight', 'local', large_final, nm=True).sparsify_model(50)
     remove_masks(model)
-    with torch.no_grad(): model[0].weight[1,:3,0,0], model[0].weight[2,4:,2,1] = 1., 2.
+    with torch.no_grad(): model[0].weight[1,:4,0,0], model[0].weight[2,4:,2,1] = torch.tensor([1.,1,1,0]), 2.   # one too many, and two
     row = verify_nm(model).iloc[0]
     assert (row.broken, row.pattern, row.note) == (2, 'no', '2 of 72 groups keep more than 2') and verify_nm(model).attrs['share'] == 0
 

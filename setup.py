@@ -12,7 +12,7 @@ version = re.search(r'__version__ = "(.+)"', (here/'fasterai_sparse'/'__init__.p
 # Kernels with a plain C interface, loaded with ctypes; where they can't be compiled the package does without
 native = Extension('fasterai_sparse._native', ['fasterai_sparse/csrc/sum_max.cpp', 'fasterai_sparse/csrc/engine.cpp'],
                    depends=['fasterai_sparse/csrc/sum_max.inc', 'fasterai_sparse/csrc/engine.inc', 'fasterai_sparse/csrc/export.h'], language='c++',
-                   extra_compile_args=[] if os.name == 'nt' else ['-O3', '-std=c++17', '-pthread', '-fno-math-errno', '-fno-trapping-math', '-ffp-contract=fast'], extra_link_args=[] if os.name == 'nt' else ['-pthread'], optional=True)
+                   extra_compile_args=[] if os.name == 'nt' else ['-O3', '-g0', '-std=c++17', '-pthread', '-fno-math-errno', '-fno-trapping-math', '-ffp-contract=fast'], extra_link_args=[] if os.name == 'nt' else ['-pthread'], optional=True)
 
 setup(version=version, description=cfg['description'], python_requires=f">={cfg['min_python']}",
       keywords=cfg['keywords'].split(), license=cfg['license'],

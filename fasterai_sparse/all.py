@@ -28,5 +28,6 @@ from .soft_masks import *
 from .config import *
 from .nm import *
 from .sparse_files import *
-from .engine import *
+from .engine import engine_sets
+from .accelerated import *
 from .accelerate import *

@@ -1,4 +1,4 @@
-import inspect
+import inspect, os, tempfile
 
 import matplotlib
 matplotlib.use('Agg')
@@ -6,6 +6,7 @@ matplotlib.use('Agg')
 import pytest, torch
 
 torch.set_num_threads(1)
+os.environ['XDG_CACHE_HOME'] = os.environ['LOCALAPPDATA'] = tempfile.mkdtemp()   # what the engine finds out here is not kept
 
 @pytest.fixture(autouse=True)
 def seeded(): torch.manual_seed(0)

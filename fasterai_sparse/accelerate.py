@@ -22,6 +22,7 @@ from .engine import *
 from .engine_plan import *
 from .masks import masks_off, unwrapped
 from .native import native_library
+from .semi_structured import accelerate_cuda
 
 # %% ../nbs/24_accelerate.ipynb #77154585
 _kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -110,6 +111,7 @@ def accelerate(
     """(fast, report): `fast` runs in evaluation mode and computes what `model` does, to 1e-4 of the largest output.
     `report` has a row for each layer: its sparsity in percent, milliseconds in torch (as the layer is) and in the engine (with what was put into it), the form of its weights, and what keeps it from being quick.
     `report.attrs` has `dense_ms` and `sparse_ms` of the whole, `tuning_s`, megabytes `weights_mb` and `activations_mb` of the plan, and `note`.
+    On a GPU layers whose weights are 2:4 are made `accelerate_cuda`'s, which tells the same.
     Where nothing is gained `fast` is `model` itself, and `note` says why. Raises `ValueError` without an example."""
     learn, model = (model, model.model) if isinstance(model, Learner) else (None, model)
     if example_input is None:
@@ -117,6 +119,9 @@ def accelerate(
         example_input = next(iter(learn.dls.valid if len(learn.dls.loaders) > 1 else learn.dls.train))[:-1]
     args, kwargs = ((), example_input) if isinstance(example_input, dict) else (example_input if isinstance(example_input, (tuple,list)) else (example_input,), {})
     args = tuple(a.as_subclass(torch.Tensor).detach() if torch.is_tensor(a) else a for a in args)
+    if any(p.is_cuda for p in model.parameters()):
+        if kwargs: raise ValueError('On CUDA accelerate takes a tuple of the arguments of forward, not a dict')
+        return accelerate_cuda(model, *args)
     with masks_off(unwrapped(model)) as plain: copy = deepcopy(plain).eval()
     def told(fast, rows, **attrs):
         df = pd.DataFrame(rows)

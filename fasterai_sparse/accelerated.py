@@ -45,8 +45,8 @@ def _same(a, b, eps=1e-4):
 _numbers, _live = itertools.count(), weakref.WeakValueDictionary()   # so that an operation of torch can name a module
 
 class Accelerated(Inference):
-    """`model`, its convolutions and Linear layers run by the engine. Takes tensors on the CPU, floating-point ones as float32; several threads may call it at once, and outputs are their own.
-    Raises `TypeError` for other tensors, `RuntimeError` where gradients are asked for"""
+    """`model`, its convolutions and Linear layers run by the engine.
+    Takes tensors on the CPU, floating-point ones as float32; several threads may call it at once, and outputs are their own. Raises `TypeError` for other tensors, `RuntimeError` where gradients are asked for"""
     def __init__(self,
         model, # Its weights are taken as they are when the first input comes
         threads=None, # None: torch's number when a plan is made

@@ -29,5 +29,6 @@ from .config import *
 from .nm import *
 from .sparse_files import *
 from .engine import engine_sets
+from .semi_structured import *
 from .accelerated import *
 from .accelerate import *

@@ -213,7 +213,8 @@ class Parts:
 
 @dataclass
 class Turned:
-    "`y` gets the columns of the matrix `x` as rows; one of them is a `Flat` without gaps between its positions, channels × positions, and the other a contiguous tensor of positions × channels"
+    """`y` gets the columns of the matrix `x` as rows.
+    One of them is a `Flat` without gaps between its positions, channels × positions, and the other a contiguous tensor of positions × channels"""
     x:object
     y:object
 
@@ -311,7 +312,8 @@ class Norms:
 
 @dataclass
 class Attention:
-    "softmax(q·k × scale)·v for each head, over the positions of each image, of which each sees those before it only if `causal`; q, k, v are rows of positions, and may be parts of one `Flat`"
+    """softmax(q·k × scale)·v for each head, over the positions of each image.
+    Each sees those before it only if `causal`; q, k, v are rows of positions, and may be parts of one `Flat`"""
     q:Flat
     k:Flat
     v:Flat

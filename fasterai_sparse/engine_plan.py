@@ -26,7 +26,8 @@ def processor():
         return platform.processor() or platform.machine()
 
 class Choices:
-    "The form that each layer runs best in, as a JSON file remembers it; without a `path` for as long as the process runs. A file that can't be read or written is done without"
+    """The form that each layer runs best in, as a JSON file remembers it; without a `path` for as long as the object lives.
+    A file that can't be read or written is done without"""
     def __init__(self, path=None):
         self.path, self.found = path and Path(path), {}
         try: self.found = json.loads(self.path.read_text()) if path else {}

@@ -56,7 +56,7 @@ def openvino(net, x, folder, threads):
 
 def engines(net, x, folder, threads):
     "Name -> function that runs `net` on `x`"
-    last = x.to(memory_format=torch.channels_last)
+    last = x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
     fast = Accelerated(net, threads)
     found = {'ours': lambda: fast(x), 'torch': lambda: net(x), 'torch, channels last': lambda: net(last)}
     if all(find_spec(p) for p in ('onnx', 'onnxscript', 'onnxruntime')): found['ONNX Runtime'] = ort(net, x, folder, threads)

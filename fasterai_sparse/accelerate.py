@@ -52,7 +52,7 @@ def _form(choice):
 def _seen(plan, x):
     "Layer -> what the plan found out about it"
     seconds = plan.timed(x)
-    return {o.layer.name: (o.layer, dict(sparse_ms=1000*seconds[i], form=_form(o.choice), note=_why(o.layer))) for i,o in enumerate(plan.ops) if hasattr(o, 'layer') and o.layer.name}
+    return {o.layer.name: (o.layer, dict(sparse_ms=1000*seconds[i], form=_form(o.choice), note=_why(o.layer))) for i,o in enumerate(plan.ops) if hasattr(o, 'layer') and o.layer.name is not None}
 
 def _why(l):
     if l.groups > 1 and l.groups == l.module.in_channels: return f'groups={l.groups}: depthwise, dense'

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .channels import tensors_in
+from .engine import all_finite
 from .engine_plan import *
 
 # %% ../nbs/23c_accelerated.ipynb #344e8ac5
@@ -59,7 +60,7 @@ class Accelerated(Inference):
         self._forget()
 
     def _forget(self):
-        self.plans, self.at_once, self.known, self.lock, self.number = {}, {}, {}, threading.RLock(), next(_numbers)
+        self.plans, self.last, self.at_once, self.known, self.lock, self.number = {}, (None, None), {}, {}, threading.RLock(), next(_numbers)
         self.choices = Choices(choices_file() if self.cache is True else self.cache)
         _live[self.number] = self
 
@@ -67,19 +68,22 @@ class Accelerated(Inference):
 
     def plan(self, *x):
         "For these inputs, all at once"
+        key, (last, plan) = self.key(x), self.last
+        if key == last: return plan
         with self.lock:
-            plan = self.plans.pop(self.key(x), None) or Plan(self.model, x, 0, self.threads or torch.get_num_threads(), self.choices)
-            self.plans[self.key(x)] = plan   # the last one used is the last one to go
+            plan = self.plans.pop(key, None) or Plan(self.model, x, 0, self.threads or torch.get_num_threads(), self.choices)
+            self.plans[key] = plan   # the last one used is the last one to go
             for k in list(self.plans)[:-self.n_plans]: del self.plans[k]
+            self.last = key, plan
             return plan
 
     def n_at_once(self, x):
         "How many images run together: all, where the model does not treat each by itself"
-        key, n = self.key(x, 1), len(x[0]) if x[0].dim() else 1
+        n = len(x[0]) if x[0].dim() else 1
         if n < 2 or any(t.dim() == 0 or len(t) != n for t in x): return n
-        with self.lock:
-            if key not in self.at_once:
-                self.at_once[key] = max(1, self.room//self.largest([t[:1] for t in x])) if self.each_by_itself([t[:2] for t in x]) else None
+        key = self.key(x, 1)
+        if key not in self.at_once:
+            with self.lock: self.at_once[key] = max(1, self.room//self.largest([t[:1] for t in x])) if self.each_by_itself([t[:2] for t in x]) else None
         return self.at_once[key] or n
 
     def each_by_itself(self, x):
@@ -97,24 +101,20 @@ class Accelerated(Inference):
             wrong = not torch.is_tensor(t) or not t.is_cpu or t.dtype != torch.float32 and (t.is_floating_point() or t.is_complex())
             if wrong: raise TypeError(f"An accelerated model takes float32 tensors on the CPU, not {f'{t.dtype} on {t.device}' if torch.is_tensor(t) else type(t).__name__}: call .float() on them")
         self.refuse_gradients(x)
-        x = [t.as_subclass(torch.Tensor).detach() for t in x]
         with torch.no_grad():
-            if not all(map(_finite, x)): return self.model(*x)   # a zero weight would hide what is not
+            x = [t if type(t) is torch.Tensor else t.as_subclass(torch.Tensor) for t in x]
+            if not all(t.numel() and (t.dtype != torch.float32 or all_finite(t)) for t in x): return self.model(*x)   # a zero weight would hide what is not
             n, at_once = len(x[0]) if x[0].dim() else 1, self.n_at_once(x)
             out = self.plan(*x)(*x) if n <= at_once else _joined([self.plan(*part)(*part) for i in range(0, n, at_once) for part in [[t[i:i+at_once] for t in x]]])
-        self.known[self.key(x, 1)] = n, _container(out), [(t.shape, t.dtype) for t in tensors_in([out])]
+        if (key := self.key(x, 1)) not in self.known: self.known[key] = n, _container(out), [(t.shape, t.dtype) for t in tensors_in([out])]
         return out
 
-    def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k not in ('plans', 'at_once', 'known', 'lock', 'number', 'choices')}
+    def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k not in ('plans', 'last', 'at_once', 'known', 'lock', 'number', 'choices')}
     def __setstate__(self, state):
         super().__setstate__(state)
         self._forget()
 
 def _container(out): return None if torch.is_tensor(out) else type(out)
-
-def _finite(t):
-    if not t.numel(): return False
-    with np.errstate(invalid='ignore', over='ignore'): return not t.is_floating_point() or bool(np.isfinite(t.numpy().sum()))
 
 # %% ../nbs/23c_accelerated.ipynb #45d00289
 from fastcore.basics import patch
@@ -165,11 +165,11 @@ class SparseLinear(_OneLayer):
     def forward(self, x):
         with torch.no_grad():
             if not self.ours(x): return self.model(x)
-            tokens = x.reshape(-1, x.shape[-1])
+            tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
             n = len(tokens)
-            step = 1 if n == 1 else 16 if n <= 128 else 64 if n <= 512 else 256
-            out = super().forward(F.pad(tokens, (0, 0, 0, -n % step)))[:n]
-            return out.view(*x.shape[:-1], out.shape[-1])
+            more = -n % (1 if n == 1 else 16 if n <= 128 else 64 if n <= 512 else 256)
+            out = super().forward(F.pad(tokens, (0, 0, 0, more)))[:n] if more else super().forward(tokens)
+            return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
 
 class Layerwise(Inference):
     "`model`, of which some layers are `SparseLinear` or `SparseConv2d`"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['acts', 'Grid', 'Memory', 'Flat', 'Sums', 'Products', 'Parts', 'Turned', 'Largest', 'Means', 'Added', 'Scaled',
-           'Norms', 'Attention', 'engine_sets', 'Program']
+           'Norms', 'Attention', 'engine_sets', 'Program', 'all_finite']
 
 # %% ../nbs/22_engine.ipynb #0b64ceb4
 import ctypes, mmap
@@ -110,6 +110,7 @@ def _op(kind, act=None, a=(), **fields):
     op.a[:len(a)] = [int(v) for v in a]
     return op
 
+_op_size = ctypes.sizeof(_COp)
 def _ints(mask): return torch.from_numpy(mask) != 0
 
 # %% ../nbs/22_engine.ipynb #7fe3b7a6
@@ -333,15 +334,21 @@ class Attention:
 
 # %% ../nbs/22_engine.ipynb #aa558f0a
 @lru_cache(None)
-def engine_sets():
-    "Instruction sets that the engine has kernels for and this processor can run, the best first, with the floats of their vectors; empty where there is no library"
+def _library():
+    "The compiled library, None where it has no engine"
     lib, _ = native_library()
-    if lib is None or not hasattr(lib, 'fs_run'): return {}
+    if lib is None or not hasattr(lib, 'fs_run'): return
     lib.fs_engine_set.restype, lib.fs_engine_set.argtypes = ctypes.c_char_p, [ctypes.c_int, ctypes.POINTER(ctypes.c_int)]
     lib.fs_run.restype, lib.fs_run.argtypes = None, [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
-    if lib.fs_op_size() != ctypes.sizeof(_COp): raise RuntimeError('The compiled library is of another version: install the package again')
-    found, n = {}, ctypes.c_int()
-    while name := lib.fs_engine_set(len(found), ctypes.byref(n)): found[name.decode()] = n.value
+    lib.fs_finite.restype, lib.fs_finite.argtypes = ctypes.c_int, [ctypes.c_void_p, ctypes.c_int64]
+    if lib.fs_op_size() != _op_size: raise RuntimeError('The compiled library is of another version: install the package again')
+    return lib
+
+@lru_cache(None)
+def engine_sets():
+    "Instruction sets that the engine has kernels for and this processor can run, the best first, with the floats of their vectors; empty where there is no library"
+    found, n, lib = {}, ctypes.c_int(), _library()
+    while lib and (name := lib.fs_engine_set(len(found), ctypes.byref(n))): found[name.decode()] = n.value
     return found
 
 class Program:
@@ -349,11 +356,11 @@ class Program:
     def __init__(self, ops, which=0, threads=None):
         self.ops, self.which, self.threads = ops, which, threads
         self.compiled = (_COp*len(ops))(*[o.c() for o in ops])
+        self.begin, self.lib = ctypes.addressof(self.compiled), _library()
 
     def __call__(self, first=0, n=None):
         "Run `n` operations from the one number `first` on, all by default"
-        n = len(self.ops)-first if n is None else n
-        native_library()[0].fs_run(ctypes.addressof(self.compiled) + first*ctypes.sizeof(_COp), n, self.which, self.threads or torch.get_num_threads())
+        self.lib.fs_run(self.begin + first*_op_size, len(self.ops)-first if n is None else n, self.which, self.threads or torch.get_num_threads())
 
     def replace(self, i, op):
         "Have the operation number `i` be `op`"
@@ -361,3 +368,8 @@ class Program:
 
     def run_torch(self):
         for o in self.ops: o.run_torch()
+
+# %% ../nbs/22_engine.ipynb #5a7423c6
+def all_finite(t):
+    "Whether the float32 tensor `t` on the CPU holds neither infinities nor what is no number"
+    return bool(_library().fs_finite(t.contiguous().data_ptr(), t.numel()))

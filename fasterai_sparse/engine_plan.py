@@ -143,6 +143,11 @@ def run_ops(self:Plan, *ops):
     else: self.steps.append(['ops', len(self.ops)-len(ops), len(ops)])
 
 @patch
+def before_ops(self:Plan, *step):
+    "A step that may as well come before the operations that are to run next: so these go on in one call"
+    self.steps.insert(len(self.steps) - bool(self.steps and self.steps[-1][0] == 'ops'), list(step))
+
+@patch
 def emit_node(self:Plan, n):
     for a in n.all_input_nodes: self.unpack(a)
     self.steps.append(['input' if n.op == 'placeholder' else 'node', n, None])
@@ -157,7 +162,7 @@ def unpack(self:Plan, n):
     self.out.add(v)
     f, size = self.flats[v], self.graph.size(v)
     if self.graph.made[v] == 'first' or not _dense(f): return self.steps.append(['copy out', v, f])
-    self.steps.append(['point out', v, len(self.ops)])
+    self.before_ops('point out', v, len(self.ops))
     self.run_ops(Turned(f, torch.empty(size)))
 
 @patch
@@ -173,7 +178,8 @@ def pack(self:Plan, v):
 @patch
 def point_in(self:Plan, v, op):
     "Have `op` read the tensor that torch has made"
-    self.steps.append(['point in', v.node, len(self.ops)])
+    step = 'point in', v.node, len(self.ops)
+    self.before_ops(*step) if v.node.op == 'placeholder' else self.steps.append(list(step))
     self.run_ops(op)
 
 @patch

@@ -6,7 +6,7 @@
 __all__ = ['Packed', 'Inner', 'Layer', 'Graph']
 
 # %% ../nbs/23_engine_trace.ipynb #0c9247d5
-import operator
+import operator, threading
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +16,18 @@ from torch import fx, nn
 from .channels import tensors_in
 
 # %% ../nbs/23_engine_trace.ipynb #0a4d7b9a
+_tracing = threading.Lock()
+
 class _Tracer(fx.Tracer):
-    "Sees into torch's transformer layers, where no mask is given"
+    "Sees into torch's transformer layers, where no mask is given. While it traces, all modules of the process call it, those of other threads too"
+    def trace(self, *args, **kwargs):
+        self.thread = threading.get_ident()
+        with _tracing: return super().trace(*args, **kwargs)
+
+    def getattr(self, name, value, cache): return super().getattr(name, value, cache) if threading.get_ident() == self.thread else value
+
     def call_module(self, m, forward, args, kwargs):
+        if threading.get_ident() != self.thread: return forward(*args, **kwargs)
         alone = len(args) == 1 and not any(v is not None and v is not False for v in kwargs.values())
         if alone and type(m) is nn.TransformerEncoder:
             x = args[0]
@@ -80,6 +89,8 @@ def _sparsity(w): return 100*(1 - w.count_nonzero().item()/max(w.numel(), 1))
 class Graph:
     "`items`, the `Layer`s and nodes of `model` that have to run for the inputs `x`, in order"
     def __init__(self, model, x):
+        self.alone = _Tracer().is_leaf_module(model, '')   # one of torch's modules, with nothing around it
+        model = nn.Sequential(model) if self.alone else model
         graph = _Tracer().trace(model)
         self.gm = fx.GraphModule(model, graph)
         with torch.no_grad(): _Shapes(self.gm).run(*x)
@@ -129,6 +140,7 @@ class Graph:
         return self.source(n)[0] if self.has(n, form) else Packed(n, form)
 
     def add(self, l):
+        if self.alone and l.name: l.name = l.name.removeprefix('0').removeprefix('.')
         self.made[l.out] = l.form
         if l.act in _positive or l.kind == 'pool' or l.kind == 'cat' and all(v in self.positive for v in l.inputs): self.positive.add(l.out)
         self.items.append(l)

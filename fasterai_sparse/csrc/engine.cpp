@@ -73,17 +73,17 @@ POP
 #endif
 #endif
 
-struct Set { const char* name; int floats; void (*job)(const Op&, int); int64_t (*n_jobs)(const Op&); };
+struct Set { const char* name; int floats; void (*job)(const Op&, int); int64_t (*n_jobs)(const Op&); int (*finite)(const float*, int64_t); };
 
 std::vector<Set> sets() {
     std::vector<Set> found;
 #if defined(__GNUC__)
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")) found.push_back({"avx512", 16, avx512::job, avx512::n_jobs});
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back({"avx2", 8, avx2::job, avx2::n_jobs});
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")) found.push_back({"avx512", 16, avx512::job, avx512::n_jobs, avx512::finite});
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back({"avx2", 8, avx2::job, avx2::n_jobs, avx2::finite});
 #endif
-    found.push_back({"128-bit vectors", 4, narrow::job, narrow::n_jobs});
+    found.push_back({"128-bit vectors", 4, narrow::job, narrow::n_jobs, narrow::finite});
 #endif
     return found;
 }
@@ -124,6 +124,9 @@ EXPORT const char* fs_engine_set(int i, int* floats) {
 }
 
 EXPORT int fs_op_size() { return (int)sizeof(Op); }
+
+// Whether none of `n` numbers is infinite or no number
+EXPORT int fs_finite(const void* x, int64_t n) { return all()[0].finite((const float*)x, n); }
 
 EXPORT void fs_run(const void* ops, int64_t n, int which, int threads) {
     const Op* o = (const Op*)ops;

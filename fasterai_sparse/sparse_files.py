@@ -22,6 +22,7 @@ from .criteria import *
 from .granularity import *
 from .masks import *
 from .report import *
+from .sparsifier import replacing
 
 # %% ../nbs/21_sparse_files.ipynb #bd9f5278
 _dtypes = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'F8_E4M3': torch.float8_e4m3fn, 'F8_E5M2': torch.float8_e5m2,
@@ -209,15 +210,6 @@ def _write(f, stored, state):
     f.seek(0)
     f.write(_header_bytes(stored))
 
-@contextmanager
-def _replacing(path):
-    "A file to write, which takes the place of `path` when it is whole"
-    tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    try:
-        with open(tmp, 'wb') as f: yield f
-        tmp.replace(path)
-    finally: tmp.unlink(missing_ok=True)
-
 # %% ../nbs/21_sparse_files.ipynb #09b3569a
 def _unstorable(t):
     "Why the file can't hold `t`, or None"
@@ -233,13 +225,6 @@ def _state(model):
     why = [f'{k} {w}' for k,t in state.items() if (w := _unstorable(t))]
     if why: raise ValueError(f"The state of {type(model).__name__} can be neither saved nor loaded: " + '; '.join(why))
     return state
-
-@contextmanager
-def _plain(model):
-    "`masks_off`, with what they drop as 0.0: a negative weight that is multiplied by zero is -0.0, and signs take space"
-    with torch.no_grad():
-        for *_,p,mask in masked_params(model): p.data.masked_fill_(~mask.bool(), 0)
-    with masks_off(model) as plain: yield plain
 
 def _where(t): return (t.device, t.dtype, t.data_ptr(), t.shape, t.stride()) if t.numel() else id(t)
 
@@ -269,12 +254,12 @@ def save_sparse(
     A row has the sparsity in percent and the bytes, as stored and dense; `attrs['sparsity']` is that of all layers that can be sparse.
     The model on disk is the plain one, without masks; tied weights are there once. It needs the memory of one tensor at most, and `path` is replaced when the new file is whole.
     Raises `ValueError` where something in the state is no dense tensor of a known type."""
-    model, path = unwrapped(model), Path(path)
+    model = unwrapped(model)
     _state(model)
-    with _plain(model) as plain:
+    with masks_off(model) as plain:
         state = _state(plain)
         stored = _plan(plain, state)
-        with _replacing(path) as f: _write(f, stored, state)
+        with replacing(path) as f: _write(f, stored, state)
     return _contents(stored)
 
 # %% ../nbs/21_sparse_files.ipynb #512f9c24
@@ -455,7 +440,7 @@ def export_onnx(
     kw = example_input if isinstance(example_input, dict) else None
     args = () if kw is not None else tuple(example_input) if isinstance(example_input, (tuple,list)) else (example_input,)
     large = sum(p.nbytes for p in model.parameters()) > 2**30
-    with _plain(model) as plain, evaluating(plain, []), tempfile.TemporaryDirectory(dir=path.parent) as tmp:
+    with masks_off(model) as plain, evaluating(plain, []), tempfile.TemporaryDirectory(dir=path.parent) as tmp:
         out = Path(tmp)/path.name
         with torch.enable_grad():   # without, attention takes a path that older exporters don't know
             torch.onnx.export(plain, args, out, kwargs=kw, opset_version=opset, **{'dynamo': True, 'verbose': False, 'external_data': large, **kwargs})

@@ -28,5 +28,6 @@ from .soft_masks import *
 from .config import *
 from .nm import *
 from .sparse_files import *
+from .onnx_export import *
 from .engine import *
 from .accelerate import *

@@ -6,7 +6,7 @@
 __all__ = ['export_onnx']
 
 # %% ../nbs/21a_onnx_export.ipynb #5e0c1a72
-import tempfile
+import inspect, tempfile, warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -70,17 +70,39 @@ def _check_zeros(model, df):
         for (n,name),z in zip(sorted(have), found[-len(have):]):
             if z < n: raise ValueError(f"The export would lose zeros: the weight of {name!r}, of shape {k}, has {n:,d} and the file {z:,d}")
 
-def _check_outputs(path, example_input, outputs):
-    "Raise `ValueError` where ONNX Runtime computes something else from the file than `outputs`"
+def _check_opset(model, opset):
+    "Raise `ValueError` where the exported `model` isn't of the version `opset`, to which PyTorch only tries to convert it"
+    found = next(o.version for o in model.opset_import if o.domain in ('', 'ai.onnx'))
+    if opset not in (None, found): raise ValueError(f"PyTorch can't export {opset=} here: the file would have {found}")
+
+def _tensors(tree): return [t for t in tree_leaves(tree) if torch.is_tensor(t)]
+
+def _by_name(names, model, args, kwargs, input_names):
+    "`names` of the file's inputs -> tensors, by the names of what `forward` takes; in their order where it has others. The older exporter leaves out what isn't used"
+    leaves = _tensors((args, kwargs))
+    known = {**inspect.signature(model.forward).bind(*args, **kwargs).arguments, **dict(zip(input_names, leaves))}
+    return {n: known[n] for n in names} if all(torch.is_tensor(known.get(n)) for n in names) else dict(zip(names, leaves))
+
+def _run_onnx(path, model, args, kwargs, input_names):
+    "What ONNX Runtime computes from the file; raises `ValueError` where it can't"
     import onnxruntime
-    session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
-    names, given = [i.name for i in session.get_inputs()], example_input if isinstance(example_input, dict) else {}
-    leaves = [given[n] for n in names] if set(names) <= set(given) else [t for t in tree_leaves(example_input) if torch.is_tensor(t)]
-    found = session.run(None, {n: t.detach().cpu().numpy() for n,t in zip(names, leaves)})
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+        given = _by_name([i.name for i in session.get_inputs()], model, args, kwargs, input_names)
+        return session.run(None, {n: t.detach().cpu().numpy() for n,t in given.items()})
+    except Exception as e: raise ValueError(f"ONNX Runtime can't run the export, so that nothing can be checked (it has most operators for float32): {e}") from e
+
+def _difference(a, b):
+    "The largest difference between `a` and `b`, none where they are infinite or NaN alike; and the largest finite number in `b`"
+    same, finite = (a == b) | a.isnan() & b.isnan(), b[b.isfinite()]
+    return (a-b).abs().masked_fill(same, 0).max() if b.numel() else 0, finite.abs().max() if len(finite) else 0
+
+def _check_outputs(found, outputs):
+    "Raise `ValueError` where the arrays `found` are others than the tensors `outputs`"
     for i,(a,b) in enumerate(zip(found, outputs, strict=True)):
         tol = max(1e-4, 8*torch.finfo(b.dtype).eps) if b.is_floating_point() else 0
-        a, b = torch.as_tensor(a).double(), b.detach().cpu().double()
-        off, top = (a-b).abs().max() if b.numel() else 0, b.abs().max() if b.numel() else 0
+        if a.shape != b.shape: raise ValueError(f"ONNX Runtime's output {i} has the shape {a.shape}, that of the model {tuple(b.shape)}")
+        off, top = _difference(torch.as_tensor(a).double(), b.detach().cpu().double())
         if not off <= tol*top: raise ValueError(f"ONNX Runtime's output {i} is off by {off:.2g}, where the largest of the model is {top:.2g}")
 
 # %% ../nbs/21a_onnx_export.ipynb #5e0c1a76
@@ -94,22 +116,25 @@ def export_onnx(
 )->pd.DataFrame:
     """Export `model` in eval mode and without masks to ONNX, its zeros kept, and return what the file holds, a row per initializer.
     A row has the name, the operator that uses it as a weight, the shape, zeros, sparsity in percent, the dimension of the inputs, and the `pattern`: '2:4'
-    (or as asked), 'dense' or 'no', as in `verify_nm`. Raises `ImportError` without the packages onnx and onnxscript; `ValueError` where zeros are lost or
-    where ONNX Runtime, if it is installed, computes something else (off by more than 1e-4 of the largest output, or 8 roundings of a shorter type).
-    Then no file is written and one that was there stays."""
+    (or as asked), 'dense' or 'no', as in `verify_nm`. Raises `ImportError` without the packages onnx and onnxscript; `ValueError` where zeros are lost, where
+    PyTorch has no such `opset`, or where ONNX Runtime, if it is installed, can't run the file or computes something else (off by more than 1e-4 of the
+    largest output, or 8 roundings of a shorter type). Then no file is written and one that was there stays."""
     _need('onnx', 'onnxscript')
     import onnx
     NM(*nm)
     model, path = unwrapped(model), Path(path)
-    kw = example_input if isinstance(example_input, dict) else None
-    args = () if kw is not None else tuple(example_input) if isinstance(example_input, (tuple,list)) else (example_input,)
+    kw = example_input if isinstance(example_input, dict) else {}
+    args = () if isinstance(example_input, dict) else tuple(example_input) if isinstance(example_input, (tuple,list)) else (example_input,)
     large = sum(p.nbytes for p in model.parameters()) > 2**30
     with masks_off(model) as plain, evaluating(plain, []), tempfile.TemporaryDirectory(dir=path.parent) as tmp:
         out = Path(tmp)/path.name
-        with torch.enable_grad():   # without, attention takes a path that older exporters don't know
-            torch.onnx.export(plain, args, out, kwargs=kw, opset_version=opset, **{'dynamo': True, 'verbose': False, 'external_data': large, **kwargs})
-        df = _initializers(onnx.load(out).graph, *nm)
+        with torch.enable_grad(), warnings.catch_warnings():   # without gradients, attention takes a path that older exporters don't know
+            warnings.filterwarnings('ignore', '.*_flat_weights.* were assigned during export')   # recurrent layers keep a list of theirs
+            torch.onnx.export(plain, args, out, kwargs=kw or None, opset_version=opset, **{'dynamo': True, 'verbose': False, 'external_data': large, **kwargs})
+        exported = onnx.load(out)
+        _check_opset(exported, opset)
+        df = _initializers(exported.graph, *nm)
         _check_zeros(plain, df)
-        if find_spec('onnxruntime'): _check_outputs(out, example_input, [t for t in tree_leaves(call_with(plain, example_input)) if torch.is_tensor(t)])
+        if find_spec('onnxruntime'): _check_outputs(_run_onnx(out, plain, args, kw, kwargs.get('input_names') or ()), _tensors(call_with(plain, example_input)))
         for f in sorted(Path(tmp).iterdir(), reverse=True): f.replace(path.parent/f.name)
     return df

@@ -43,8 +43,9 @@ class _Stored:
     crc32:str = ''
 
     def __post_init__(self):
-        whole = [self.zeros, self.axis, *self.shape]
-        if self.dtype not in _dtypes or not all(isinstance(i, int) and i >= 0 for i in whole) or self.zeros > self.numel or self.axis >= max(len(self.shape), 1):
+        typed = all(type(getattr(self, f.name)) is f.type for f in fields(self)) and all(type(n) is int for n in self.shape)
+        if not typed or self.dtype not in _dtypes or min(self.shape, default=0) < 0 or math.prod(n or 1 for n in self.shape) >= 2**56 \
+            or not 0 <= self.zeros <= self.numel or not 0 <= self.axis < max(len(self.shape), 1):
             raise ValueError(f"The tensor {self.name!r} has no sound entry: {self.dtype}, {self.shape}, {self.zeros} zeros")
         if self.kind not in ('dense', 'bitmask') and (not self.shape or self.shape[self.axis] % self.nm[1]):
             raise ValueError(f"The tensor {self.name!r} can't be stored as {self.kind}")
@@ -83,14 +84,19 @@ def _bits(t):
     "The bits of `t` as a flat array of unsigned integers: its own memory where it is contiguous on the CPU, else a copy"
     t = t.detach().as_subclass(torch.Tensor)
     if not t.is_cpu or t.is_conj() or t.is_neg(): t = torch.empty(t.shape, dtype=t.dtype).copy_(t)
-    return t.view({1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}[t.element_size()]).numpy().reshape(-1)
+    return np.ascontiguousarray(t.view({1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}[t.element_size()]).numpy()).reshape(-1)
 
 def _pieces(u): return (u[i:i+_piece] for i in range(0, len(u), _piece))
 
 def _rows(u, s):
-    "Pieces of the weight whose bits are `u`, with its inputs as the last dimension; all but the last have a multiple of 8 rows"
-    v = np.moveaxis(u.reshape(s.shape), s.axis, -1)
-    n = max(_piece//max(math.prod(v.shape[1:]), 1)//8, 1)*8
+    "Pieces of the weight whose bits are `u`, with its inputs as the last dimension; all but the last hold eight groups of the pattern, or a multiple"
+    return _split(np.moveaxis(u.reshape(s.shape), s.axis, -1), 8*s.nm[1])
+
+def _split(v, unit):
+    "Pieces of the array `v`, by eight of its rows or more; within a row where that is long and a multiple of `unit`"
+    row = math.prod(v.shape[1:])
+    if v.ndim > 1 and row > _piece//8 and row % unit == 0: return (p for r in v for p in _split(r, unit))
+    n = max(_piece//max(row, 1)//8, 1)*8
     return (v[i:i+n] for i in range(0, len(v), n))
 
 def _fits(u, s):
@@ -99,14 +105,14 @@ def _fits(u, s):
     return all(np.count_nonzero(v.reshape(-1, m), axis=1).max(initial=0) <= n for v in _rows(u, s))
 
 def _smallest(u, s):
-    "`s` with the kind that takes the fewest bytes for the bits `u`"
+    "`s` with the kind that takes the fewest bytes for the bits `u`, or with a pattern that takes hardly more"
     n_live = int(sum(np.count_nonzero(s.live(p)) for p in _pieces(u)))
     s = replace(s, zeros=len(u)-n_live, signs=bool(np.count_nonzero(u) > n_live))
-    bitmask = replace(s, kind='bitmask')
+    best = min(s, replace(s, kind='bitmask'), key=lambda s: s.nbytes)
     if s.layer and not s.signs and len(s.shape) > 1:
         for k in [replace(s, kind=k) for k,(n,m,_) in _patterns.items() if s.shape[s.axis] % m == 0 and n_live*m <= n*len(u)]:
-            if k.nbytes <= bitmask.nbytes and _fits(u, k): return k   # of those that keep the same share, the first has the shortest indices
-    return min(s, bitmask, key=lambda s: s.nbytes)
+            if k.nbytes <= 1.01*best.nbytes and _fits(u, k): return k   # of those that keep the same share, the first has the shortest indices
+    return best
 
 # %% ../nbs/21_sparse_files.ipynb #9f141af9
 def _packed(pieces, n):
@@ -222,7 +228,7 @@ def _state(model):
     if why: raise ValueError(f"The state of {type(model).__name__} can be neither saved nor loaded: " + '; '.join(why))
     return state
 
-def _where(t): return (t.device, t.dtype, t.data_ptr(), t.shape, t.stride()) if t.numel() else id(t)
+def _where(t): return (t.device, t.dtype, t.data_ptr(), t.shape, t.stride(), t.is_conj(), t.is_neg()) if t.numel() else id(t)
 
 def _plan(model, state):
     "How to store each tensor of `state`; what is tied, once"
@@ -296,14 +302,20 @@ def _check(f, s, at, path):
     if s.kind == 'bitmask' and (n := sum(np.count_nonzero(b) for b in _unpacked(parts[1], s.numel))) != s.numel-s.zeros:
         raise ValueError(f"{path} is damaged: the tensor {s.name!r} has {s.numel-s.zeros} values and a bitmask for {n}")
 
+def _unfillable(t):
+    "Why nothing can be written into `t`, or None"
+    if any(n > 1 and step == 0 for n,step in zip(t.shape, t.stride())): return 'is expanded: its elements share their memory'
+    if t.is_inference() and not torch.is_inference_mode_enabled(): return 'was made in inference mode'
+
 def _check_fit(model, stored, path):
-    "State of `model` to load into, or `ValueError` where its keys or shapes are others; masks that are saved with it needn't be there: they follow"
+    "Raise `ValueError` where keys or shapes of `model` are others, or nothing can be written into it; masks that are saved with it needn't be in the file: they follow"
     own, keys = _state(model), {s.name for s in stored}
     missing = [k for k in own if k not in keys and not (k.endswith(('_mask', '_sparsity')) and k.rpartition('_')[0] in keys)]
     extra = [k for k in keys if k not in own]
     if missing or extra: raise ValueError(f"{path} does not fit {type(model).__name__}: it lacks {missing} and has {sorted(extra)} beyond it")
     shapes = [f'{s.name} is {tuple(s.shape)} in the file and {tuple(own[s.name].shape)} in the model' for s in stored if list(own[s.name].shape) != s.shape]
     if shapes: raise ValueError(f"{path} does not fit {type(model).__name__}: {'; '.join(shapes)}")
+    if stuck := [f'{k} {why}' for k,t in own.items() if (why := _unfillable(t))]: raise ValueError(f"{path} can't be loaded into {type(model).__name__}: {'; '.join(stuck)}")
 
 def _fill(model, tensors):
     "Have `model` hold `tensors`, (key, tensor), which are made one after the other; then what hangs on a load happens"
@@ -313,6 +325,7 @@ def _fill(model, tensors):
         for k,t in tensors:
             own[k].copy_(t)
             left.discard(k)
+            del t   # before the next one is made
         for k in left:
             if k.endswith('_mask'): own[k].copy_(own[k.removesuffix('_mask')] != 0)
     model.load_state_dict(own)

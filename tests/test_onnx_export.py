@@ -129,6 +129,41 @@ def test_onnx_with_weights_beside_it(tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == ['m.onnx', 'm.onnx.data']
     assert run_onnx(tmp_path/'m.onnx', torch.randn(2,2,9,9))[0].shape == (2,4)
 
+@ort
+def test_onnx_does_not_make_a_noise(tmp_path, capfd, recwarn):
+    recwarn.clear()
+    export_onnx(sparse_mixed(), tmp_path/'m.onnx', mixed_input())
+    export_onnx(sparse_net(), tmp_path/'m.onnx', torch.randn(2,2,9,9))
+    assert not recwarn.list and capfd.readouterr() == ('', '')
+
+@ort
+@pytest.mark.filterwarnings('ignore')
+def test_onnx_wants_the_version_that_was_asked(tmp_path):
+    import onnx
+    export_onnx(net(), tmp_path/'m.onnx', torch.randn(2,2,9,9), opset=20)
+    assert onnx.load(tmp_path/'m.onnx').opset_import[0].version == 20
+    old = (tmp_path/'m.onnx').read_bytes()
+    with pytest.raises(ValueError, match='opset=17 here: the file would have 18'): export_onnx(net(), tmp_path/'m.onnx', torch.randn(2,2,9,9), opset=17)
+    assert (tmp_path/'m.onnx').read_bytes() == old
+
+@ort
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64], ids=str)
+def test_onnx_that_the_runtime_cannot_run(tmp_path, dtype):
+    with pytest.raises(ValueError, match="can't run the export"): export_onnx(sparse_net().to(dtype), tmp_path/'m.onnx', torch.randn(2,2,9,9).to(dtype))
+    assert not list(tmp_path.iterdir())
+
+class Several(nn.Linear):
+    def forward(self, unused, x):
+        y = super().forward(x)
+        return {'z': y.masked_fill(y < 0, float('-inf')), 'a': (y.argmax(1), None), 'b': y > 0}
+
+@ort
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('kw', [{}, {'dynamo': False}, {'dynamo': False, 'input_names': ['a','b']}], ids=str)
+def test_onnx_outputs_of_any_kind(tmp_path, kw):
+    export_onnx(Several(8,8), tmp_path/'m.onnx', (torch.randn(3,8), torch.randn(3,8)), **kw)
+
 @onnx
 @pytest.mark.filterwarnings('ignore')
 def test_onnx_without_the_runtime(tmp_path, monkeypatch):

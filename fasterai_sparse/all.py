@@ -28,6 +28,7 @@ from .soft_masks import *
 from .config import *
 from .nm import *
 from .sparse_files import *
+from .onnx_export import *
 from .engine import engine_sets
 from .semi_structured import *
 from .accelerated import *

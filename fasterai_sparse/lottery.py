@@ -14,7 +14,7 @@ from torch import nn
 
 from .masks import *
 from .schedules import *
-from .sparsifier import save_atomically
+from .sparsifier import replacing
 
 # %% ../nbs/09_lottery.ipynb #8032b4e0
 def _own_tensors(model):
@@ -60,7 +60,7 @@ def save_ticket(
     zeros, total = sum(int((ticket[n]==0).sum()) for n in weights), sum(ticket[n].numel() for n in weights)
     path = Path(path)/f'winning_ticket_{100*zeros/total:.2f}.pth'
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_atomically(ticket, path)
+    with replacing(path) as f: torch.save(ticket, f)
     return path
 
 # %% ../nbs/09_lottery.ipynb #6f20d91b

@@ -408,7 +408,7 @@ def test_what_is_no_tensor_is_in_the_ticket_too():
 
 def break_save(monkeypatch):
     def half(obj, f, *args, **kwargs):
-        Path(f).write_bytes(b'half')
+        f.write(b'half')
         raise OSError('No space left on device')
     monkeypatch.setattr(torch, 'save', half)
 

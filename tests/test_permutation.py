@@ -166,7 +166,7 @@ def test_native_map_equals_its_twin(n, m):
     assert np.allclose(*(e.exchange(order, holes) for e in maps), rtol=1e-5)
 
 @pytest.mark.skipif('native' not in BACKENDS, reason='no compiled library')
-@pytest.mark.parametrize('a,b,k', [(1,1,16), (3,5,16), (4,4,32), (7,130,48), (64,9,1024)])
+@pytest.mark.parametrize('a,b,k', [(1,1,16), (3,5,16), (4,4,32), (7,130,48), (64,9,1024), (97,130,1024)])   # the last for several threads
 def test_instruction_sets_agree(a, b, k):
     h, x = np.random.RandomState(0).rand(a, k).astype(np.float32), np.random.RandomState(1).rand(b, k).astype(np.float32)
     want = np.maximum(h[:,None].astype(np.float64), x).sum(-1)

@@ -54,9 +54,10 @@ class Accelerated(Inference):
         cache=True, # A file for the forms that layers run best in; True: `choices_file()`, None: not kept
         n_plans=8, # At most so many sizes of input are remembered
         room=1<<20, # Floats that the largest activation may have where there are several images
+        which=0, # Number of the instruction set among `engine_sets()`
     ):
         super().__init__(model)
-        self.threads, self.cache, self.n_plans, self.room = threads, cache, n_plans, room
+        self.threads, self.cache, self.n_plans, self.room, self.which = threads, cache, n_plans, room, which
         self._forget()
 
     def _forget(self):
@@ -71,7 +72,7 @@ class Accelerated(Inference):
         key, (last, plan) = self.key(x), self.last
         if key == last: return plan
         with self.lock:
-            plan = self.plans.pop(key, None) or Plan(self.model, x, 0, self.threads or torch.get_num_threads(), self.choices)
+            plan = self.plans.pop(key, None) or Plan(self.model, x, self.which, self.threads or torch.get_num_threads(), self.choices)
             self.plans[key] = plan   # the last one used is the last one to go
             for k in list(self.plans)[:-self.n_plans]: del self.plans[k]
             self.last = key, plan

@@ -372,4 +372,5 @@ class Program:
 # %% ../nbs/22_engine.ipynb #5a7423c6
 def all_finite(t):
     "Whether the float32 tensor `t` on the CPU holds neither infinities nor what is no number"
-    return bool(_library().fs_finite(t.contiguous().data_ptr(), t.numel()))
+    t = t.contiguous()   # a copy has to be there until it is read
+    return bool(_library().fs_finite(t.data_ptr(), t.numel()))

@@ -8,6 +8,7 @@ __all__ = ['accelerate']
 # %% ../nbs/24_accelerate.ipynb #fbcdbdbf
 import time
 from copy import deepcopy
+from functools import partial
 
 import pandas as pd, torch
 import torch.nn.functional as F
@@ -105,12 +106,12 @@ def _layer_by_layer(model, call, threads, cache, why):
 def accelerate(
     model, # A model or a Learner; its weights are taken as they are now
     example_input=None, # A batch, a tuple of the arguments of `forward`, or a dict of them; None: a batch of the learner's
-    threads=None, # None: torch's number
+    threads=None, # At most, as fewer may be quicker; None: torch's number
     cache=True, # A file for the forms that layers run best in; True: in the user's folder for such, None: nothing is kept
 ):
     """(fast, report): `fast` runs in evaluation mode and computes what `model` does, to 1e-4 of the largest output.
     `report` has a row for each layer: its sparsity in percent, milliseconds in torch (as the layer is) and in the engine (with what was put into it), the form of its weights, and what keeps it from being quick.
-    `report.attrs` has `dense_ms` and `sparse_ms` of the whole, `tuning_s`, megabytes `weights_mb` and `activations_mb` of the plan, and `note`.
+    `report.attrs` has `dense_ms` and `sparse_ms` of the whole, `threads`, `tuning_s`, megabytes `weights_mb` and `activations_mb` of the plan, and `note`.
     On a GPU layers whose weights are 2:4 are made `accelerate_cuda`'s, which tells the same.
     Where nothing is gained `fast` is `model` itself, and `note` says why. Raises `ValueError` without an example."""
     learn, model = (model, model.model) if isinstance(model, Learner) else (None, model)
@@ -128,8 +129,8 @@ def accelerate(
         df.attrs |= dict(note='') | attrs
         return fast, df
     if not engine_sets(): return told(model, [_row(n, m) for n,m in copy.named_modules() if isinstance(m, _kinds)], note=f'no engine: {native_library()[1] or "the library is not compiled for this processor"}')
-    start, fast = time.perf_counter(), Accelerated(copy, threads, cache)
-    try: rows, attrs = _whole(fast, args, kwargs, start)
+    start, threads = time.perf_counter(), threads or torch.get_num_threads()
+    try: fast, rows, attrs = _whole([Accelerated(copy, n, cache) for n in sorted({1, threads})], args, kwargs, start)
     except Exception as e:   # tracing runs the user's forward: anything can come out of it
         why = str(e) if type(e) is ValueError else f'untraceable ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""})'
         fast, rows, any_made = _layer_by_layer(copy, lambda: _call(copy, args, kwargs), threads, cache, why)
@@ -144,15 +145,17 @@ def accelerate(
 def _call(model, args, kwargs):
     with torch.no_grad(): return model(*args, **kwargs)
 
-def _whole(fast, args, kwargs, start):
-    "Rows and attributes of a model that runs as one plan"
+def _whole(fasts, args, kwargs, start):
+    "The quickest of `fasts`, which run as one plan, and rows and attributes of it"
     if kwargs: raise ValueError('arguments with names')
-    _call(fast, args, {})
+    for fast in fasts: _call(fast, args, {})
     tuning_s = time.perf_counter()-start
+    ms = _race(*(partial(f, *args) for f in fasts), seconds=.2*len(fasts))
+    fast = fasts[ms.index(min(ms))]
     at_once = fast.n_at_once(args)
     x = tuple(t[:at_once] for t in args) if len(args[0]) > at_once else args
     plan = fast.plan(*x)
-    return list(_rows(fast.model, plan, x)), dict(tuning_s=tuning_s, weights_mb=plan.weights.taken/1e6, activations_mb=plan.activations.taken/1e6)
+    return fast, list(_rows(fast.model, plan, x)), dict(threads=fast.threads, tuning_s=tuning_s, weights_mb=plan.weights.taken/1e6, activations_mb=plan.activations.taken/1e6)
 
 @patch
 def accelerate(self:Learner, example_input=None, threads=None, cache=True):

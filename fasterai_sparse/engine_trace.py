@@ -36,10 +36,17 @@ class _Tracer(fx.Tracer):
         x = m.norm1(x + attend(x))
         return m.norm2(x + feed(x))
 
+def _version(t): return None if t.is_inference() else t._version   # grows with each change in place, through any view
+def _memory(t): return t.untyped_storage().data_ptr() if t.layout is torch.strided else id(t)
+
 class _Shapes(fx.Interpreter):
-    "Remembers the size of each float32 tensor, and values that are none"
+    "Remembers the size of each float32 tensor, values that are none, which inputs a node changes in place, and which it shares memory with"
     def run_node(self, n):
+        before = [(a, t, _version(t)) for a in n.all_input_nodes for t in tensors_in(self.env[a])]
         v = super().run_node(n)
+        memory = {_memory(t) for t in tensors_in(v)}
+        n.meta['changes'] = [a for a,t,version in before if _version(t) != version]
+        n.meta['shares'] = [a for a,t,_ in before if _memory(t) in memory]
         if torch.is_tensor(v): n.meta['size'] = tuple(v.shape) if v.dtype == torch.float32 else None
         elif n.op in ('call_function', 'call_method') and not list(tensors_in(v)): n.meta['value'] = v
         return v
@@ -82,9 +89,9 @@ class Graph:
     def __init__(self, model, x):
         graph = _Tracer().trace(model)
         self.gm = fx.GraphModule(model, graph)
-        with torch.no_grad(): _Shapes(self.gm).run(*x)
+        with torch.inference_mode(False), torch.no_grad(): _Shapes(self.gm).run(*(t.clone() for t in x))
         self.modules, self.nodes = dict(self.gm.named_modules()), list(graph.nodes)
-        if n := next((n for n in self.nodes if self.changes_in_place(n)), None): raise ValueError(f'{n.name} changes in place what something else reads too')
+        if n := next((n for n in self.nodes if self.changes_in_place(n)), None): raise ValueError(f'{n.name} changes in place an input, or what something else reads too')
         self.at = {n: i for i,n in enumerate(self.nodes)}
         self.done, self.alias, self.made, self.positive, self.items = set(), {}, {}, set(), []   # alias: the same values; made: by the engine, and in which form
         for n in self.nodes:
@@ -92,8 +99,8 @@ class Graph:
         self.drop_unread()
 
     def changes_in_place(self, n):
-        in_place = getattr(self.module(n), 'inplace', False) or n.kwargs.get('inplace') or n.op == 'call_method' and n.target.endswith('_') or n.target in (operator.iadd, operator.imul, operator.isub, operator.itruediv)
-        return bool(in_place and n.args and isinstance(n.args[0], fx.Node) and len(n.args[0].users) > 1)
+        def ours(a): return a.op.startswith('call') and sum('value' not in u.meta for u in a.users) == 1 and all(map(ours, a.meta['shares']))
+        return not all(map(ours, n.meta.get('changes', ())))
 
     def module(self, n): return self.modules[n.target] if n.op == 'call_module' else None
     def user(self, n): return next(iter(n.users)) if isinstance(n, fx.Node) and len(n.users) == 1 else None

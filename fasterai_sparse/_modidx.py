@@ -774,6 +774,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'fasterai_sparse/engine_trace.py'),
                                               'fasterai_sparse.engine_trace.Graph.pool': ( 'engine_trace.html#graph.pool',
                                                                                            'fasterai_sparse/engine_trace.py'),
+                                              'fasterai_sparse.engine_trace.Graph.refuse_what_depends_on_values': ( 'engine_trace.html#graph.refuse_what_depends_on_values',
+                                                                                                                    'fasterai_sparse/engine_trace.py'),
                                               'fasterai_sparse.engine_trace.Graph.rename': ( 'engine_trace.html#graph.rename',
                                                                                              'fasterai_sparse/engine_trace.py'),
                                               'fasterai_sparse.engine_trace.Graph.scaled': ( 'engine_trace.html#graph.scaled',

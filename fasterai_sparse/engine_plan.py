@@ -301,16 +301,19 @@ def run(self:Plan, *inputs, program=None):
         if 'value' in n.meta: return n.meta['value']
         if n not in env: env[n] = self.torch_node(n, value)   # another name of a value that is there
         return env[n]
+    def as_planned(n):
+        if (t := value(n)).shape != graph.size(n) or t.dtype != torch.float32: raise RuntimeError(f'{n.name} is {t.dtype} of {tuple(t.shape)}, and the plan was made for float32 of {graph.size(n)}')
+        return t
     for kind,a,b in self.steps:
         if kind == 'ops': program(a, b)
         elif kind == 'input': env[a] = next(inputs)
         elif kind == 'point in':
-            env[a] = value(a).contiguous()
+            env[a] = as_planned(a).contiguous()
             compiled[b].x = env[a].data_ptr()
         elif kind == 'point out':
             env[a] = torch.empty(graph.size(a))
             compiled[b].y = env[a].data_ptr()
-        elif kind == 'copy in': np.copyto(b.view.numpy(), value(a.node).permute(0,3,1,2).numpy())   # not torch's copy, whose threads would wait beside ours
+        elif kind == 'copy in': np.copyto(b.view.numpy(), as_planned(a.node).permute(0,3,1,2).numpy())   # not torch's copy, whose threads would wait beside ours
         elif kind == 'copy out':
             t = b.view if graph.made[a] == 'first' else b.view.permute(0,2,3,1)
             env[a] = torch.from_numpy(t.numpy().copy()).view(graph.size(a))

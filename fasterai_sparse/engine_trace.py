@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from .channels import tensors_in
 
@@ -90,6 +92,7 @@ class Graph:
         graph = _Tracer().trace(model)
         self.gm = fx.GraphModule(model, graph)
         with torch.inference_mode(False), torch.no_grad(): _Shapes(self.gm).run(*(t.clone() for t in x))
+        self.refuse_what_depends_on_values(x)
         self.modules, self.nodes = dict(self.gm.named_modules()), list(graph.nodes)
         if n := next((n for n in self.nodes if self.changes_in_place(n)), None): raise ValueError(f'{n.name} changes in place an input, or what something else reads too')
         self.at = {n: i for i,n in enumerate(self.nodes)}
@@ -97,6 +100,12 @@ class Graph:
         for n in self.nodes:
             if n not in self.done and not self.match(n): self.items.append(n)
         self.drop_unread()
+
+    def refuse_what_depends_on_values(self, x):
+        "Sizes and numbers are taken as they are for this input: none may depend on what tensors hold, as that of `x[x > 0]` or `x.max().item()`"
+        try: FakeTensorProp(self.gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*x)
+        except (DataDependentOutputException, DynamicOutputShapeException) as e: raise ValueError(f'what {e.func} gives depends on the values of the input') from None
+        except Exception: pass   # a module that takes no tensors without values: nothing is known
 
     def changes_in_place(self, n):
         def ours(a): return a.op.startswith('call') and sum('value' not in u.meta for u in a.users) == 1 and all(map(ours, a.meta['shares']))

@@ -116,7 +116,7 @@ class Graph:
     def size(self, v): return v.size if isinstance(v, Inner) else self.size(v.node) if isinstance(v, Packed) else v.meta.get('size')
     def tensor(self, n):
         "The tensor that a node names"
-        return self.gm.get_parameter(n.target) if n.target in dict(self.gm.named_parameters()) else self.gm.get_buffer(n.target)
+        return operator.attrgetter(n.target)(self.gm)
 
     def source(self, n):
         "The node that the values of `n` come from, and in which form the engine has them; None where it has not"
@@ -272,16 +272,17 @@ def batchnorm(self:Graph, n):
 @patch
 def dense(self:Graph, n, x, w, b, name, **kwargs):
     "A Linear layer on the value `x`"
-    if 'module' not in kwargs:   # one that could be called by itself
+    if kwargs.get('module') is None:   # one that could be called by itself
         kwargs['module'] = nn.Linear(*w.shape[::-1], bias=b is not None, device='meta')
-        kwargs['module'].weight, kwargs['module'].bias = w, b
+        kwargs['module'].weight, kwargs['module'].bias = (None if t is None else nn.Parameter(t.detach(), requires_grad=False) for t in (w, b))
     return Layer('conv', n, [x], 'last', name=name, weight=w.detach()[:,:,None,None], bias=torch.zeros(len(w)) if b is None else b.detach(), groups=1, stride=(1,1), dilation=(1,1), before=[0, 0], **kwargs)
 
 @patch
 def linear(self:Graph, n, m, size):
     "A Linear layer that is sparse, or reads what the engine has: to turn tokens into channels costs too much for a dense one"
     if type(m) is nn.Linear: w, b, name = m.weight, m.bias, n.target
-    elif n.target is F.linear and all(isinstance(a, fx.Node) and a.op == 'get_attr' for a in n.args[1:]) and len(n.args) > 1: (w, b), name = [*map(self.tensor, n.args[1:]), None][:2], n.args[1].target.removesuffix('.weight')
+    elif n.target is F.linear and len(n.args) > 1 and set(n.kwargs) <= {'bias'} and all(isinstance(a, fx.Node) and a.op == 'get_attr' for a in (given := [*n.args[1:], *n.kwargs.values()])):
+        (w, b), name = [*map(self.tensor, given), None][:2], n.args[1].target.removesuffix('.weight')
     else: return False
     if not 2 <= len(size) <= 4 or w.dtype != torch.float32 or not (self.has(n.args[0], 'last') or _sparsity(w.detach()) >= 50): return False
     return self.add(self.with_sum(self.dense(n, self.taken(n.args[0], 'last'), w, b, name, module=m), n))

@@ -824,6 +824,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'fasterai_sparse/engine_trace.py'),
                                               'fasterai_sparse.engine_trace._Tracer.encoder_layer': ( 'engine_trace.html#_tracer.encoder_layer',
                                                                                                       'fasterai_sparse/engine_trace.py'),
+                                              'fasterai_sparse.engine_trace._dims': ( 'engine_trace.html#_dims',
+                                                                                      'fasterai_sparse/engine_trace.py'),
                                               'fasterai_sparse.engine_trace._form': ( 'engine_trace.html#_form',
                                                                                       'fasterai_sparse/engine_trace.py'),
                                               'fasterai_sparse.engine_trace._memory': ( 'engine_trace.html#_memory',

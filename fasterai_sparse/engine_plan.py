@@ -313,7 +313,7 @@ def run(self:Plan, *inputs, program=None):
         elif kind == 'point out':
             env[a] = torch.empty(graph.size(a))
             compiled[b].y = env[a].data_ptr()
-        elif kind == 'copy in': np.copyto(b.view.numpy(), as_planned(a.node).permute(0,3,1,2).numpy())   # not torch's copy, whose threads would wait beside ours
+        elif kind == 'copy in': np.copyto(b.view.numpy(), as_planned(a.node).reshape(b.grid.images, b.height, b.width, b.channels).permute(0,3,1,2).numpy())   # not torch's copy, whose threads would wait beside ours
         elif kind == 'copy out':
             t = b.view if graph.made[a] == 'first' else b.view.permute(0,2,3,1)
             env[a] = torch.from_numpy(t.numpy().copy()).view(graph.size(a))

@@ -83,6 +83,10 @@ _same = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, 
 
 def _two(v, first=0): return (first, v) if isinstance(v, int) else (first, *v) if len(v) == 1 else tuple(v)
 def _pair(v): return (v, v) if isinstance(v, int) else tuple(v)
+def _dims(size, form):
+    if len(size) == 2: return (*size, 1, 1)
+    if form == 'last': return (size[0], size[-1], 1, size[1]) if len(size) == 3 else (size[0], size[3], size[1], size[2])
+    return (size[0], size[1], 1, size[2]) if len(size) == 3 else size
 def _sparsity(w): return 100*(1 - w.count_nonzero().item()/max(w.numel(), 1))
 
 # %% ../nbs/23_engine_trace.ipynb #1b4a6ba7
@@ -129,16 +133,12 @@ class Graph:
 
     def dims(self, v):
         "Images × channels × height × width"
-        form = v.form if isinstance(v, Packed) else self.made[v]
-        size = self.size(v)
-        if len(size) == 2: return (*size, 1, 1)
-        if form == 'last': return (size[0], size[-1], 1, size[1]) if len(size) == 3 else (size[0], size[3], size[1], size[2])
-        return (size[0], size[1], 1, size[2]) if len(size) == 3 else size
+        return _dims(self.size(v), v.form if isinstance(v, Packed) else self.made[v])
 
     def has(self, n, form):
         "Whether the engine has the value of `n` in this form"
         source, made = self.source(n)
-        return made is not None and (made == form or self.dims(source)[2:] == (1, 1))
+        return made is not None and (made == form or self.dims(source)[2:] == (1, 1) and _dims(self.size(n), form) == self.dims(source))
 
     def taken(self, n, form):
         "The value of `n` as the engine reads it"
@@ -281,7 +281,9 @@ def dense(self:Graph, n, x, w, b, name, **kwargs):
 def linear(self:Graph, n, m, size):
     "A Linear layer that is sparse, or reads what the engine has: to turn tokens into channels costs too much for a dense one"
     if type(m) is nn.Linear: w, b, name = m.weight, m.bias, n.target
-    elif n.target is F.linear and len(n.args) > 1 and set(n.kwargs) <= {'bias'} and all(isinstance(a, fx.Node) and a.op == 'get_attr' for a in (given := [*n.args[1:], *n.kwargs.values()])):
+    elif n.target is F.linear and len(n.args) > 1 and set(n.kwargs) <= {'bias'}:
+        given = [*n.args[1:], *n.kwargs.values()]
+        if any(getattr(a, 'op', None) != 'get_attr' for a in given): return False
         (w, b), name = [*map(self.tensor, given), None][:2], n.args[1].target.removesuffix('.weight')
     else: return False
     if not 2 <= len(size) <= 4 or w.dtype != torch.float32 or not (self.has(n.args[0], 'last') or _sparsity(w.detach()) >= 50): return False
@@ -289,6 +291,7 @@ def linear(self:Graph, n, m, size):
 
 @patch
 def pool(self:Graph, n, m, size):
+    if len(size) != 4: return False
     if type(m) is nn.MaxPool2d and self.has(n.args[0], 'first') and self.source(n.args[0])[0] in self.positive and m.dilation in (1, (1,1)) and not m.return_indices:
         return self.add(Layer('pool', n, [self.taken(n.args[0], 'first')], 'first', name=n.target, kernel=_pair(m.kernel_size), stride=_pair(m.stride or m.kernel_size), before=list(_pair(m.padding))))
     if type(m) is nn.AvgPool2d and self.has(n.args[0], 'first') and (m.count_include_pad or m.padding in (0, (0,0))) and not m.ceil_mode and not m.divisor_override:
@@ -296,7 +299,7 @@ def pool(self:Graph, n, m, size):
         l = Layer('conv', n, [self.taken(n.args[0], 'first')], 'first', weight=torch.full((channels,1,kh,kw), 1/(kh*kw)), bias=torch.zeros(channels), groups=channels, stride=_pair(m.stride), dilation=(1,1), before=list(_pair(m.padding)))
         if self.source(n.args[0])[0] in self.positive: self.positive.add(n)
         return self.add(l)
-    if (scale := self.batchnorm(n)) and self.has(n.args[0], 'first') and len(size) == 4:   # one that no convolution comes before
+    if (scale := self.batchnorm(n)) and self.has(n.args[0], 'first'):   # one that no convolution comes before
         l = Layer('conv', n, [self.taken(n.args[0], 'first')], 'first', weight=scale[0].float()[:,None,None,None], bias=scale[1].float(), groups=size[1], stride=(1,1), dilation=(1,1), before=[0, 0])
         return self.add(self.with_act(l))
     return False

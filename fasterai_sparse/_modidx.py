@@ -832,6 +832,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'fasterai_sparse/engine_trace.py'),
                                               'fasterai_sparse.engine_trace._pair': ( 'engine_trace.html#_pair',
                                                                                       'fasterai_sparse/engine_trace.py'),
+                                              'fasterai_sparse.engine_trace._permutation': ( 'engine_trace.html#_permutation',
+                                                                                             'fasterai_sparse/engine_trace.py'),
                                               'fasterai_sparse.engine_trace._sparsity': ( 'engine_trace.html#_sparsity',
                                                                                           'fasterai_sparse/engine_trace.py'),
                                               'fasterai_sparse.engine_trace._two': ( 'engine_trace.html#_two',

@@ -81,6 +81,10 @@ _adds, _muls = (operator.add, operator.iadd, torch.add, 'add', 'add_'), (operato
 _views = ('view', 'reshape', 'unflatten', torch.reshape, torch.unflatten, 'flatten', torch.flatten, 'squeeze', torch.squeeze, 'contiguous')
 _same = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Identity)
 
+def _permutation(n):
+    "The dimensions that a call names, from 0 on; none where they are not plain"
+    given = n.args[1] if len(n.args) == 2 and isinstance(n.args[1], (tuple,list)) else n.args[1:]
+    return tuple(d % 4 for d in given) if all(isinstance(d, int) for d in given) else ()
 def _two(v, first=0): return (first, v) if isinstance(v, int) else (first, *v) if len(v) == 1 else tuple(v)
 def _pair(v): return (v, v) if isinstance(v, int) else tuple(v)
 def _dims(size, form):
@@ -184,8 +188,7 @@ def is_alias(self:Graph, n, m):
     if form is None: return False
     if (isinstance(m, nn.Flatten) or n.target in _views) and self.dims(source)[2:] == (1, 1) and self.size(n) == self.dims(source)[:2]: return self.rename(n, x)
     if n.target in ('permute', torch.permute):
-        dims = tuple(d % 4 for d in (n.args[1] if isinstance(n.args[1], (tuple,list)) else n.args[1:]))
-        if dims == {'first': (0,2,3,1), 'last': (0,3,1,2)}[form]: return self.rename(n, x, True)
+        if _permutation(n) == {'first': (0,2,3,1), 'last': (0,3,1,2)}[form]: return self.rename(n, x, True)
     return False
 
 @patch
@@ -328,6 +331,7 @@ def norm(self:Graph, n, m, size):
         if any(isinstance(v, fx.Node) and v.op != 'get_attr' for v in (w, b)): return False
         w, b = (self.tensor(v) if isinstance(v, fx.Node) else v for v in (w, b))
     else: return False
+    if isinstance(shape, fx.Node): shape = shape.meta.get('value', ())
     if tuple(shape) != (size[-1],) or len(size) not in (3, 4) or not self.has(n.args[0], 'last'): return False
     w, b = (torch.full((size[-1],), v) if t is None else t.detach() for t,v in ((w, 1.), (b, 0.)))
     return self.add(Layer('norm', n, [self.taken(n.args[0], 'last')], 'last', weight=w, bias=b, eps=eps))
@@ -354,22 +358,24 @@ _swaps = ('transpose', torch.transpose, 'swapaxes')
 @patch
 def attention(self:Graph, n, m, size):
     "scaled_dot_product_attention whose heads come from tokens × channels, and go back there"
-    if n.target is not F.scaled_dot_product_attention or len(n.args) != 3 or set(n.kwargs) - {'attn_mask', 'dropout_p', 'is_causal', 'scale'} or n.kwargs.get('attn_mask') is not None or n.kwargs.get('dropout_p', 0) != 0: return False
+    if n.target is not F.scaled_dot_product_attention or len(n.args) != 3 or len(size) != 4 or set(n.kwargs) - {'attn_mask', 'dropout_p', 'is_causal', 'scale'} or n.kwargs.get('attn_mask') is not None or n.kwargs.get('dropout_p', 0) != 0: return False
     sources, (images, heads, tokens, d) = [self.headed(a, size) for a in n.args], size
-    if None in sources or not isinstance(n.kwargs.get('is_causal', False), bool): return False
+    scale = n.kwargs.get('scale') or d**-.5
+    if isinstance(scale, fx.Node): scale = scale.meta.get('value')
+    if None in sources or scale is None or not isinstance(n.kwargs.get('is_causal', False), bool): return False
     u, chain = self.user(n), []
-    while u is not None and (u.target in _swaps and tuple(sorted(a % 4 for a in u.args[1:])) == (1, 2) and not chain or u.target in _views and chain):
+    while u is not None and (u.target in _swaps and sorted(_permutation(u)) == [1, 2] and not chain or u.target in _views and chain):
         chain.append(u)
         if self.size(u) == (images, tokens, heads*d): break
         u = self.user(u)
     else: return False
     self.done |= {n, *chain}
-    return self.add(Layer('attention', u, sources, 'last', heads=heads, scale=n.kwargs.get('scale') or d**-.5, causal=n.kwargs.get('is_causal', False), parts=[None]*3))
+    return self.add(Layer('attention', u, sources, 'last', heads=heads, scale=scale, causal=n.kwargs.get('is_causal', False), parts=[None]*3))
 
 @patch
 def headed(self:Graph, a, size):
     "The tokens × channels, of the engine's, that the heads `a` come from"
-    if self.size(a) != size or a.target not in _swaps or tuple(sorted(v % 4 for v in a.args[1:])) != (1, 2): return
+    if self.size(a) != size or a.target not in _swaps or sorted(_permutation(a)) != [1, 2]: return
     a = a.args[0]
     while a.target in _views and len(self.size(a)) == 4: a = a.args[0]
     return self.source(a)[0] if self.size(a) == (size[0], size[2], size[1]*size[3]) and self.has(a, 'last') else None

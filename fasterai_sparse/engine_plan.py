@@ -34,7 +34,7 @@ class Choices:
         except (OSError, ValueError): pass
         if not isinstance(self.found, dict): self.found = {}
 
-    def get(self, key): return tuple(c) if isinstance(c := self.found.get(key), list) and len(c) == 4 and all(isinstance(v, int) for v in c) else None
+    def get(self, key): return tuple(c) if isinstance(c := self.found.get(key), (tuple,list)) and len(c) == 4 and all(isinstance(v, int) for v in c) else None
 
     def save(self):
         if not self.path: return
@@ -129,7 +129,9 @@ class Plan:
 def emit(self:Plan):
     last, self.flats, self.out = {}, {}, set()
     for i,l in enumerate(self.graph.items):
-        for v in l.reads if isinstance(l, Layer) else [self.graph.source(a)[0] for a in l.all_input_nodes]: last[v] = i
+        for v in l.reads if isinstance(l, Layer) else l.all_input_nodes:
+            last[v] = i
+            last[self.graph.source(v.node if isinstance(v, Packed) else v)[0]] = i   # what it is copied from, too
     for i,l in enumerate(self.graph.items):
         if isinstance(l, Layer): self.emit_layer(l)
         else: self.emit_node(l)
@@ -306,7 +308,7 @@ def run(self:Plan, *inputs, program=None):
         return t
     for kind,a,b in self.steps:
         if kind == 'ops': program(a, b)
-        elif kind == 'input': env[a] = next(inputs)
+        elif kind == 'input': env[a] = list(inputs) if a.target.startswith('*') else next(inputs, *a.args)
         elif kind == 'point in':
             env[a] = as_planned(a).contiguous()
             compiled[b].x = env[a].data_ptr()

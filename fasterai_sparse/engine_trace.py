@@ -6,7 +6,7 @@
 __all__ = ['Packed', 'Inner', 'Layer', 'Graph']
 
 # %% ../nbs/23_engine_trace.ipynb #0c9247d5
-import operator
+import inspect, operator
 from dataclasses import dataclass
 
 import torch
@@ -97,7 +97,8 @@ def _sparsity(w): return 100*(1 - w.count_nonzero().item()/max(w.numel(), 1))
 class Graph:
     "`items`, the `Layer`s and nodes of `model` that have to run for the inputs `x`, in order"
     def __init__(self, model, x):
-        graph = _Tracer().trace(model)
+        absent = {p.name: p.default for p in list(inspect.signature(model.forward).parameters.values())[len(x):] if p.default is not p.empty}
+        graph = _Tracer().trace(model, concrete_args=absent or None)   # with arguments that are not given as they are by default
         self.gm = fx.GraphModule(model, graph)
         with torch.inference_mode(False), torch.no_grad(): _Shapes(self.gm).run(*(t.clone() for t in x))
         self.refuse_what_depends_on_values(x)
@@ -160,7 +161,7 @@ class Graph:
         for l in reversed(self.items):
             if isinstance(l, Layer) and l.out in needed or isinstance(l, fx.Node) and (l in needed or l.op in ('output', 'placeholder')):
                 items.append(l)
-                for v in l.reads if isinstance(l, Layer) else l.all_input_nodes: needed.add(self.source(v.node if isinstance(v, Packed) else v)[0])
+                for v in l.reads if isinstance(l, Layer) else [a for a in l.all_input_nodes if 'value' not in a.meta]: needed.add(self.source(v.node if isinstance(v, Packed) else v)[0])
         self.items = items[::-1]
 
 # %% ../nbs/23_engine_trace.ipynb #eae4fa2f

@@ -187,7 +187,7 @@ def emit_layer(self:Plan, l):
     if l.kind == 'mean': self.run_ops(Means(x, y))
     elif l.kind == 'pool': self.run_ops(Largest(x, y, l.kernel, l.stride, l.before))
     elif l.kind == 'add': self.run_ops(Added(x, y, self.mask(y), l.act, *others))
-    elif l.kind == 'scale': self.run_ops(Scaled(x, y, *others))
+    elif l.kind == 'scale': self.run_ops(Scaled(x, y, *others, self.mask(y)))
     elif l.kind == 'norm': self.run_ops(Norms(x, y, l.weight.numpy(), l.bias.numpy(), l.eps, self.mask(y)))
     elif l.kind == 'attention': self.run_ops(Attention(*(f if p is None else f.part(*p) for f,p in zip([x, *others], l.parts)), y, l.heads, l.scale, l.causal))
     elif l.kind == 'cat':

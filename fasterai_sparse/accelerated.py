@@ -35,12 +35,13 @@ def _joined(outs):
     if torch.is_tensor(outs[0]): return torch.cat(outs)
     if isinstance(outs[0], dict): return type(outs[0])({k: _joined([o[k] for o in outs]) for k in outs[0]})
     if hasattr(outs[0], '_fields'): return type(outs[0])(*map(_joined, zip(*outs)))
-    return type(outs[0])(map(_joined, zip(*outs))) if isinstance(outs[0], (tuple,list)) else outs[0]
+    if isinstance(outs[0], (tuple,list)): return type(outs[0])(map(_joined, zip(*outs)))
+    if outs[0] is not None: raise TypeError(f'{type(outs[0]).__name__} of parts of a batch say nothing of the batch')
 
 def _same(a, b, eps=1e-4):
     "Whether two outputs are the same, to `eps` of the largest value"
     a, b = ([t for t in tensors_in([o])] for o in (a, b))
-    return len(a) == len(b) and all(x.shape == y.shape and bool(((x-y).abs() <= eps*x.abs().max()).all() if x.is_floating_point() else (x == y).all()) for x,y in zip(a, b))
+    return len(a) == len(b) and all(x.shape == y.shape and bool(((x-y).abs() <= eps*x.abs().max()).all() if x.numel() and x.is_floating_point() else (x == y).all()) for x,y in zip(a, b))
 
 _numbers, _live = itertools.count(), weakref.WeakValueDictionary()   # so that an operation of torch can name a module
 
@@ -83,6 +84,8 @@ class Accelerated(Inference):
         return self.at_once[key] or n
 
     def each_by_itself(self, x):
+        made = torch.Generator().manual_seed(0)   # images that are alike would hide what they do to each other
+        x = [torch.rand(t.shape, generator=made) if t.is_floating_point() else t for t in x]
         try: return _same(self.model(*x), _joined([self.model(*(t[i:i+1] for t in x)) for i in range(2)]))
         except Exception: return False   # the model can't take one image, or gives what can't be joined
 
@@ -98,7 +101,7 @@ class Accelerated(Inference):
             if wrong: raise TypeError(f"An accelerated model takes float32 tensors on the CPU, not {f'{t.dtype} on {t.device}' if torch.is_tensor(t) else type(t).__name__}: call .float() on them")
         self.refuse_gradients(x)
         x = [t.as_subclass(torch.Tensor).detach() for t in x]
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast('cpu', enabled=False):   # plans are for float32
             if not all(map(_finite, x)): return self.model(*x)   # a zero weight would hide what is not
             n, at_once = len(x[0]) if x[0].dim() else 1, self.n_at_once(x)
             out = self.plan(*x)(*x) if n <= at_once else _joined([self.plan(*part)(*part) for i in range(0, n, at_once) for part in [[t[i:i+at_once] for t in x]]])

@@ -113,7 +113,9 @@ class Accelerated(Inference):
         super().__setstate__(state)
         self._forget()
 
-def _container(out): return None if torch.is_tensor(out) else type(out)
+def _container(out):
+    "None for a tensor, the type of a plain tuple or list of tensors, object for anything else"
+    return None if torch.is_tensor(out) else type(out) if type(out) in (tuple,list) and all(map(torch.is_tensor, out)) else object
 
 def _finite(t):
     if not t.numel(): return False
@@ -123,7 +125,12 @@ def _finite(t):
 from fastcore.basics import patch
 
 @torch.library.custom_op('fasterai_sparse::accelerated', mutates_args=())
-def _accelerated(x: list[torch.Tensor], number: int) -> list[torch.Tensor]: return list(tensors_in([_live[number](*[t.detach() for t in x])]))
+def _accelerated(x: list[torch.Tensor], number: int) -> list[torch.Tensor]:
+    outs, memory = [], {t.untyped_storage().data_ptr() for t in x}
+    for t in tensors_in([_live[number](*[t.detach() for t in x])]):
+        outs.append(t.clone() if t.untyped_storage().data_ptr() in memory else t)   # an operation's outputs share nothing with its inputs, nor with each other
+        memory.add(t.untyped_storage().data_ptr())
+    return outs
 
 @_accelerated.register_fake
 def _(x, number):
@@ -145,7 +152,7 @@ def known_for(self:Accelerated, x):
 def as_operation(self:Accelerated, x):
     out = torch.ops.fasterai_sparse.accelerated(list(x), self.number)
     container = self.known_for(x)[1]
-    if container not in (None, tuple, list): raise RuntimeError(f'Only a model that gives tensors, or a tuple or list of them, can be compiled or exported, not {container.__name__}')
+    if container not in (None, tuple, list): raise RuntimeError('Only a model that gives tensors, or a tuple or list of them, can be compiled or exported')
     return container(out) if container else out[0]
 
 # %% ../nbs/23c_accelerated.ipynb #00935b2f

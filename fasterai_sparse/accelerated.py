@@ -167,19 +167,21 @@ class _OneLayer(Accelerated):
 
 class SparseConv2d(_OneLayer):
     "An nn.Conv2d for inference that skips the zeros of its weight"
-    def forward(self, x):
-        with torch.no_grad(): return super().forward(x) if self.ours(x) and x.dim() == 4 else self.model(x)
+    def forward(self, input):
+        self.refuse_gradients([input])
+        with torch.no_grad(): return super().forward(input) if self.ours(input) and input.dim() == 4 else self.model(input)
 
 class SparseLinear(_OneLayer):
     "An nn.Linear for inference that skips the zeros of its weight. Numbers of tokens are rounded up, so that texts of any length need few plans"
-    def forward(self, x):
+    def forward(self, input):
+        self.refuse_gradients([input])
         with torch.no_grad():
-            if not self.ours(x): return self.model(x)
-            tokens = x.reshape(-1, x.shape[-1])
+            if not self.ours(input): return self.model(input)
+            tokens = input.reshape(-1, input.shape[-1])
             n = len(tokens)
             step = 1 if n == 1 else 16 if n <= 128 else 64 if n <= 512 else 256
             out = super().forward(F.pad(tokens, (0, 0, 0, -n % step)))[:n]
-            return out.view(*x.shape[:-1], out.shape[-1])
+            return out.view(*input.shape[:-1], out.shape[-1])
 
 class Layerwise(Inference):
     "`model`, of which some layers are `SparseLinear` or `SparseConv2d`"

@@ -722,6 +722,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'fasterai_sparse/engine_plan.py'),
                                              'fasterai_sparse.engine_plan._dense': ( 'engine_plan.html#_dense',
                                                                                      'fasterai_sparse/engine_plan.py'),
+                                             'fasterai_sparse.engine_plan._plain': ( 'engine_plan.html#_plain',
+                                                                                     'fasterai_sparse/engine_plan.py'),
                                              'fasterai_sparse.engine_plan.choices_file': ( 'engine_plan.html#choices_file',
                                                                                            'fasterai_sparse/engine_plan.py'),
                                              'fasterai_sparse.engine_plan.processor': ( 'engine_plan.html#processor',

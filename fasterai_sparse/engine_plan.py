@@ -295,6 +295,11 @@ def tune(self:Plan, x):
 def __call__(self:Plan, *inputs):
     with self.lock, torch.no_grad(): return self.run(*inputs)
 
+def _plain(v):
+    "`v` with lists and dicts in place of fx's, which can't be changed"
+    if isinstance(v, dict): return (dict if type(v) is fx.immutable_collections.immutable_dict else type(v))({k: _plain(x) for k,x in v.items()})
+    return list(map(_plain, v)) if isinstance(v, list) else tuple(map(_plain, v)) if type(v) is tuple else v
+
 @patch
 def run(self:Plan, *inputs, program=None):
     program = program or self.program
@@ -319,7 +324,7 @@ def run(self:Plan, *inputs, program=None):
         elif kind == 'copy out':
             t = b.view if graph.made[a] == 'first' else b.view.permute(0,2,3,1)
             env[a] = torch.from_numpy(t.numpy().copy()).view(graph.size(a))
-        elif a.op == 'output': return fx.node.map_arg(a.args[0], value)
+        elif a.op == 'output': return _plain(fx.node.map_arg(a.args[0], value))
         else: env[a] = self.torch_node(a, value)
 
 @patch

@@ -41,6 +41,14 @@ class _Tracer(fx.Tracer):
 def _version(t): return None if t.is_inference() else t._version   # grows with each change in place, through any view
 def _memory(t): return t.untyped_storage().data_ptr() if t.layout is torch.strided else id(t)
 
+_depends = DataDependentOutputException, DynamicOutputShapeException
+
+class _Unvalued(FakeTensorProp):
+    "Runs without values"
+    def call_module(self, target, args, kwargs):
+        try: return super().call_module(target, args, kwargs)
+        except _depends as e: raise NotImplementedError(str(e)) from None
+
 class _Shapes(fx.Interpreter):
     "Remembers the size of each float32 tensor, values that are none, which inputs a node changes in place, and which it shares memory with"
     def run_node(self, n):
@@ -112,9 +120,9 @@ class Graph:
 
     def refuse_what_depends_on_values(self, x):
         "Sizes and numbers are taken as they are for this input: none may depend on what tensors hold, as that of `x[x > 0]` or `x.max().item()`"
-        try: FakeTensorProp(self.gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*x)
-        except (DataDependentOutputException, DynamicOutputShapeException) as e: raise ValueError(f'what {e.func} gives depends on the values of the input') from None
-        except Exception: pass   # a module that takes no tensors without values: nothing is known
+        try: _Unvalued(self.gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*x)
+        except _depends as e: raise ValueError(f'what {e.func} gives depends on the values of the input') from None
+        except Exception: pass   # a module that asks for values inside, as it may, or takes no tensors without: nothing is known
 
     def changes_in_place(self, n):
         def ours(a): return a.op.startswith('call') and sum('value' not in u.meta for u in a.users) == 1 and all(map(ours, a.meta['shares']))

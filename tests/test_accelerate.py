@@ -169,7 +169,7 @@ def test_one_position_in_each_form(n_out, density, act):
 def test_transformer_encoder(kwargs):
     layer = nn.TransformerEncoderLayer(16, 4, 32, **{'batch_first': True, **kwargs})
     model = thinned(nn.Sequential(nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(16), enable_nested_tensor=False)))
-    x, mask = torch.randn(2, 5, 16), torch.zeros(5, 5).masked_fill(torch.ones(5, 5).triu(1) == 1, -float('inf'))
+    x, mask = torch.randn(5, 5, 16), torch.zeros(5, 5).masked_fill(torch.ones(5, 5).triu(1) == 1, -float('inf'))
     fast = equals(model, x)
     assert fast and any(isinstance(o, Attention) for p in fast.plans.values() for o in p.ops) == layer.self_attn.batch_first
     masked = One(lambda s, x: s.l(s.e(x, mask=s.mask)), e=model[0], l=thinned(nn.Linear(16, 16)))

@@ -77,7 +77,7 @@ def _rows(model, plan, x):
 # %% ../nbs/24_accelerate.ipynb #458221de
 def _record(model, call):
     "Layer -> the inputs that it gets"
-    got, hooks = {}, [m.register_forward_pre_hook(lambda m, a, n=n: got.setdefault(n, []).append(a[0].detach())) for n,m in model.named_modules() if type(m) in (nn.Linear, nn.Conv2d)]
+    got, hooks = {}, [m.register_forward_pre_hook(lambda m, a, kw, n=n: got.setdefault(n, []).append((*a, *kw.values())[0].detach()), with_kwargs=True) for n,m in model.named_modules() if type(m) in (nn.Linear, nn.Conv2d)]
     try: call()
     finally: [h.remove() for h in hooks]
     return got
@@ -99,8 +99,9 @@ def _layer_by_layer(model, call, threads, cache, why):
             continue
         made[name] = sparse
         row |= dict(form='by itself', note=why)
-    for name,s in made.items(): fast.set_submodule(name, s)
-    return Layerwise(fast), rows, bool(made)
+    for name,s in made.items():
+        if name: fast.set_submodule(name, s)
+    return Layerwise(made.get('', fast)), rows, bool(made)
 
 # %% ../nbs/24_accelerate.ipynb #83df5653
 def accelerate(
@@ -117,7 +118,8 @@ def accelerate(
     learn, model = (model, model.model) if isinstance(model, Learner) else (None, model)
     if example_input is None:
         if learn is None: raise ValueError('accelerate needs example_input=, a batch as the model will get it')
-        example_input = next(iter(learn.dls.valid if len(learn.dls.loaders) > 1 else learn.dls.train))[:-1]
+        batch = next(iter(learn.dls.valid if len(learn.dls.loaders) > 1 else learn.dls.train))
+        example_input = batch[:getattr(learn.dls, 'n_inp', max(1, len(batch)-1))]
     args, kwargs = ((), example_input) if isinstance(example_input, dict) else (example_input if isinstance(example_input, (tuple,list)) else (example_input,), {})
     args = tuple(a.as_subclass(torch.Tensor).detach() if torch.is_tensor(a) else a for a in args)
     if any(p.is_cuda for p in model.parameters()):

@@ -36,12 +36,13 @@ def _joined(outs):
     if torch.is_tensor(outs[0]): return torch.cat(outs)
     if isinstance(outs[0], dict): return type(outs[0])({k: _joined([o[k] for o in outs]) for k in outs[0]})
     if hasattr(outs[0], '_fields'): return type(outs[0])(*map(_joined, zip(*outs)))
-    return type(outs[0])(map(_joined, zip(*outs))) if isinstance(outs[0], (tuple,list)) else outs[0]
+    if isinstance(outs[0], (tuple,list)): return type(outs[0])(map(_joined, zip(*outs)))
+    if outs[0] is not None: raise TypeError(f'{type(outs[0]).__name__} of parts of a batch say nothing of the batch')
 
 def _same(a, b, eps=1e-4):
     "Whether two outputs are the same, to `eps` of the largest value"
     a, b = ([t for t in tensors_in([o])] for o in (a, b))
-    return len(a) == len(b) and all(x.shape == y.shape and bool(((x-y).abs() <= eps*x.abs().max()).all() if x.is_floating_point() else (x == y).all()) for x,y in zip(a, b))
+    return len(a) == len(b) and all(x.shape == y.shape and bool(((x-y).abs() <= eps*x.abs().max()).all() if x.numel() and x.is_floating_point() else (x == y).all()) for x,y in zip(a, b))
 
 _numbers, _live = itertools.count(), weakref.WeakValueDictionary()   # so that an operation of torch can name a module
 
@@ -88,6 +89,8 @@ class Accelerated(Inference):
         return self.at_once[key] or n
 
     def each_by_itself(self, x):
+        made = torch.Generator().manual_seed(0)   # images that are alike would hide what they do to each other
+        x = [torch.rand(t.shape, generator=made) if t.is_floating_point() else t for t in x]
         try: return _same(self.model(*x), _joined([self.model(*(t[i:i+1] for t in x)) for i in range(2)]))
         except Exception: return False   # the model can't take one image, or gives what can't be joined
 
@@ -102,6 +105,8 @@ class Accelerated(Inference):
             wrong = not torch.is_tensor(t) or not t.is_cpu or t.dtype != torch.float32 and (t.is_floating_point() or t.is_complex())
             if wrong: raise TypeError(f"An accelerated model takes float32 tensors on the CPU, not {f'{t.dtype} on {t.device}' if torch.is_tensor(t) else type(t).__name__}: call .float() on them")
         self.refuse_gradients(x)
+        if torch.is_autocast_enabled('cpu'):
+            with torch.autocast('cpu', enabled=False): return self.forward(*x)   # plans are for float32
         with torch.no_grad():
             x = [t if type(t) is torch.Tensor else t.as_subclass(torch.Tensor) for t in x]
             if not all(t.numel() and (t.dtype != torch.float32 or all_finite(t)) for t in x): return self.model(*x)   # a zero weight would hide what is not
@@ -115,13 +120,20 @@ class Accelerated(Inference):
         super().__setstate__(state)
         self._forget()
 
-def _container(out): return None if torch.is_tensor(out) else type(out)
+def _container(out):
+    "None for a tensor, the type of a plain tuple or list of tensors, object for anything else"
+    return None if torch.is_tensor(out) else type(out) if type(out) in (tuple,list) and all(map(torch.is_tensor, out)) else object
 
 # %% ../nbs/23c_accelerated.ipynb #45d00289
 from fastcore.basics import patch
 
 @torch.library.custom_op('fasterai_sparse::accelerated', mutates_args=())
-def _accelerated(x: list[torch.Tensor], number: int) -> list[torch.Tensor]: return list(tensors_in([_live[number](*[t.detach() for t in x])]))
+def _accelerated(x: list[torch.Tensor], number: int) -> list[torch.Tensor]:
+    outs, memory = [], {t.untyped_storage().data_ptr() for t in x}
+    for t in tensors_in([_live[number](*[t.detach() for t in x])]):
+        outs.append(t.clone() if t.untyped_storage().data_ptr() in memory else t)   # an operation's outputs share nothing with its inputs, nor with each other
+        memory.add(t.untyped_storage().data_ptr())
+    return outs
 
 @_accelerated.register_fake
 def _(x, number):
@@ -143,7 +155,7 @@ def known_for(self:Accelerated, x):
 def as_operation(self:Accelerated, x):
     out = torch.ops.fasterai_sparse.accelerated(list(x), self.number)
     container = self.known_for(x)[1]
-    if container not in (None, tuple, list): raise RuntimeError(f'Only a model that gives tensors, or a tuple or list of them, can be compiled or exported, not {container.__name__}')
+    if container not in (None, tuple, list): raise RuntimeError('Only a model that gives tensors, or a tuple or list of them, can be compiled or exported')
     return container(out) if container else out[0]
 
 # %% ../nbs/23c_accelerated.ipynb #00935b2f
@@ -158,19 +170,21 @@ class _OneLayer(Accelerated):
 
 class SparseConv2d(_OneLayer):
     "An nn.Conv2d for inference that skips the zeros of its weight"
-    def forward(self, x):
-        with torch.no_grad(): return super().forward(x) if self.ours(x) and x.dim() == 4 else self.model(x)
+    def forward(self, input):
+        self.refuse_gradients([input])
+        with torch.no_grad(): return super().forward(input) if self.ours(input) and input.dim() == 4 else self.model(input)
 
 class SparseLinear(_OneLayer):
     "An nn.Linear for inference that skips the zeros of its weight. Numbers of tokens are rounded up, so that texts of any length need few plans"
-    def forward(self, x):
+    def forward(self, input):
+        self.refuse_gradients([input])
         with torch.no_grad():
-            if not self.ours(x): return self.model(x)
-            tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+            if not self.ours(input): return self.model(input)
+            tokens = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
             n = len(tokens)
             more = -n % (1 if n == 1 else 16 if n <= 128 else 64 if n <= 512 else 256)
             out = super().forward(F.pad(tokens, (0, 0, 0, more)))[:n] if more else super().forward(tokens)
-            return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
+            return out if input.dim() == 2 else out.view(*input.shape[:-1], out.shape[-1])
 
 class Layerwise(Inference):
     "`model`, of which some layers are `SparseLinear` or `SparseConv2d`"

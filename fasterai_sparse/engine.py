@@ -285,10 +285,11 @@ class Scaled:
     x:Flat
     y:Flat
     factors:Flat
+    mask:np.ndarray
 
     def c(self):
         g = self.x.grid
-        return _op(5, None, (self.x.stride, g.images, g.image, self.x.height*g.width, self.factors.grid.image), rows=self.y.channels, x=self.x, y=self.y, residual=self.factors, y_stride=self.y.stride, r_stride=self.factors.stride)
+        return _op(5, None, (self.x.stride, g.images, g.image, self.x.height*g.width, self.factors.grid.image), rows=self.y.channels, x=self.x, y=self.y, mask=self.mask, residual=self.factors, y_stride=self.y.stride, r_stride=self.factors.stride)
 
     def run_torch(self): self.y.view.copy_(self.x.view*self.factors.view)
 

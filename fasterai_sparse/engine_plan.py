@@ -34,7 +34,7 @@ class Choices:
         except (OSError, ValueError): pass
         if not isinstance(self.found, dict): self.found = {}
 
-    def get(self, key): return tuple(c) if isinstance(c := self.found.get(key), list) and len(c) == 4 and all(isinstance(v, int) for v in c) else None
+    def get(self, key): return tuple(c) if isinstance(c := self.found.get(key), (tuple,list)) and len(c) == 4 and all(isinstance(v, int) for v in c) else None
 
     def save(self):
         if not self.path: return
@@ -129,7 +129,9 @@ class Plan:
 def emit(self:Plan):
     last, self.flats, self.out = {}, {}, set()
     for i,l in enumerate(self.graph.items):
-        for v in l.reads if isinstance(l, Layer) else [self.graph.source(a)[0] for a in l.all_input_nodes]: last[v] = i
+        for v in l.reads if isinstance(l, Layer) else l.all_input_nodes:
+            last[v] = i
+            last[self.graph.source(v.node if isinstance(v, Packed) else v)[0]] = i   # what it is copied from, too
     for i,l in enumerate(self.graph.items):
         if isinstance(l, Layer): self.emit_layer(l)
         else: self.emit_node(l)
@@ -191,7 +193,7 @@ def emit_layer(self:Plan, l):
     if l.kind == 'mean': self.run_ops(Means(x, y))
     elif l.kind == 'pool': self.run_ops(Largest(x, y, l.kernel, l.stride, l.before))
     elif l.kind == 'add': self.run_ops(Added(x, y, self.mask(y), l.act, *others))
-    elif l.kind == 'scale': self.run_ops(Scaled(x, y, *others))
+    elif l.kind == 'scale': self.run_ops(Scaled(x, y, *others, self.mask(y)))
     elif l.kind == 'norm': self.run_ops(Norms(x, y, l.weight.numpy(), l.bias.numpy(), l.eps, self.mask(y)))
     elif l.kind == 'attention': self.run_ops(Attention(*(f if p is None else f.part(*p) for f,p in zip([x, *others], l.parts)), y, l.heads, l.scale, l.causal))
     elif l.kind == 'cat':
@@ -299,6 +301,11 @@ def tune(self:Plan, x):
 def __call__(self:Plan, *inputs):
     with self.lock, torch.no_grad(): return self.run(*inputs)
 
+def _plain(v):
+    "`v` with lists and dicts in place of fx's, which can't be changed"
+    if isinstance(v, dict): return (dict if type(v) is fx.immutable_collections.immutable_dict else type(v))({k: _plain(x) for k,x in v.items()})
+    return list(map(_plain, v)) if isinstance(v, list) else tuple(map(_plain, v)) if type(v) is tuple else v
+
 @patch
 def run(self:Plan, *inputs, program=None):
     program = program or self.program
@@ -307,20 +314,23 @@ def run(self:Plan, *inputs, program=None):
         if 'value' in n.meta: return n.meta['value']
         if n not in env: env[n] = self.torch_node(n, value)   # another name of a value that is there
         return env[n]
+    def as_planned(n):
+        if (t := value(n)).shape != graph.size(n) or t.dtype != torch.float32: raise RuntimeError(f'{n.name} is {t.dtype} of {tuple(t.shape)}, and the plan was made for float32 of {graph.size(n)}')
+        return t
     for kind,a,b in self.steps:
         if kind == 'ops': program(a, b)
-        elif kind == 'input': env[a] = next(inputs)
+        elif kind == 'input': env[a] = list(inputs) if a.target.startswith('*') else next(inputs, *a.args)
         elif kind == 'point in':
-            env[a] = value(a).contiguous()
+            env[a] = as_planned(a).contiguous()
             compiled[b].x = env[a].data_ptr()
         elif kind == 'point out':
             env[a] = torch.empty(graph.size(a))
             compiled[b].y = env[a].data_ptr()
-        elif kind == 'copy in': np.copyto(b.view.numpy(), value(a.node).permute(0,3,1,2).numpy())   # not torch's copy, whose threads would wait beside ours
+        elif kind == 'copy in': np.copyto(b.view.numpy(), as_planned(a.node).reshape(b.grid.images, b.height, b.width, b.channels).permute(0,3,1,2).numpy())   # not torch's copy, whose threads would wait beside ours
         elif kind == 'copy out':
             t = b.view if graph.made[a] == 'first' else b.view.permute(0,2,3,1)
             env[a] = torch.from_numpy(t.numpy().copy()).view(graph.size(a))
-        elif a.op == 'output': return fx.node.map_arg(a.args[0], value)
+        elif a.op == 'output': return _plain(fx.node.map_arg(a.args[0], value))
         else: env[a] = self.torch_node(a, value)
 
 @patch

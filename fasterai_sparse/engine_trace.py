@@ -6,12 +6,14 @@
 __all__ = ['Packed', 'Inner', 'Layer', 'Graph']
 
 # %% ../nbs/23_engine_trace.ipynb #0c9247d5
-import operator, threading
+import inspect, operator, threading
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from .channels import tensors_in
 
@@ -45,10 +47,25 @@ class _Tracer(fx.Tracer):
         x = m.norm1(x + attend(x))
         return m.norm2(x + feed(x))
 
+def _version(t): return None if t.is_inference() else t._version   # grows with each change in place, through any view
+def _memory(t): return t.untyped_storage().data_ptr() if t.layout is torch.strided else id(t)
+
+_depends = DataDependentOutputException, DynamicOutputShapeException
+
+class _Unvalued(FakeTensorProp):
+    "Runs without values"
+    def call_module(self, target, args, kwargs):
+        try: return super().call_module(target, args, kwargs)
+        except _depends as e: raise NotImplementedError(str(e)) from None
+
 class _Shapes(fx.Interpreter):
-    "Remembers the size of each float32 tensor, and values that are none"
+    "Remembers the size of each float32 tensor, values that are none, which inputs a node changes in place, and which it shares memory with"
     def run_node(self, n):
+        before = [(a, t, _version(t)) for a in n.all_input_nodes for t in tensors_in(self.env[a])]
         v = super().run_node(n)
+        memory = {_memory(t) for t in tensors_in(v)}
+        n.meta['changes'] = [a for a,t,version in before if _version(t) != version]
+        n.meta['shares'] = [a for a,t,_ in before if _memory(t) in memory]
         if torch.is_tensor(v): n.meta['size'] = tuple(v.shape) if v.dtype == torch.float32 else None
         elif n.op in ('call_function', 'call_method') and not list(tensors_in(v)): n.meta['value'] = v
         return v
@@ -81,8 +98,16 @@ _adds, _muls = (operator.add, operator.iadd, torch.add, 'add', 'add_'), (operato
 _views = ('view', 'reshape', 'unflatten', torch.reshape, torch.unflatten, 'flatten', torch.flatten, 'squeeze', torch.squeeze, 'contiguous')
 _same = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Identity)
 
+def _permutation(n):
+    "The dimensions that a call names, from 0 on; none where they are not plain"
+    given = n.args[1] if len(n.args) == 2 and isinstance(n.args[1], (tuple,list)) else n.args[1:]
+    return tuple(d % 4 for d in given) if all(isinstance(d, int) for d in given) else ()
 def _two(v, first=0): return (first, v) if isinstance(v, int) else (first, *v) if len(v) == 1 else tuple(v)
 def _pair(v): return (v, v) if isinstance(v, int) else tuple(v)
+def _dims(size, form):
+    if len(size) == 2: return (*size, 1, 1)
+    if form == 'last': return (size[0], size[-1], 1, size[1]) if len(size) == 3 else (size[0], size[3], size[1], size[2])
+    return (size[0], size[1], 1, size[2]) if len(size) == 3 else size
 def _sparsity(w): return 100*(1 - w.count_nonzero().item()/max(w.numel(), 1))
 
 # %% ../nbs/23_engine_trace.ipynb #1b4a6ba7
@@ -91,27 +116,35 @@ class Graph:
     def __init__(self, model, x):
         self.alone = _Tracer().is_leaf_module(model, '')   # one of torch's modules, with nothing around it
         model = nn.Sequential(model) if self.alone else model
-        graph = _Tracer().trace(model)
+        absent = {p.name: p.default for p in list(inspect.signature(model.forward).parameters.values())[len(x):] if p.default is not p.empty}
+        graph = _Tracer().trace(model, concrete_args=absent or None)   # with arguments that are not given as they are by default
         self.gm = fx.GraphModule(model, graph)
-        with torch.no_grad(): _Shapes(self.gm).run(*x)
+        with torch.inference_mode(False), torch.no_grad(): _Shapes(self.gm).run(*(t.clone() for t in x))
+        self.refuse_what_depends_on_values(x)
         self.modules, self.nodes = dict(self.gm.named_modules()), list(graph.nodes)
-        if n := next((n for n in self.nodes if self.changes_in_place(n)), None): raise ValueError(f'{n.name} changes in place what something else reads too')
+        if n := next((n for n in self.nodes if self.changes_in_place(n)), None): raise ValueError(f'{n.name} changes in place an input, or what something else reads too')
         self.at = {n: i for i,n in enumerate(self.nodes)}
         self.done, self.alias, self.made, self.positive, self.items = set(), {}, {}, set(), []   # alias: the same values; made: by the engine, and in which form
         for n in self.nodes:
             if n not in self.done and not self.match(n): self.items.append(n)
         self.drop_unread()
 
+    def refuse_what_depends_on_values(self, x):
+        "Sizes and numbers are taken as they are for this input: none may depend on what tensors hold, as that of `x[x > 0]` or `x.max().item()`"
+        try: _Unvalued(self.gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*x)
+        except _depends as e: raise ValueError(f'what {e.func} gives depends on the values of the input') from None
+        except Exception: pass   # a module that asks for values inside, as it may, or takes no tensors without: nothing is known
+
     def changes_in_place(self, n):
-        in_place = getattr(self.module(n), 'inplace', False) or n.kwargs.get('inplace') or n.op == 'call_method' and n.target.endswith('_') or n.target in (operator.iadd, operator.imul, operator.isub, operator.itruediv)
-        return bool(in_place and n.args and isinstance(n.args[0], fx.Node) and len(n.args[0].users) > 1)
+        def ours(a): return a.op.startswith('call') and sum('value' not in u.meta for u in a.users) == 1 and all(map(ours, a.meta['shares']))
+        return not all(map(ours, n.meta.get('changes', ())))
 
     def module(self, n): return self.modules[n.target] if n.op == 'call_module' else None
     def user(self, n): return next(iter(n.users)) if isinstance(n, fx.Node) and len(n.users) == 1 else None
     def size(self, v): return v.size if isinstance(v, Inner) else self.size(v.node) if isinstance(v, Packed) else v.meta.get('size')
     def tensor(self, n):
         "The tensor that a node names"
-        return self.gm.get_parameter(n.target) if n.target in dict(self.gm.named_parameters()) else self.gm.get_buffer(n.target)
+        return operator.attrgetter(n.target)(self.gm)
 
     def source(self, n):
         "The node that the values of `n` come from, and in which form the engine has them; None where it has not"
@@ -124,16 +157,12 @@ class Graph:
 
     def dims(self, v):
         "Images × channels × height × width"
-        form = v.form if isinstance(v, Packed) else self.made[v]
-        size = self.size(v)
-        if len(size) == 2: return (*size, 1, 1)
-        if form == 'last': return (size[0], size[-1], 1, size[1]) if len(size) == 3 else (size[0], size[3], size[1], size[2])
-        return (size[0], size[1], 1, size[2]) if len(size) == 3 else size
+        return _dims(self.size(v), v.form if isinstance(v, Packed) else self.made[v])
 
     def has(self, n, form):
         "Whether the engine has the value of `n` in this form"
         source, made = self.source(n)
-        return made is not None and (made == form or self.dims(source)[2:] == (1, 1))
+        return made is not None and (made == form or self.dims(source)[2:] == (1, 1) and _dims(self.size(n), form) == self.dims(source))
 
     def taken(self, n, form):
         "The value of `n` as the engine reads it"
@@ -152,7 +181,7 @@ class Graph:
         for l in reversed(self.items):
             if isinstance(l, Layer) and l.out in needed or isinstance(l, fx.Node) and (l in needed or l.op in ('output', 'placeholder')):
                 items.append(l)
-                for v in l.reads if isinstance(l, Layer) else l.all_input_nodes: needed.add(self.source(v.node if isinstance(v, Packed) else v)[0])
+                for v in l.reads if isinstance(l, Layer) else [a for a in l.all_input_nodes if 'value' not in a.meta]: needed.add(self.source(v.node if isinstance(v, Packed) else v)[0])
         self.items = items[::-1]
 
 # %% ../nbs/23_engine_trace.ipynb #eae4fa2f
@@ -180,8 +209,7 @@ def is_alias(self:Graph, n, m):
     if form is None: return False
     if (isinstance(m, nn.Flatten) or n.target in _views) and self.dims(source)[2:] == (1, 1) and self.size(n) == self.dims(source)[:2]: return self.rename(n, x)
     if n.target in ('permute', torch.permute):
-        dims = tuple(d % 4 for d in (n.args[1] if isinstance(n.args[1], (tuple,list)) else n.args[1:]))
-        if dims == {'first': (0,2,3,1), 'last': (0,3,1,2)}[form]: return self.rename(n, x, True)
+        if _permutation(n) == {'first': (0,2,3,1), 'last': (0,3,1,2)}[form]: return self.rename(n, x, True)
     return False
 
 @patch
@@ -268,22 +296,26 @@ def batchnorm(self:Graph, n):
 @patch
 def dense(self:Graph, n, x, w, b, name, **kwargs):
     "A Linear layer on the value `x`"
-    if 'module' not in kwargs:   # one that could be called by itself
+    if kwargs.get('module') is None:   # one that could be called by itself
         kwargs['module'] = nn.Linear(*w.shape[::-1], bias=b is not None, device='meta')
-        kwargs['module'].weight, kwargs['module'].bias = w, b
+        kwargs['module'].weight, kwargs['module'].bias = (None if t is None else nn.Parameter(t.detach(), requires_grad=False) for t in (w, b))
     return Layer('conv', n, [x], 'last', name=name, weight=w.detach()[:,:,None,None], bias=torch.zeros(len(w)) if b is None else b.detach(), groups=1, stride=(1,1), dilation=(1,1), before=[0, 0], **kwargs)
 
 @patch
 def linear(self:Graph, n, m, size):
     "A Linear layer that is sparse, or reads what the engine has: to turn tokens into channels costs too much for a dense one"
     if type(m) is nn.Linear: w, b, name = m.weight, m.bias, n.target
-    elif n.target is F.linear and all(isinstance(a, fx.Node) and a.op == 'get_attr' for a in n.args[1:]) and len(n.args) > 1: (w, b), name = [*map(self.tensor, n.args[1:]), None][:2], n.args[1].target.removesuffix('.weight')
+    elif n.target is F.linear and len(n.args) > 1 and set(n.kwargs) <= {'bias'}:
+        given = [*n.args[1:], *n.kwargs.values()]
+        if any(getattr(a, 'op', None) != 'get_attr' for a in given): return False
+        (w, b), name = [*map(self.tensor, given), None][:2], n.args[1].target.removesuffix('.weight')
     else: return False
     if not 2 <= len(size) <= 4 or w.dtype != torch.float32 or not (self.has(n.args[0], 'last') or _sparsity(w.detach()) >= 50): return False
     return self.add(self.with_sum(self.dense(n, self.taken(n.args[0], 'last'), w, b, name, module=m), n))
 
 @patch
 def pool(self:Graph, n, m, size):
+    if len(size) != 4: return False
     if type(m) is nn.MaxPool2d and self.has(n.args[0], 'first') and self.source(n.args[0])[0] in self.positive and m.dilation in (1, (1,1)) and not m.return_indices:
         return self.add(Layer('pool', n, [self.taken(n.args[0], 'first')], 'first', name=n.target, kernel=_pair(m.kernel_size), stride=_pair(m.stride or m.kernel_size), before=list(_pair(m.padding))))
     if type(m) is nn.AvgPool2d and self.has(n.args[0], 'first') and (m.count_include_pad or m.padding in (0, (0,0))) and not m.ceil_mode and not m.divisor_override:
@@ -291,7 +323,7 @@ def pool(self:Graph, n, m, size):
         l = Layer('conv', n, [self.taken(n.args[0], 'first')], 'first', weight=torch.full((channels,1,kh,kw), 1/(kh*kw)), bias=torch.zeros(channels), groups=channels, stride=_pair(m.stride), dilation=(1,1), before=list(_pair(m.padding)))
         if self.source(n.args[0])[0] in self.positive: self.positive.add(n)
         return self.add(l)
-    if (scale := self.batchnorm(n)) and self.has(n.args[0], 'first') and len(size) == 4:   # one that no convolution comes before
+    if (scale := self.batchnorm(n)) and self.has(n.args[0], 'first'):   # one that no convolution comes before
         l = Layer('conv', n, [self.taken(n.args[0], 'first')], 'first', weight=scale[0].float()[:,None,None,None], bias=scale[1].float(), groups=size[1], stride=(1,1), dilation=(1,1), before=[0, 0])
         return self.add(self.with_act(l))
     return False
@@ -320,6 +352,7 @@ def norm(self:Graph, n, m, size):
         if any(isinstance(v, fx.Node) and v.op != 'get_attr' for v in (w, b)): return False
         w, b = (self.tensor(v) if isinstance(v, fx.Node) else v for v in (w, b))
     else: return False
+    if isinstance(shape, fx.Node): shape = shape.meta.get('value', ())
     if tuple(shape) != (size[-1],) or len(size) not in (3, 4) or not self.has(n.args[0], 'last'): return False
     w, b = (torch.full((size[-1],), v) if t is None else t.detach() for t,v in ((w, 1.), (b, 0.)))
     return self.add(Layer('norm', n, [self.taken(n.args[0], 'last')], 'last', weight=w, bias=b, eps=eps))
@@ -346,22 +379,24 @@ _swaps = ('transpose', torch.transpose, 'swapaxes')
 @patch
 def attention(self:Graph, n, m, size):
     "scaled_dot_product_attention whose heads come from tokens × channels, and go back there"
-    if n.target is not F.scaled_dot_product_attention or len(n.args) != 3 or set(n.kwargs) - {'attn_mask', 'dropout_p', 'is_causal', 'scale'} or n.kwargs.get('attn_mask') is not None or n.kwargs.get('dropout_p', 0) != 0: return False
+    if n.target is not F.scaled_dot_product_attention or len(n.args) != 3 or len(size) != 4 or set(n.kwargs) - {'attn_mask', 'dropout_p', 'is_causal', 'scale'} or n.kwargs.get('attn_mask') is not None or n.kwargs.get('dropout_p', 0) != 0: return False
     sources, (images, heads, tokens, d) = [self.headed(a, size) for a in n.args], size
-    if None in sources or not isinstance(n.kwargs.get('is_causal', False), bool): return False
+    scale = n.kwargs.get('scale') or d**-.5
+    if isinstance(scale, fx.Node): scale = scale.meta.get('value')
+    if None in sources or scale is None or not isinstance(n.kwargs.get('is_causal', False), bool): return False
     u, chain = self.user(n), []
-    while u is not None and (u.target in _swaps and tuple(sorted(a % 4 for a in u.args[1:])) == (1, 2) and not chain or u.target in _views and chain):
+    while u is not None and (u.target in _swaps and sorted(_permutation(u)) == [1, 2] and not chain or u.target in _views and chain):
         chain.append(u)
         if self.size(u) == (images, tokens, heads*d): break
         u = self.user(u)
     else: return False
     self.done |= {n, *chain}
-    return self.add(Layer('attention', u, sources, 'last', heads=heads, scale=n.kwargs.get('scale') or d**-.5, causal=n.kwargs.get('is_causal', False), parts=[None]*3))
+    return self.add(Layer('attention', u, sources, 'last', heads=heads, scale=scale, causal=n.kwargs.get('is_causal', False), parts=[None]*3))
 
 @patch
 def headed(self:Graph, a, size):
     "The tokens × channels, of the engine's, that the heads `a` come from"
-    if self.size(a) != size or a.target not in _swaps or tuple(sorted(v % 4 for v in a.args[1:])) != (1, 2): return
+    if self.size(a) != size or a.target not in _swaps or sorted(_permutation(a)) != [1, 2]: return
     a = a.args[0]
     while a.target in _views and len(self.size(a)) == 4: a = a.args[0]
     return self.source(a)[0] if self.size(a) == (size[0], size[2], size[1]*size[3]) and self.has(a, 'last') else None

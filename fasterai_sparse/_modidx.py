@@ -75,6 +75,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'fasterai_sparse/accelerated.py'),
                                              'fasterai_sparse.accelerated._OneLayer.__init__': ( 'accelerated.html#_onelayer.__init__',
                                                                                                  'fasterai_sparse/accelerated.py'),
+                                             'fasterai_sparse.accelerated._OneLayer.as_it_was': ( 'accelerated.html#_onelayer.as_it_was',
+                                                                                                  'fasterai_sparse/accelerated.py'),
                                              'fasterai_sparse.accelerated._OneLayer.ours': ( 'accelerated.html#_onelayer.ours',
                                                                                              'fasterai_sparse/accelerated.py'),
                                              'fasterai_sparse.accelerated._accelerated': ( 'accelerated.html#_accelerated',

@@ -110,6 +110,8 @@ class Accelerated(Inference):
         with torch.no_grad():
             x = [t if type(t) is torch.Tensor else t.as_subclass(torch.Tensor) for t in x]
             if not all(t.numel() and (t.dtype != torch.float32 or all_finite(t)) for t in x): return self.model(*x)   # a zero weight would hide what is not
+            last, plan = self.last
+            if last == self.key(x): return plan(*x)
             n, at_once = len(x[0]) if x[0].dim() else 1, self.n_at_once(x)
             out = self.plan(*x)(*x) if n <= at_once else _joined([self.plan(*part)(*part) for i in range(0, n, at_once) for part in [[t[i:i+at_once] for t in x]]])
         if (key := self.key(x, 1)) not in self.known: self.known[key] = n, _container(out), [(t.shape, t.dtype) for t in tensors_in([out])]
@@ -167,24 +169,24 @@ class _OneLayer(Accelerated):
         except AttributeError: return getattr(super().__getattr__('model')[0], name)
 
     def ours(self, x): return x.dtype == torch.float32 and x.is_cpu and x.numel() > 0
+    def as_it_was(self, x):
+        self.refuse_gradients([x])
+        with torch.no_grad(): return self.model(x)
 
 class SparseConv2d(_OneLayer):
     "An nn.Conv2d for inference that skips the zeros of its weight"
     def forward(self, input):
-        self.refuse_gradients([input])
-        with torch.no_grad(): return super().forward(input) if self.ours(input) and input.dim() == 4 else self.model(input)
+        return super().forward(input) if self.ours(input) and input.dim() == 4 else self.as_it_was(input)
 
 class SparseLinear(_OneLayer):
     "An nn.Linear for inference that skips the zeros of its weight. Numbers of tokens are rounded up, so that texts of any length need few plans"
     def forward(self, input):
-        self.refuse_gradients([input])
-        with torch.no_grad():
-            if not self.ours(input): return self.model(input)
-            tokens = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
-            n = len(tokens)
-            more = -n % (1 if n == 1 else 16 if n <= 128 else 64 if n <= 512 else 256)
-            out = super().forward(F.pad(tokens, (0, 0, 0, more)))[:n] if more else super().forward(tokens)
-            return out if input.dim() == 2 else out.view(*input.shape[:-1], out.shape[-1])
+        if not self.ours(input): return self.as_it_was(input)
+        tokens = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+        n = len(tokens)
+        more = -n % (1 if n == 1 else 16 if n <= 128 else 64 if n <= 512 else 256)
+        out = super().forward(F.pad(tokens, (0, 0, 0, more)))[:n] if more else super().forward(tokens)
+        return out if input.dim() == 2 else out.view(*input.shape[:-1], out.shape[-1])
 
 class Layerwise(Inference):
     "`model`, of which some layers are `SparseLinear` or `SparseConv2d`"

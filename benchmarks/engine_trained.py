@@ -84,7 +84,7 @@ def qualities(run, data, folder):
     want, got = outputs(net, x), outputs(fast, x)
     zeros = sparsity_report(net, layer_type=nn.Conv2d).set_index('layer').loc[sparse_layers(net)]
     right = [100*(o.argmax(1) == y).double().mean().item() for o in (want, got)]
-    return dict(sparsity=100*zeros.zeros.sum()/zeros.params.sum(), torch=right[0], accelerated=right[1], differ=int((want.argmax(1) != got.argmax(1)).sum()),
+    return dict(sparsity=100*float(zeros.zeros.sum()/zeros.params.sum()), torch=right[0], accelerated=right[1], differ=int((want.argmax(1) != got.argmax(1)).sum()),
                 error=float((want-got).abs().max()/want.abs().max()), saved=file_bytes(net)/1e6, sparse=run.file(folder).stat().st_size/1e6, same=fast is net)
 
 @torch.no_grad()

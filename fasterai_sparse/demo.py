@@ -28,9 +28,11 @@ from .all import *
 # %% ../nbs/20_demo.ipynb #c31f532c
 class WholeBatches(DataLoader):
     "A `DataLoader` over tensors `x` and `y` that takes each batch in one piece"
-    def __init__(self, x, y, **kwargs):
+    def __init__(self, x, y, dataset=None, num_workers=0, **kwargs):   # fastai gives all that a loader has when it makes one like it
         super().__init__(range(len(x)), num_workers=0, **kwargs)
         self.x, self.y = x, y
+
+    def new(self, dataset=None, cls=None, **kwargs): return super().new(dataset, cls, x=self.x, y=self.y, **kwargs)
 
     def create_batches(self, samps):
         for idxs in self.chunkify(samps): yield self.x[list(idxs)], self.y[list(idxs)]

@@ -6,7 +6,8 @@
 __all__ = ['processor', 'Choices', 'choices_file', 'Plan']
 
 # %% ../nbs/23b_engine_plan.ipynb #cd891802
-import json, os, tempfile, threading, time
+import json, os, threading, time
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np, torch
@@ -16,6 +17,7 @@ from torch import fx
 from .engine import *
 from .engine_trace import *
 from .engine_weights import *
+from .sparsifier import replacing
 
 # %% ../nbs/23b_engine_plan.ipynb #935ceba8
 def processor():
@@ -40,8 +42,7 @@ class Choices:
         if not self.path: return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile('w', dir=self.path.parent, delete=False) as f: json.dump(Choices(self.path).found | self.found, f, indent=0)
-            os.replace(f.name, self.path)
+            with replacing(self.path) as f: f.write(json.dumps(Choices(self.path).found | self.found, indent=0).encode())
         except OSError: pass
 
 def choices_file():
@@ -258,11 +259,13 @@ def forms(self:Plan, l, tiles=None):
         sizes = [1]*(t.density < .6) + [16]*(t.groups == 1 and t.fill(16) > .3 or t.density >= .3) + [24]*(t.is_24() and t.density > .25)
         return [(s, 1, 0, 1 if threads == 1 else 4*threads) for s in sizes]
     def chunks(tile): return 1 if threads == 1 else max(1, min(-(-4*threads//-(-y.vectors//tile)), t.n_out//4))
+    fill = lru_cache(t.fill)
     fit = lambda wanted, most=12: sorted({min(w, y.vectors, most) for w in wanted})
     found = [(1, 1, tile, chunks(tile)) for tile in fit((2, 3, 4, 6, 8, 12))] if t.density < .7 or t.groups > 1 or t.n_out % 4 else []
     found += [(1, k, tile, chunks(tile)) for k in (2, 4, 8) if found and t.groups == 1 and k <= t.group_in//16 and len(t.values) >= 6*k*t.n_out for tile in fit((4, 8, 12))]
-    for size,tiles in ((4, (1, 2, 3, 4, 6)), (16, (1,))):
-        if t.groups == 1 and t.n_out % size == 0 and t.fill(size) > .4: found += [(size, 1, tile, max(1, min(chunks(tile), t.n_out//size))) for tile in fit(tiles, 6)]
+    for size,k,tiles in ((4, 1, (1, 2, 3, 4, 6)), (4, 2, (4, 6)), (4, 4, (4, 6)), (4, 8, (4, 6)), (16, 1, (1,))):
+        fits = k == 1 or k <= t.group_in//16 and len(t.values) >= 6*k*t.n_out
+        if fits and t.groups == 1 and t.n_out % size == 0 and fill(size) > .4: found += [(size, k, tile, max(1, min(chunks(tile), t.n_out//size))) for tile in fit(tiles, 6)]
     return found
 
 # %% ../nbs/23b_engine_plan.ipynb #2b08f344

@@ -25,6 +25,13 @@ def _aligned(a):
     out[...] = a
     return out
 
+def _starts(row, parts, rows):
+    "Where the terms of each row begin and end, parts × (rows+1), from the row of each"
+    starts = np.zeros((parts, rows+1), np.int32)
+    starts[:,1:] = np.bincount(row, minlength=parts*rows).cumsum().reshape(parts, -1)
+    starts[1:,0] = starts[:-1,-1]
+    return starts
+
 class Terms:
     "The weights of a layer that are not zero and where their inputs lie in the `Flat` `x`: `weight` is outputs × inputs in a group (× kernel)"
     def __init__(self, weight, x, groups=1, stride=(1,1), dilation=(1,1), before=(0,0), rests=((0,0),)):
@@ -40,10 +47,12 @@ class Terms:
         self.offset = ((self.input*len(rests) + which[ky,kx]).astype(np.int64)*x.stride + sy[ky]*x.grid.width + sx[kx])
         self.density = len(self.values)/max(w.numel(), 1)
 
-    def shared(self, size):
-        "For blocks of `size` outputs: the block and the input of each, and which of these each term belongs to"
-        low = self.offset.min(initial=0)
-        key, at = np.unique(self.out//size<<40 | self.offset-low, return_inverse=True)
+    def part(self, parts): return self.input*parts//max(self.n_in, 1)   # of the inputs, for each term
+
+    def shared(self, size, parts=1):
+        "For blocks of `size` outputs: the block (those of the first part of the inputs, then of the next) and the input of each, and which of these each term belongs to"
+        low, row = self.offset.min(initial=0), self.part(parts)*-(-self.n_out//size) + self.out//size
+        key, at = np.unique(row<<40 | self.offset-low, return_inverse=True)
         return key >> 40, (key & (1<<40)-1) + low, at
 
     def fill(self, size):
@@ -52,22 +61,20 @@ class Terms:
 
     def sums(self, size=1, parts=1):
         "starts and terms of `Sums`, for blocks of `size` outputs (a divisor of theirs), the inputs in `parts`"
-        if size > 1: return self.blocks(size)
-        part = (self.input*parts//max(self.n_in, 1)).astype(np.uint8)
+        if size > 1: return self.blocks(size, parts)
+        part = self.part(parts).astype(np.uint8)
         order = np.argsort(part, kind='stable')   # within a part they are in order of outputs and inputs already
-        starts = np.zeros((parts, self.n_out+1), np.int32)
-        starts[:,1:] = np.bincount(part.astype(np.int64)*self.n_out + self.out, minlength=parts*self.n_out).cumsum().reshape(parts, -1)
-        starts[1:,0] = starts[:-1,-1]
+        starts = _starts(part.astype(np.int64)*self.n_out + self.out, parts, self.n_out)
         terms = np.empty(len(order), _term(1))
         terms['w'][:,0], terms['at'] = self.values[order], self.offset[order]
         return starts, terms
 
-    def blocks(self, size):
-        block, offset, at = self.shared(size)
+    def blocks(self, size, parts):
+        block, offset, at = self.shared(size, parts)
         terms = np.zeros(len(block), _term(size))
         terms['at'] = offset
         terms['w'][at,self.out%size] = self.values
-        return np.concatenate([[0], np.bincount(block, minlength=self.n_out//size).cumsum()])[None].astype(np.int32), terms
+        return _starts(block, parts, self.n_out//size), terms
 
     def is_24(self):
         "Whether at most two of each four inputs count for any output"

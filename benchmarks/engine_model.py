@@ -111,7 +111,7 @@ def elsewhere(case, m):
         rows.append([name, f'{1000*a:.2f}', f'{1000*b:.2f}', f'{b/a:.1f}'])
     return [*table(['90 %, one image', 'sparse, ms', 'dense, ms', 'times as fast'], rows),
             'Predictions, not measurements. Dense engines are taken to add products as fast as was measured. 64 cores are taken to have eight times one core\'s bandwidth to memory, and to wait 3 µs after each operation.',
-            'The larger network has to fetch 8 bytes for each weight that is not zero, against 4 for each weight: at 90 % a fifth, so where memory is the limit the gain goes towards five, and where positions are many it stays as it is.',
+            'The larger network has to fetch 8 bytes for each weight that is not zero, against 4 for each weight: at 90 % a fifth, so where memory is the limit the gain is about five, and where positions are many it stays as it is.',
             'On 64 cores one image of ResNet-50 is done in so few microseconds for each layer that waiting for each other decides; larger networks and batches use the cores.']
 
 if __name__ == '__main__':

@@ -137,6 +137,7 @@ NETS = {
     'shared': lambda: Net(lambda s, x: s.b(F.relu(s.b(s.a(x)))), a=conv(3,8), b=conv(8,8)),
     'all zero': lambda: nn.Sequential(conv(3,8), nn.ReLU(), conv(8,4)).apply(lambda m: isinstance(m, nn.Conv2d) and nn.init.zeros_(m.weight)),
     'images folded': lambda: Net(lambda s, x: s.b(F.relu(s.a(x.reshape(-1, 1, x.shape[2], x.shape[3]))).reshape(x.shape[0], -1, x.shape[2], x.shape[3])), a=conv(1,4), b=conv(12,4)),
+    'eps': lambda: nn.Sequential(conv(3,8), nn.BatchNorm2d(8, eps=.5), nn.ReLU(), conv(8,4)),
     'no affine': lambda: nn.Sequential(conv(3,8), nn.BatchNorm2d(8, affine=False), nn.ReLU(), conv(8,4)),
 }
 flattened = lambda out: [t for o in (out if isinstance(out, (tuple,list)) else [out]) for t in (o if isinstance(o, (tuple,list)) else [o])]

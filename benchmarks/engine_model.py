@@ -73,7 +73,7 @@ def layers(name, percent, pattern, floats, images=1):
     plan = fast.last[1]
     seconds = plan.timed([x], .5)
     total = plan.weights.taken + plan.activations.taken
-    return [(o, s) for o,s in zip(plan.ops, seconds) if isinstance(o, Sums)], sum(seconds), total
+    return [(plan.ops[i], l, seconds[i]) for i,l in plan.weighted.items() if isinstance(plan.ops[i], Sums)], sum(seconds), total
 
 def main(out):
     torch.set_num_threads(1)
@@ -81,12 +81,12 @@ def main(out):
     m, rows, kept = machine(floats), [], {}
     for case in (('resnet50', 80, 'weight'), ('resnet50', 90, 'weight'), ('resnet50', 95, 'weight'), ('resnet50', 90, '4x1'), ('resnet18', 90, 'weight'), ('mobilenet_v2', 90, 'weight'), ('minilm', 90, 'weight')):
         ops, all_s, total = layers(*case, floats)
-        counts = [counted(o, floats) for o,_ in ops]
-        guess, real = np.array([predicted(*c, m, total) for c in counts]), np.array([s for _,s in ops])
+        counts = [counted(o, floats) for o,*_ in ops]
+        guess, real = np.array([predicted(*c, m, total) for c in counts]), np.array([s for *_,s in ops])
         rows.append([case[0], f'{case[1]}' + (', 4×1' if case[2] == '4x1' else ''), f'{1000*guess.sum():.2f}', f'{1000*real.sum():.2f}', f'{guess.sum()/real.sum():.2f}', f'{100*np.median(abs(guess/real-1)):.0f} %',
                      f'{np.corrcoef(guess, real)[0,1]:.3f}', f'{1000*all_s:.2f}'])
         kept[case] = counts, all_s - real.sum(), total
-        if case == ('resnet50', 90, 'weight'): each = [[o.layer.name, f'{len(o.terms):,d}', o.y.vectors, '×'.join(map(str, o.choice[:3])), f'{1e6*g:.0f}', f'{1e6*r:.0f}'] for (o,_),g,r in zip(ops, guess, real)]
+        if case == ('resnet50', 90, 'weight'): each = [[l.name, f'{len(o.terms):,d}', o.y.vectors, '×'.join(map(str, o.choice[:3])), f'{1e6*g:.0f}', f'{1e6*r:.0f}'] for (o,l,_),g,r in zip(ops, guess, real)]
         print(rows[-1], flush=True)
     lines = ['# What the engine\'s time is made of', '', f'`python benchmarks/engine_model.py`: 1 thread, {next(iter(engine_sets()))}, {cpu_name()}.', '', *[l.strip() for l in __doc__.splitlines()[4:]], '',
              f'Measured here: {m.loads/1e9:.1f} billion vectors loaded a second, {m.products/1e9:.1f} billion multiplied and added, {m.l3/1e9:.0f} GB/s from the L3 ({m.l3_size/2**20:.0f} MB), {m.memory/1e9:.0f} GB/s from memory.', '',

@@ -11,7 +11,6 @@ from copy import deepcopy
 from functools import partial
 
 import pandas as pd, torch
-import torch.nn.functional as F
 from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import nn
@@ -19,16 +18,14 @@ from torch import nn
 from .accelerated import *
 from .accelerated import _same
 from .channels import tensors_in
-from .engine import *
-from .engine_plan import *
+from .engine import engine_sets
+from .engine_trace import _sparsity, _worth
 from .masks import masks_off, unwrapped
 from .native import native_library
 from .semi_structured import accelerate_cuda
 
 # %% ../nbs/24_accelerate.ipynb #77154585
 _kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-
-def _sparsity(w): return 100*(1 - w.count_nonzero().item()/max(w.numel(), 1))
 
 def _race(*fs, seconds=.5):
     "The least milliseconds of each function, in turn"
@@ -53,7 +50,7 @@ def _form(choice):
 def _seen(plan, x):
     "Layer -> what the plan found out about it"
     seconds = plan.timed(x)
-    return {o.layer.name: (o.layer, dict(sparse_ms=1000*seconds[i], form=_form(o.choice), note=_why(o.layer))) for i,o in enumerate(plan.ops) if hasattr(o, 'layer') and o.layer.name is not None}
+    return {l.name: (l, dict(sparse_ms=1000*seconds[i], form=_form(plan.ops[i].choice), note=_why(l))) for i,l in plan.weighted.items() if l.name is not None}
 
 def _why(l):
     if l.groups > 1 and l.groups == l.module.in_channels: return f'groups={l.groups}: depthwise, dense'
@@ -89,7 +86,7 @@ def _layer_by_layer(model, call, threads, cache, why):
         m = model.get_submodule(name)
         row = _row(name, m, note=f'{why}; {_sparsity(m.weight.detach()):.0f} % sparse')
         rows.append(row)
-        if row['sparsity'] < 50 or m.weight.dtype != torch.float32 or not xs[0].is_cpu: continue
+        if not _worth(m.weight) or m.weight.dtype != torch.float32 or not xs[0].is_cpu: continue
         sparse = (SparseLinear if isinstance(m, nn.Linear) else SparseConv2d)(m, threads, cache)
         try: same = all(_same(m(x), sparse(x)) for x in xs)
         except ValueError: continue

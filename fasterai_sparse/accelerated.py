@@ -6,9 +6,9 @@
 __all__ = ['Inference', 'Accelerated', 'SparseConv2d', 'SparseLinear', 'Layerwise']
 
 # %% ../nbs/23c_accelerated.ipynb #219a999c
-import itertools, threading, weakref
+import itertools, math, threading, weakref
 
-import numpy as np, torch
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -96,8 +96,8 @@ class Accelerated(Inference):
 
     def largest(self, x):
         "Floats of the largest activation"
-        graph = self.plan(*x).graph
-        return max(int(np.prod(graph.size(l.out))) for l in graph.items if hasattr(l, 'out'))
+        plan = self.plan(*x)
+        return max(math.prod(plan.graph.size(l.out)) for l in plan.layers)
 
     def forward(self, *x):
         if torch.compiler.is_compiling(): return self.as_operation(x)

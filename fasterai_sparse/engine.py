@@ -45,23 +45,26 @@ class Grid:
         return m
 
 class Memory:
-    "Zeros, from pieces of some MB that lie in large pages where the system has such: then fewer addresses have to be looked up"
-    def __init__(self, piece=1<<24): self.piece, self.left, self.taken = piece, torch.empty(0, dtype=torch.uint8), 0
+    "Zeros, from pieces that grow with what is taken; large ones lie in large pages where the system has such: then fewer addresses have to be looked up"
+    def __init__(self): self.left, self.taken, self.held = torch.empty(0, dtype=torch.uint8), 0, 0
 
     def __call__(self, floats):
         "A tensor of so many, from the beginning of a cache line on"
         n = -(-4*floats//64)*64
-        if len(self.left) < n: self.left = self.large(max(n, self.piece))
+        if len(self.left) < n:
+            self.left = self.piece(max(n, min(self.taken, 1<<24)))
+            self.held += len(self.left)
         taken, self.left, self.taken = self.left[:n], self.left[n:], self.taken+n
         return taken.view(torch.float32)[:floats]
 
-    def large(self, n, page=1<<21):
-        m = mmap.mmap(-1, n+page)
-        if hasattr(mmap, 'MADV_HUGEPAGE'):
+    def piece(self, n, page=1<<21):
+        align = page if n >= page else 64   # a large page is taken whole, so small pieces want none
+        m = mmap.mmap(-1, n+align) if n >= page else bytearray(n+align)
+        if n >= page and hasattr(mmap, 'MADV_HUGEPAGE'):
             try: m.madvise(mmap.MADV_HUGEPAGE)
             except OSError: pass   # a system without
         t = torch.frombuffer(m, dtype=torch.uint8)
-        return t[-t.data_ptr() % page:][:n]
+        return t[-t.data_ptr() % align:][:n]
 
     def copy(self, a):
         "The array `a`, in this memory"

@@ -7,7 +7,6 @@ __all__ = ['processor', 'Choices', 'choices_file', 'Plan']
 
 # %% ../nbs/23b_engine_plan.ipynb #cd891802
 import json, os, threading, time
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np, torch
@@ -75,18 +74,17 @@ class Plan:
         if not any(l.kind == 'conv' for l in self.layers): raise ValueError('no convolution, and no sparse Linear layer, that the engine can run')
         self.ops, self.steps, self.masks, self.spare, self.activations, self.weights = [], [], {}, {}, Memory(), Memory()
         self.lay_out()
-        self.untried = {}
+        self.weighted, self.untried = {}, {}   # number of an operation with weights -> its layer
         self.emit()
         self.program = Program(self.ops, which, threads)
         if tune and self.untried: self.tune(x)
-        for i,o in enumerate(self.ops):
-            if hasattr(o, 'layer'): self.settle(i, o)
+        for i,l in self.weighted.items(): self.settle(i, l, self.ops[i])
 
-    def settle(self, i, op):
+    def settle(self, i, l, op):
         "Nothing will be tried any more: keep no more than the weights in the form that was chosen"
-        for name in ('terms', 'values'):
-            if hasattr(op, name): setattr(op, name, self.weights.copy(getattr(op, name)))
-        for name in ('terms', 'made', 'weight', 'spots'): op.layer.__dict__.pop(name, None)
+        if isinstance(op, Sums): op.terms = self.weights.copy(op.terms)
+        else: op.values = self.weights.copy(op.values)
+        for name in ('terms', 'made', 'weight', 'spots'): l.__dict__.pop(name, None)
         self.program.replace(i, op)
 
     def taps(self, l):
@@ -221,7 +219,7 @@ def emit_conv(self:Plan, l, x, y, r):
 def emit_weights(self:Plan, l, x, y, r, rests):
     l.terms, l.spots = Terms(l.weight, x, l.groups, l.stride, l.dilation, l.before, rests), (x, y, r)
     l.sparsity, l.key, l.dims = 100*(1-l.terms.density), self.key(l, x, y), self.graph.dims(l.inputs[0])
-    choice = self.choices.get(l.key)
+    self.weighted[len(self.ops)], choice = l, self.choices.get(l.key)
     if not choice or choice not in self.forms(l):
         self.untried[len(self.ops)] = l
         choice = (1, 1, 0, 1) if y.grid.single else (1, 1, min(4, y.vectors), 1)
@@ -242,7 +240,7 @@ def formed(self:Plan, l, choice):
     "The operation with the weights of `l` in this form"
     (x, y, r), (size, parts, tile, chunks), bias = l.spots, choice, l.bias.numpy()
     op = Products(x, y, bias, *l.terms.products(size), size, l.act, r, chunks) if y.grid.single else Sums(x, y, bias, *self.sums_of(l, size, parts), self.mask(y), l.act, r, tile, chunks)
-    op.layer, op.choice = l, choice
+    op.choice = choice
     return op
 
 @patch
@@ -252,20 +250,19 @@ def sums_of(self:Plan, l, size, parts):
     return l.made[1]
 
 @patch
-def forms(self:Plan, l, tiles=None):
+def forms(self:Plan, l):
     "All forms that make sense for `l`"
     t, (x, y, _), threads = l.terms, l.spots, self.threads
     if y.grid.single:
         sizes = [1]*(t.density < .6) + [16]*(t.groups == 1 and t.fill(16) > .3 or t.density >= .3) + [24]*(t.is_24() and t.density > .25)
         return [(s, 1, 0, 1 if threads == 1 else 4*threads) for s in sizes]
     def chunks(tile): return 1 if threads == 1 else max(1, min(-(-4*threads//-(-y.vectors//tile)), t.n_out//4))
-    fill = lru_cache(t.fill)
     fit = lambda wanted, most=12: sorted({min(w, y.vectors, most) for w in wanted})
     found = [(1, 1, tile, chunks(tile)) for tile in fit((2, 3, 4, 6, 8, 12))] if t.density < .7 or t.groups > 1 or t.n_out % 4 else []
     found += [(1, k, tile, chunks(tile)) for k in (2, 4, 8) if found and t.groups == 1 and k <= t.group_in//16 and len(t.values) >= 6*k*t.n_out for tile in fit((4, 8, 12))]
     for size,k,tiles in ((4, 1, (1, 2, 3, 4, 6)), (4, 2, (4, 6)), (4, 4, (4, 6)), (4, 8, (4, 6)), (16, 1, (1,))):
         fits = k == 1 or k <= t.group_in//16 and len(t.values) >= 6*k*t.n_out
-        if fits and t.groups == 1 and t.n_out % size == 0 and fill(size) > .4: found += [(size, k, tile, max(1, min(chunks(tile), t.n_out//size))) for tile in fit(tiles, 6)]
+        if fits and t.groups == 1 and t.n_out % size == 0 and t.fill(size) > .4: found += [(size, k, tile, max(1, min(chunks(tile), t.n_out//size))) for tile in fit(tiles, 6)]
     return found
 
 # %% ../nbs/23b_engine_plan.ipynb #2b08f344

@@ -18,13 +18,6 @@ def conv_taps(kernel, stride, dilation, before):
 
 def _term(size): return np.dtype([('w', np.float32, (size,)), ('at', np.int32)])
 
-def _aligned(a):
-    "A copy at the beginning of a cache line"
-    room = np.empty(a.nbytes + 64, np.uint8)
-    out = room[-room.ctypes.data % 64:][:a.nbytes].view(a.dtype).reshape(a.shape)
-    out[...] = a
-    return out
-
 def _starts(row, parts, rows):
     "Where the terms of each row begin and end, parts × (rows+1), from the row of each"
     starts = np.zeros((parts, rows+1), np.int32)
@@ -38,7 +31,7 @@ class Terms:
         w = weight.detach().float().cpu()
         if w.dim() == 2: w = w[:,:,None,None]
         self.n_out, self.group_in, kh, kw = w.shape
-        self.n_in, self.x, self.groups = self.group_in*groups, x, groups
+        self.n_in, self.x, self.groups, self.fills = self.group_in*groups, x, groups, {}
         o, i, ky, kx = (t.numpy() for t in w.nonzero(as_tuple=True))
         self.values, self.out, self.input = w[w != 0].numpy(), o, i + o//(self.n_out//groups)*self.group_in
         (ry, sy), (rx, sx) = (np.array(conv_taps(k, s, d, b)).T for k,s,d,b in zip((kh,kw), stride, dilation, before))
@@ -57,7 +50,8 @@ class Terms:
 
     def fill(self, size):
         "How much of the blocks would be other than zero"
-        return len(self.values)/max(size*len(self.shared(size)[0]), 1)
+        if size not in self.fills: self.fills[size] = len(self.values)/max(size*len(self.shared(size)[0]), 1)
+        return self.fills[size]
 
     def sums(self, size=1, parts=1):
         "starts and terms of `Sums`, for blocks of `size` outputs (a divisor of theirs), the inputs in `parts`"
@@ -87,7 +81,7 @@ class Terms:
         values = np.zeros((len(rows), block), np.float32)
         values[at,self.out%block] = self.values
         starts = np.concatenate([[0], np.bincount(rows, minlength=-(-self.n_out//block)).cumsum()])
-        return starts.astype(np.int32), offset.astype(np.int32), _aligned(values)
+        return starts.astype(np.int32), offset.astype(np.int32), Memory().copy(values)
 
     def twos(self):
         fours, blocks = self.n_in//4, -(-self.n_out//16)
@@ -97,4 +91,4 @@ class Terms:
         at = self.out//16, self.input//4, second
         values[(*at, self.out%16)] = self.values
         np.bitwise_or.at(which, at, ((self.input%4).astype(np.uint32) << (2*(self.out%16)).astype(np.uint32)))
-        return np.zeros(1, np.int32), which.view(np.int32), _aligned(values)
+        return np.zeros(1, np.int32), which.view(np.int32), Memory().copy(values)

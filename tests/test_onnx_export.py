@@ -7,14 +7,7 @@ from torch import nn
 
 import fasterai_sparse.onnx_export as ox
 from fasterai_sparse.all import *
-
-def net():
-    return nn.Sequential(nn.Conv2d(2,16,3,bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16,32,3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32,16), nn.Linear(16,4))
-
-def sparse_net(sparsity=90, **kw):
-    model = net()
-    Sparsifier(model, 'weight', 'local', large_final, layer_type=(nn.Conv2d, nn.Linear), **kw).sparsify_model(sparsity)
-    return model
+from test_sparse_files import net, sparse_net
 
 class Mixed(nn.Module):
     def __init__(self):

@@ -14,7 +14,7 @@ from fastai.basics import CrossEntropyLossFlat, Learner, accuracy, set_seed
 from fastai.layers import ConvLayer
 from torch import nn
 
-from fasterai_sparse import schedules
+from fasterai_sparse.core import schedules
 from fasterai_sparse.all import SparsifyCallback, large_final, sparsity_report
 from runs import asked_for, append, cell, cpu_name, percentage, positive, trained
 

@@ -12,9 +12,9 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 import numpy as np, torch, torchvision
 from torch import nn
 
-from fasterai_sparse.accelerated import Accelerated, SparseLinear
+from fasterai_sparse.engine.modules import Accelerated, SparseLinear
 from fasterai_sparse.all import NM, Sparsifier, block, large_final, remove_masks
-from fasterai_sparse.engine import engine_sets
+from fasterai_sparse.engine.ops import engine_sets
 from runs import cpu_name
 
 PATTERNS = {'weight': 'weight', '4x1': block(4,1), '16x1': block(16,1), '2:4': NM(2,4)}

@@ -13,9 +13,9 @@ from pathlib import Path
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 import numpy as np, torch
 
-from fasterai_sparse.accelerated import Accelerated
-from fasterai_sparse.engine import Flat, Grid, Program, Sums, all_finite, engine_sets
-from fasterai_sparse.engine_weights import Terms
+from fasterai_sparse.engine.modules import Accelerated
+from fasterai_sparse.engine.ops import Flat, Grid, Program, Sums, all_finite, engine_sets
+from fasterai_sparse.engine.weights import Terms
 from engine import network, table
 from runs import cpu_name
 

@@ -15,10 +15,10 @@ from fastai.basics import Callback, CancelValidException, CrossEntropyLossFlat, 
 from torch import nn
 
 from engine import engines, race
-from fasterai_sparse.accelerated import Accelerated
+from fasterai_sparse.engine.modules import Accelerated
 from fasterai_sparse.all import SparsifyCallback, accelerate, agp, block, load_sparse, sparsity_report
 from fasterai_sparse.demo import fashion_mnist, file_bytes, whole_dls
-from fasterai_sparse.engine import engine_sets
+from fasterai_sparse.engine.ops import engine_sets
 from runs import append, cpu_name, positive
 
 NETWORKS = {'dense': None, '80 %': (80, 'weight'), '90 %': (90, 'weight'), '90 %, 4×1': (90, block(4,1))}   # percent, granularity

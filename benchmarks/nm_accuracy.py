@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from fasterai_sparse.all import KeepMasks, Sparsifier, large_final, permute_model, wanda
-from fasterai_sparse.channels import outputs_of
-from fasterai_sparse.masks import masked_params
+from fasterai_sparse.nm.channels import outputs_of
+from fasterai_sparse.core.masks import masked_params
 from runs import asked_for, append, cell, cpu_name, positive, trained
 
 ORDERS = {'as trained': None, 'random': lambda p: torch.rand(p.shape, generator=torch.Generator().manual_seed(p.numel())), 'permuted': large_final}   # by which scores channels move

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np, torch
 
-from fasterai_sparse.permutation import *
-from fasterai_sparse.permutation_cuda import asp_search
+from fasterai_sparse.nm.search import *
+from fasterai_sparse.nm.search_cuda import asp_search
 from runs import cpu_name
 
 # rows, columns, seconds that are asked for (None: a budget), efficacy that is asked for, Apex's with 8,100 escapes

@@ -1,7 +1,7 @@
 "Run by test_dynamic_distributed.py on two ranks, with names of presets: prints what each fit left behind, as JSON"
 from ddp_worker import *
 
-from fasterai_sparse import dynamic
+from fasterai_sparse.dynamic import callback as dynamic
 
 class Noting(Callback):
     "Notes the masks right after each update of `cb`"

@@ -22,7 +22,7 @@ from fastai.basics import CancelStepException
 from fastai.callback.tracker import SaveModelCallback
 from fastai.distributed import DistributedDL
 
-import fasterai_sparse.criteria
+import fasterai_sparse.core.criteria
 from callback_helpers import *
 
 def broadcast(self, t, rank):
@@ -122,7 +122,7 @@ if __name__ == '__main__':
     Accelerator()
     res = {f.__name__: f() for f in SCENES}
     for n in sys.argv[1:]:
-        for c in ('local', 'global'): res[f'{n}-{c}'] = run(criteria=getattr(fasterai_sparse.criteria, n), context=c)
+        for c in ('local', 'global'): res[f'{n}-{c}'] = run(criteria=getattr(fasterai_sparse.core.criteria, n), context=c)
     if dist.get_rank() == 0: print(json.dumps(res))
     dist.barrier()
     dist.destroy_process_group()

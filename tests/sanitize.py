@@ -8,7 +8,7 @@ builds = {'address': ['-fsanitize=address,undefined', '-fno-sanitize-recover=und
 runtimes = {'address': 'libasan.so', 'thread': 'libtsan.so'}
 options = dict(ASAN_OPTIONS='detect_leaks=0', UBSAN_OPTIONS='print_stacktrace=1', TSAN_OPTIONS='ignore_noninstrumented_modules=1')   # Python frees little at its end; torch's threads aren't ours
 
-call = "import numpy as np; from fasterai_sparse.native import *; x = np.ones((256,256), 'float32'); native_library()[0].fs_sum_max(x.ctypes.data, x.ctypes.data, {}, 0, 2)"
+call = "import numpy as np; from fasterai_sparse.utils.native import *; x = np.ones((256,256), 'float32'); native_library()[0].fs_sum_max(x.ctypes.data, x.ctypes.data, {}, 0, 2)"
 strays = {'address': call.format('np.ones((256,256), "float32").ctypes.data, 256, 256, 512'), 'thread': call.format('x.ctypes.data, 256, 256, 256')}   # reads beyond; writes what another thread reads
 
 def compiler(*args): return subprocess.run([os.environ.get('CXX', 'g++'), *args], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()

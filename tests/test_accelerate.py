@@ -5,12 +5,12 @@ import pytest, torch
 import torch.nn.functional as F
 from torch import nn
 
-from fasterai_sparse.accelerate import *
-from fasterai_sparse.accelerated import *
-from fasterai_sparse.engine import *
-from fasterai_sparse.engine_plan import *
-from fasterai_sparse.sparsifier import Sparsifier
-from fasterai_sparse.criteria import large_final
+from fasterai_sparse.engine.accelerate import *
+from fasterai_sparse.engine.modules import *
+from fasterai_sparse.engine.ops import *
+from fasterai_sparse.engine.plan import *
+from fasterai_sparse.core.sparsifier import Sparsifier
+from fasterai_sparse.core.criteria import large_final
 
 SETS = list(engine_sets().items())
 pytestmark = pytest.mark.skipif(not SETS, reason='no compiled library')
@@ -147,7 +147,7 @@ def test_linear_of_any_rank(size):
 @pytest.mark.parametrize('density', [0, .1, .5, 1])
 @pytest.mark.parametrize('act', [None, 'relu', 'gelu', 'sigmoid'])
 def test_one_position_in_each_form(n_out, density, act):
-    from fasterai_sparse.engine_weights import Terms
+    from fasterai_sparse.engine.weights import Terms
     grid, w, b = Grid(1), torch.randn(n_out, 40), torch.randn(n_out).numpy()
     grid.hold(1, 1)
     w[torch.rand_like(w) >= density] = 0
@@ -396,7 +396,7 @@ def test_named_arguments(monkeypatch):
             self.l, self.k = nn.Linear(16, 16), nn.Linear(16, 16)
         def forward(self, ids=None): return {'y': self.k(input=self.l(ids).to(self.k.weight.dtype))}
     races = iter([[2., 1.]]*99)
-    monkeypatch.setattr('fasterai_sparse.accelerate._race', lambda *fs, **kw: next(races))
+    monkeypatch.setattr('fasterai_sparse.engine.accelerate._race', lambda *fs, **kw: next(races))
     for model,name in ((thinned(Named()), 'ids'), (thinned(nn.Linear(16, 16)), 'input')):
         x = {name: torch.randn(4, 16)}
         fast, report = accelerate(model, x, cache=None)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest, torch.distributed as dist
 
 from callback_helpers import N, n_zeros
-from fasterai_sparse import criteria
+from fasterai_sparse.core import criteria
 
 available = dist.is_available() and dist.is_gloo_available()
 pytestmark = pytest.mark.skipif(not available, reason='needs torch.distributed with gloo')

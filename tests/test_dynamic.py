@@ -543,7 +543,7 @@ def test_a_copy_of_the_callback(how):
 
 # --- fits that break off, and objects that are used again
 
-def helpers(learn): return [cb for cb in learn.cbs if type(cb).__module__ == 'fasterai_sparse.dynamic']
+def helpers(learn): return [cb for cb in learn.cbs if type(cb).__module__ == 'fasterai_sparse.dynamic.callback']
 
 @pytest.mark.parametrize('exc,method', [(RuntimeError('stop'), 'RigL'), (KeyboardInterrupt(), 'SNFS'),
                                         (CancelFitException(), 'RigL')], ids=['error', 'interrupt', 'cancel'])

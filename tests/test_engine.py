@@ -5,16 +5,16 @@ import numpy as np, pytest, torch
 import torch.nn.functional as F
 from torch import nn
 
-from fasterai_sparse.accelerate import *
-from fasterai_sparse.accelerated import *
-from fasterai_sparse.engine import *
-from fasterai_sparse.engine_plan import *
-from fasterai_sparse.engine_trace import *
-from fasterai_sparse.engine_weights import *
-from fasterai_sparse.masks import remove_masks
-from fasterai_sparse.criteria import large_final
-from fasterai_sparse.granularity import NM, block
-from fasterai_sparse.sparsifier import Sparsifier
+from fasterai_sparse.engine.accelerate import *
+from fasterai_sparse.engine.modules import *
+from fasterai_sparse.engine.ops import *
+from fasterai_sparse.engine.plan import *
+from fasterai_sparse.engine.trace import *
+from fasterai_sparse.engine.weights import *
+from fasterai_sparse.core.masks import remove_masks
+from fasterai_sparse.core.criteria import large_final
+from fasterai_sparse.core.granularity import NM, block
+from fasterai_sparse.core.sparsifier import Sparsifier
 
 SETS = list(engine_sets().items())
 compiled = pytest.mark.skipif(not SETS, reason='no compiled library')

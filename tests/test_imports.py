@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 import fasterai_sparse
-from fasterai_sparse import criteria, schedules
+from fasterai_sparse.core import criteria
+from fasterai_sparse.core import schedules
 
 ROOT = Path(__file__).parent.parent
-MODULES = [m.name for m in pkgutil.iter_modules(fasterai_sparse.__path__) if not m.name.startswith('_')]
+MODULES = [m.name.removeprefix("fasterai_sparse.") for m in pkgutil.walk_packages(fasterai_sparse.__path__, "fasterai_sparse.") if not m.ispkg and not m.name.split(".")[-1].startswith("_")]
 
 def python(code):
     r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
@@ -96,7 +97,7 @@ def test_no_usual_name_is_taken(name):
 def test_no_builtin_is_shadowed():
     assert not {n for n in namespaces()[1] if hasattr(builtins, n)}
 
-ENGINE = ('engine', 'engine_weights', 'engine_trace', 'engine_plan')   # machinery, with names like Plan and Graph
+ENGINE = ('engine.ops', 'engine.weights', 'engine.trace', 'engine.plan')   # machinery, with names like Plan and Graph
 
 def test_star_import_brings_its_own_and_fastais_names_only():
     own = {n for m in MODULES if m not in ('all', 'demo', *ENGINE) for n in module(m).__all__} | {'engine_sets'}

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from fasterai_sparse.bn_adaptation import *
-from fasterai_sparse.config import *
-from fasterai_sparse.config import _fits
-from fasterai_sparse.epoch_schedules import *
-from fasterai_sparse.masks import as_ratio, get_mask, n_zeros
-from fasterai_sparse.soft_masks import *
-from fasterai_sparse.soft_masks import _Drawn
-from fasterai_sparse.sparsifier import Sparsifier
+from fasterai_sparse.train.bn_adaptation import *
+from fasterai_sparse.nncf.config import *
+from fasterai_sparse.nncf.config import _fits
+from fasterai_sparse.nncf.epoch_schedules import *
+from fasterai_sparse.core.masks import as_ratio, get_mask, n_zeros
+from fasterai_sparse.nncf.soft_masks import *
+from fasterai_sparse.nncf.soft_masks import _Drawn
+from fasterai_sparse.core.sparsifier import Sparsifier
 
 golden = json.loads((Path(__file__).parent/'golden'/'nncf.json').read_text())
 ids = lambda c: f"{c['kind']}-{'-'.join(map(str, c['params'].values()))}"

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import numpy as np, pytest, torch
 from torch import nn
 
-import fasterai_sparse.onnx_export as ox
+import fasterai_sparse.files.onnx as ox
 from fasterai_sparse.all import *
 from test_sparse_files import net, sparse_net
 

@@ -4,10 +4,10 @@ from itertools import combinations
 
 import numpy as np, pytest, torch
 
-from fasterai_sparse.granularity import NM
-from fasterai_sparse.native import *
-from fasterai_sparse.permutation import *
-from fasterai_sparse.permutation import NumpyMap, TorchMap
+from fasterai_sparse.core.granularity import NM
+from fasterai_sparse.utils.native import *
+from fasterai_sparse.nm.search import *
+from fasterai_sparse.nm.search import NumpyMap, TorchMap
 
 BACKENDS = [b for b,why in permutation_backends().items() if not why and b != 'apex']   # which does less
 each_backend = pytest.mark.parametrize('backend', BACKENDS)
@@ -174,7 +174,7 @@ def test_instruction_sets_agree(a, b, k):
         for threads in (1, 2, 5): assert np.allclose(sum_max(h, x, i, threads), want, rtol=1e-5)
 
 def test_without_the_library(monkeypatch):
-    import fasterai_sparse.permutation as permutation
+    import fasterai_sparse.nm.search as permutation
     monkeypatch.setattr(permutation, 'native_library', lambda: (None, 'not compiled'))
     s = torch.rand(8, 16)
     p = search_permutation(s)

@@ -5,11 +5,11 @@ from itertools import combinations
 
 import numpy as np, pytest, torch
 
-from fasterai_sparse import permutation_cuda
-from fasterai_sparse.native import sum_max_torch
-from fasterai_sparse.permutation import TorchMap, _Search, search_permutation
-from fasterai_sparse.permutation_cuda import *
-from fasterai_sparse.permutation_cuda import _CudaKernels, _arguments, _deals, _launch, _nvrtc_files, _source, _swap_deals
+from fasterai_sparse.nm import search_cuda as permutation_cuda
+from fasterai_sparse.utils.native import sum_max_torch
+from fasterai_sparse.nm.search import TorchMap, _Search, search_permutation
+from fasterai_sparse.nm.search_cuda import *
+from fasterai_sparse.nm.search_cuda import _CudaKernels, _arguments, _deals, _launch, _nvrtc_files, _source, _swap_deals
 
 on_device = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')]
 needs_nvrtc = pytest.mark.skipif(bool(nvrtc_library()[1]), reason=nvrtc_library()[1])
@@ -47,7 +47,7 @@ def test_nvrtc_is_found_without_torchs_help():
     subprocess.run([sys.executable, '-c', code], check=True, timeout=60)
 
 def test_importing_touches_no_device_and_says_nothing():
-    code = ('import sys, torch, fasterai_sparse.permutation_cuda as p; assert not torch.cuda.is_initialized() and "permutation_search_cuda" not in sys.modules; '
+    code = ('import sys, torch, fasterai_sparse.nm.search_cuda as p; assert not torch.cuda.is_initialized() and "permutation_search_cuda" not in sys.modules; '
             'assert p.nvrtc_library.cache_info().currsize == p.compile_cubin.cache_info().currsize == p._driver.cache_info().currsize == 0')
     out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=120)
     assert (out.returncode, out.stdout, out.stderr) == (0, '', '')

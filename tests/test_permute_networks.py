@@ -14,9 +14,9 @@ from fastai.vision.models import xresnet
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from fasterai_sparse import permute_model as module
-from fasterai_sparse.masks import get_mask, set_mask
-from fasterai_sparse.permute_model import permute_model
+from fasterai_sparse.nm import permute_model as module
+from fasterai_sparse.core.masks import get_mask, set_mask
+from fasterai_sparse.nm.permute_model import permute_model
 
 class Net(nn.Module):
     "Modules `mods` by name, and a function of them and the inputs as `forward`"

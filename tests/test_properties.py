@@ -7,7 +7,7 @@ import pytest, torch
 from torch import nn
 
 from fasterai_sparse.all import *
-from fasterai_sparse.allocation import _drop_counted, _drop_ranked, _drop_sorted
+from fasterai_sparse.core.allocation import _drop_counted, _drop_ranked, _drop_sorted
 
 contexts = pytest.mark.parametrize('context', ['local', 'global'])
 seeds = pytest.mark.parametrize('seed', range(10))

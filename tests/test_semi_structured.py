@@ -11,7 +11,7 @@ from torch.sparse import SparseSemiStructuredTensor, SparseSemiStructuredTensorC
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass, sparse_semi_structured_to_dense_cutlass
 
 from fasterai_sparse.all import *
-from fasterai_sparse.semi_structured import _Layer24
+from fasterai_sparse.engine.semi_structured import _Layer24
 
 HALF = [torch.float16, torch.bfloat16]
 CUSPARSELT, CUTLASS = SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS

@@ -6,9 +6,9 @@ import numpy as np, pytest, torch
 from torch import nn
 
 from callback_helpers import *
-import fasterai_sparse.sparse_files as sf
+import fasterai_sparse.files.safetensors as sf
 from fasterai_sparse.all import *
-from fasterai_sparse.sparse_files import *
+from fasterai_sparse.files.safetensors import *
 
 DTYPES = list(sf._dtypes.values())
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]

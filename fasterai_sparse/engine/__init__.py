@@ -1,0 +1,1 @@
+"Inference that skips zeros: operations, packed weights, plans, and `accelerate`"

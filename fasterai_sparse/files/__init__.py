@@ -1,0 +1,1 @@
+"Sparse models on disk: safetensors and ONNX"

@@ -1,0 +1,1 @@
+"NNCF's sparsity algorithms, schedules and configuration files"

@@ -1,0 +1,1 @@
+"What knows nothing of sparsity: batches, model modes, files, checks, timing and the compiled library"

@@ -8,14 +8,16 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from fasterai_sparse.demo import fashion_mnist, whole_dls   # first: it silences a warning that fastai's import gives
+from fasterai_sparse.core import schedules
+from fasterai_sparse.core.criteria import large_final
+from fasterai_sparse.core.report import sparsity_report
+from fasterai_sparse.train.sparsify_callback import SparsifyCallback
+from fasterai_sparse.demo import fashion_mnist, whole_dls
 import torch
 from fastai.basics import CrossEntropyLossFlat, Learner, accuracy, set_seed
 from fastai.layers import ConvLayer
 from torch import nn
 
-from fasterai_sparse.core import schedules
-from fasterai_sparse.all import SparsifyCallback, large_final, sparsity_report
 from runs import asked_for, append, cell, cpu_name, percentage, positive, trained
 
 SCHEDULES = ['one_shot', 'iterative', 'agp', 'one_cycle']

@@ -13,8 +13,16 @@ from fastai.basics import Adam, Callback, SGD
 from fastai.callback.schedule import sched_no
 from torch import nn
 
-from fasterai_sparse.all import (DynamicSparseTrainingCallback, GraNet_presets, KeepMasks, MEST_presets, RigL_presets, Schedule, SET_presets, SNFS_presets,
-    SparsifyCallback, agp, erdos_renyi_sparsity, get_mask, large_final, maskable_weights, sparsify_model, sparsity_report, weight_uses)
+from fasterai_sparse.core.allocation import erdos_renyi_sparsity
+from fasterai_sparse.core.criteria import large_final
+from fasterai_sparse.core.masks import get_mask
+from fasterai_sparse.core.report import maskable_weights, sparsity_report, weight_uses
+from fasterai_sparse.core.schedules import agp, Schedule
+from fasterai_sparse.train.keep_masks import KeepMasks
+from fasterai_sparse.train.sparsify_callback import SparsifyCallback
+from fasterai_sparse.dynamic.callback import (
+    DynamicSparseTrainingCallback, GraNet_presets, MEST_presets, RigL_presets, SET_presets, SNFS_presets)
+from fasterai_sparse.dynamic.random_masks import sparsify_model
 from runs import append, cell, cpu_name, percentage, positive, results, trained
 
 @dataclass(frozen=True)

@@ -9,11 +9,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
-import numpy as np, torch, torchvision
+import torch, torchvision
 from torch import nn
 
+from fasterai_sparse.core.criteria import large_final
+from fasterai_sparse.core.granularity import block, NM
+from fasterai_sparse.core.masks import remove_masks
+from fasterai_sparse.core.sparsifier import Sparsifier
 from fasterai_sparse.engine.modules import Accelerated, SparseLinear
-from fasterai_sparse.all import NM, Sparsifier, block, large_final, remove_masks
 from fasterai_sparse.engine.ops import engine_sets
 from runs import cpu_name
 

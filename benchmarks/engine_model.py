@@ -14,7 +14,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 import numpy as np, torch
 
 from fasterai_sparse.engine.modules import Accelerated
-from fasterai_sparse.engine.ops import Flat, Grid, Program, Sums, all_finite, engine_sets
+from fasterai_sparse.engine.ops import all_finite, engine_sets, Flat, Grid, Program, Sums
 from fasterai_sparse.engine.weights import Terms
 from engine import network, table
 from runs import cpu_name

@@ -2,7 +2,7 @@
 
 Trains on Fashion-MNIST what is not in the folder, a row of benchmarks/engine_trained.csv each; then measures accuracy, milliseconds and megabytes, and writes benchmarks/engine_trained.md.
 ONNX Runtime (`onnx`, `onnxscript`, `onnxruntime`) and `openvino` stand beside where they are installed. The data: Debian's `dataset-fashion-mnist`."""
-import argparse, os, tempfile, time
+import argparse, tempfile, time
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -15,10 +15,15 @@ from fastai.basics import Callback, CancelValidException, CrossEntropyLossFlat, 
 from torch import nn
 
 from engine import engines, race
+from fasterai_sparse.core.granularity import block
+from fasterai_sparse.core.report import sparsity_report
+from fasterai_sparse.core.schedules import agp
+from fasterai_sparse.train.sparsify_callback import SparsifyCallback
+from fasterai_sparse.engine.accelerate import accelerate
 from fasterai_sparse.engine.modules import Accelerated
-from fasterai_sparse.all import SparsifyCallback, accelerate, agp, block, load_sparse, sparsity_report
-from fasterai_sparse.demo import fashion_mnist, file_bytes, whole_dls
 from fasterai_sparse.engine.ops import engine_sets
+from fasterai_sparse.files.safetensors import load_sparse
+from fasterai_sparse.demo import fashion_mnist, file_bytes, whole_dls
 from runs import append, cpu_name, positive
 
 NETWORKS = {'dense': None, '80 %': (80, 'weight'), '90 %': (90, 'weight'), '90 %, 4×1': (90, block(4,1))}   # percent, granularity

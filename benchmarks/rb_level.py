@@ -5,11 +5,12 @@ import argparse, os, time
 from importlib.metadata import version
 from pathlib import Path
 
-from accuracy import DATA, n_params, small_resnet18   # first: it silences a warning
-import pandas as pd, torch
+from accuracy import DATA, small_resnet18   # first: it silences a warning
+import torch
 from fastai.basics import CrossEntropyLossFlat, Learner, accuracy, set_seed
 
-from fasterai_sparse.all import RBSparsityCallback, sparsity_report
+from fasterai_sparse.core.report import sparsity_report
+from fasterai_sparse.nncf.soft_masks import RBSparsityCallback
 from fasterai_sparse.demo import fashion_mnist, whole_dls
 from runs import cpu_name, positive
 

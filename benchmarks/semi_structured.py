@@ -10,7 +10,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fasterai_sparse.all import Linear24, Sparsifier, accelerate_cuda, cuda_race, large_final, probe_24, remove_masks
+from fasterai_sparse.core.criteria import large_final
+from fasterai_sparse.core.masks import remove_masks
+from fasterai_sparse.core.sparsifier import Sparsifier
+from fasterai_sparse.engine.semi_structured import accelerate_cuda, cuda_race, Linear24, probe_24
 
 NETWORKS = ('ViT-B MLP', 'ViT-L MLP', 'BERT-base')
 BATCHES = (1, 4, 16, 64, 256)

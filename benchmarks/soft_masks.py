@@ -14,7 +14,11 @@ from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoader
 from fastai.callback.progress import ProgressCallback
 from torchvision.models import resnet18
 
-from fasterai_sparse.all import KeepMasks, MagnitudeSparsityCallback, RBSparsityCallback, Schedule, Sparsifier, sched_one_shot, large_final
+from fasterai_sparse.core.criteria import large_final
+from fasterai_sparse.core.schedules import sched_one_shot, Schedule
+from fasterai_sparse.core.sparsifier import Sparsifier
+from fasterai_sparse.train.keep_masks import KeepMasks
+from fasterai_sparse.nncf.soft_masks import MagnitudeSparsityCallback, RBSparsityCallback
 from one_shot import tensor_bytes
 from training import GiveTurns, TakeTurns, mean_of
 

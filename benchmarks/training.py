@@ -12,8 +12,8 @@ import fasterai.core.criteria as their_criteria
 import fasterai.core.schedule as their_schedules
 import fasterai.sparse.sparsify_callback as theirs
 import torch
-from fastai.basics import *
-from fastai.callback.progress import *
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, noop, partial, set_seed, SGD
+from fastai.callback.progress import ProgressCallback
 from torchvision.models import resnet18
 
 import fasterai_sparse.all as ours

@@ -10,6 +10,11 @@ __all__ = ['datasets', 'demo_schedules', 'WholeBatches', 'whole_dls', 'digits', 
 # %% ../nbs/demo.ipynb #912792f8
 import warnings
 
+from .core.allocation import contexts
+from .core.criteria import large_final
+from .core.report import plot_sparsity, sparsity_report
+from .train.sparsify_callback import SparsifyCallback
+
 # %% ../nbs/demo.ipynb #6a4456c4
 warnings.filterwarnings('ignore', message='.*torch.jit.script.* is deprecated')   # fastai's own, on import
 
@@ -18,12 +23,12 @@ import argparse, gzip, io
 from pathlib import Path
 
 import numpy as np, torch
-from fastai.basics import *
-from fastai.callback.all import *
+from fastai.basics import (
+    accuracy, Callback, ConvLayer, CrossEntropyLossFlat, DataLoader, DataLoaders, L, Learner, Recorder, set_seed,
+    untar_data, URLs)
 from torch import nn
 
-from .core import schedules
-from .all import *
+import fasterai_sparse.core.schedules as schedules
 
 # %% ../nbs/demo.ipynb #c31f532c
 class WholeBatches(DataLoader):

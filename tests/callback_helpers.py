@@ -5,11 +5,13 @@ from functools import partial
 
 import torch
 from fastai.basics import (Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, accuracy, set_seed)
-from fastai.callback.progress import *   # learn.no_bar
-from fastai.callback.schedule import *   # learn.fit_one_cycle, fine_tune, lr_find
+from fasterai_sparse.core.criteria import large_final
+from fasterai_sparse.core.masks import get_mask, masked_params
+from fasterai_sparse.core.schedules import lin
+from fasterai_sparse.core.sparsifier import Sparsifier
+from fasterai_sparse.train.sparsify_callback import SparsifyCallback
 from torch import nn
 
-from fasterai_sparse.all import *
 
 def images(n): return list(zip(torch.randn(n, 8, 2, 6, 6), torch.randint(4, (n, 8))))
 

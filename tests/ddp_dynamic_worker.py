@@ -1,7 +1,10 @@
 "Run by test_dynamic_distributed.py on two ranks, with names of presets: prints what each fit left behind, as JSON"
-from ddp_worker import *
-
+from ddp_worker import (
+    Accelerator, Callback, collect, digest, dist, gathered, json, make, masked_params, masks, sys, train)
 from fasterai_sparse.dynamic import callback as dynamic
+from fasterai_sparse.dynamic.callback import DynamicSparseTrainingCallback
+from fasterai_sparse.dynamic.random_masks import sparsify_model
+
 
 class Noting(Callback):
     "Notes the masks right after each update of `cb`"

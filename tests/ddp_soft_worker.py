@@ -1,7 +1,11 @@
 "Run by test_soft_masks_distributed.py on two ranks: prints what each fit with soft masks left behind, as JSON"
 from fastai.callback.training import GradientAccumulation
 
-from ddp_worker import *
+from ddp_worker import (
+    Accelerator, Callback, digest, dist, follows_masks, gathered, json, make, masks, nn, sys, torch, train, zeros)
+from fasterai_sparse.core.masks import set_mask
+from fasterai_sparse.nncf.epoch_schedules import Polynomial
+from fasterai_sparse.nncf.soft_masks import MagnitudeSparsityCallback, RBSparsityCallback
 
 ALL = (nn.Conv2d, nn.Linear)
 

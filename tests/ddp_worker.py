@@ -23,7 +23,12 @@ from fastai.callback.tracker import SaveModelCallback
 from fastai.distributed import DistributedDL
 
 import fasterai_sparse.core.criteria
-from callback_helpers import *
+from callback_helpers import (
+    at, collect, convnet, CrossEntropyLossFlat, DataLoader, DataLoaders, dead_filters, fit, Learner, masks, nn, said,
+    set_seed, sparse, Sparsifier, torch, weights, zeros)
+from fasterai_sparse.core.criteria import grad_crit, movement, wanda
+from fasterai_sparse.core.schedules import dsd
+from fasterai_sparse.engine.accelerate import accelerate
 
 def broadcast(self, t, rank):
     t = LongTensor(t)

@@ -5,12 +5,12 @@ import pytest, torch
 import torch.nn.functional as F
 from torch import nn
 
-from fasterai_sparse.engine.accelerate import *
-from fasterai_sparse.engine.modules import *
-from fasterai_sparse.engine.ops import *
-from fasterai_sparse.engine.plan import *
-from fasterai_sparse.core.sparsifier import Sparsifier
 from fasterai_sparse.core.criteria import large_final
+from fasterai_sparse.core.sparsifier import Sparsifier
+from fasterai_sparse.engine.accelerate import accelerate
+from fasterai_sparse.engine.modules import Accelerated, Layerwise, SparseConv2d, SparseLinear
+from fasterai_sparse.engine.ops import acts, Attention, engine_sets, Flat, Grid, Products, Program, Scaled
+from fasterai_sparse.engine.plan import Choices, Plan
 
 SETS = list(engine_sets().items())
 pytestmark = pytest.mark.skipif(not SETS, reason='no compiled library')

@@ -1,11 +1,11 @@
 "What must hold when SparsifyCallback meets the rest of fastai: other callbacks, wrapped models, applications, restarts"
-import math, pickle, random, subprocess, sys
+import pickle, random, subprocess, sys
 from copy import deepcopy
 from fractions import Fraction
 from pathlib import Path
 
 import pandas as pd, pytest
-from fastai.basics import (Adam, CancelBackwardException, CancelBatchException, CancelEpochException,
+from fastai.basics import (CancelBackwardException, CancelBatchException, CancelEpochException,
                            CancelFitException, CancelStepException, CancelTrainException, L, Lamb, Larc, Lookahead,
                            OptimWrapper, Optimizer, RAdam, Recorder, TrainEvalCallback, load_learner, params, ranger)
 from fastai.callback.core import FetchPredsCallback
@@ -32,7 +32,17 @@ from fastai.vision.models.xresnet import xresnet18
 from sklearn.datasets import load_digits
 from torchvision.models import resnet18
 
-from callback_helpers import *
+from callback_helpers import (
+    all_same, at, at_batch, collect, convnet, copied_by, dead_filters, fit, follows_masks, learner, loaders, masks,
+    N, raising, said, same, snapshot, sparse, weights, zeros)
+from fastai.basics import (
+    accuracy, Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, nn, partial, set_seed, torch)
+from fasterai_sparse.core.criteria import grad_crit, large_final, movement, random_criteria, updating_movement, wanda
+from fasterai_sparse.core.masks import masked_params, n_zeros
+from fasterai_sparse.core.schedules import agp, dsd, lin, one_shot
+from fasterai_sparse.core.sparsifier import masks_from_zeros
+from fasterai_sparse.train.keep_masks import bake_masks, KeepMasks
+from fasterai_sparse.train.sparsify_callback import SparsifyCallback
 
 OPTIMIZERS = dict(ranger=ranger, lamb=Lamb, larc=Larc, radam=RAdam,
                   lookahead=lambda ps, **kw: Lookahead(RAdam(ps, **kw), k=3),

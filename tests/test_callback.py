@@ -3,13 +3,25 @@ import math, pickle, subprocess, sys, warnings
 from copy import deepcopy
 
 import pytest
+from fastai.callback.schedule import SchedCos, sched_lin
 from fastai.basics import (Adam, CancelBatchException, CancelFitException, CancelStepException, Datasets, L, Lamb, Larc,
                            Lookahead, OptimWrapper, RAdam, SGD, ValueMetric, params, ranger, tensor)
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip, ShortEpochCallback
 from sklearn.datasets import load_digits
 
-from callback_helpers import *
+from callback_helpers import (
+    all_same, at, at_batch, collect, convnet, dead_filters, fit, follows_masks, held_tensors, kept, learner, loaders,
+    masks, N, raising, said, same, snapshot, sparse, Spy, weights, zeros)
+from fastai.basics import Callback, DataLoader, DataLoaders, nn, partial, torch
+from fasterai_sparse.core.criteria import (
+    grad_crit, large_final, large_init_large_final, magnitude_increase, movement, movmag, random_criteria,
+    small_final, updating_movement, updating_movmag, wanda)
+from fasterai_sparse.core.masks import as_ratio, get_mask, masked_params, n_zeros, top_k_mask
+from fasterai_sparse.core.schedules import agp, cos, dsd, iterative, lin, one_cycle, one_shot, Schedule
+from fasterai_sparse.core.sparsifier import masks_from_zeros, Sparsifier
+from fasterai_sparse.train.keep_masks import bake_masks, KeepMasks
+from fasterai_sparse.train.sparsify_callback import SparsifyCallback
 
 SCHEDULES = dict(one_shot=one_shot, iterative=iterative, agp=agp, one_cycle=one_cycle, cos=cos, lin=lin,
                  iterative5=partial(iterative, n_steps=5), sched_cos=SchedCos(0, 1), power=lambda pos: pos**2)

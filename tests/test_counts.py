@@ -8,7 +8,15 @@ import pytest, torch
 from fastai.basics import Callback, DataLoader, DataLoaders, Learner
 from torch import nn
 
-from fasterai_sparse.all import *
+from fasterai_sparse.core.criteria import (
+    Criteria, grad_crit, large_final, large_init, large_init_large_final, magnitude_increase, movement, movmag,
+    Normalizer, random_criteria, Reducer, small_final, small_init, small_init_small_final, squared_final,
+    updating_magnitude_increase, updating_movement, updating_movmag, wanda)
+from fasterai_sparse.core.granularity import Granularities
+from fasterai_sparse.core.masks import apply_masks, get_mask, masked_params
+from fasterai_sparse.core.schedules import dsd
+from fasterai_sparse.core.sparsifier import Sparsifier
+from fasterai_sparse.train.sparsify_callback import SparsifyCallback
 
 contexts = pytest.mark.parametrize('context', ['local', 'global'])
 

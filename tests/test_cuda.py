@@ -2,11 +2,18 @@
 from copy import deepcopy
 
 import pytest, torch
-from fastai.basics import *
-from fastai.callback.all import *
+from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, math
+from fasterai_sparse.core.criteria import grad_crit, large_final, movement, random_criteria, small_final, wanda
+from fasterai_sparse.core.granularity import block
+from fasterai_sparse.core.masks import mask_sparsity, masked_params, n_zeros, top_k_mask
+from fasterai_sparse.core.schedules import agp, lin
+from fasterai_sparse.core.sparsifier import Sparsifier
+from fasterai_sparse.train.sparsify_callback import SparsifyCallback
+from fasterai_sparse.nm.permute_model import permute_model
+from fasterai_sparse.nm.verify import verify_nm
+from fasterai_sparse.engine.modules import Accelerated
 from torch import nn
 
-from fasterai_sparse.all import *
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')]
 

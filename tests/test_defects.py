@@ -1,5 +1,6 @@
 "Defects of fasterai 0.4.1's callback, one test each, of the right behaviour; counts and structure have their own files"
 import math
+from fastai.callback.schedule import SchedCos
 from functools import partial
 
 import pytest
@@ -7,7 +8,14 @@ from fastai.basics import L, ValueMetric
 from fastai.callback.tracker import SaveModelCallback
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from callback_helpers import *
+from callback_helpers import (
+    all_same, at, at_batch, collect, convnet, dead_filters, fit, follows_masks, learner, loaders, masks, N, raising,
+    said, same, snapshot, sparse, weights, zeros)
+from fastai.basics import nn, torch
+from fasterai_sparse.core.criteria import random_criteria
+from fasterai_sparse.core.masks import masked_params, n_zeros
+from fasterai_sparse.core.schedules import agp, iterative, one_cycle, one_shot
+from fasterai_sparse.train.keep_masks import bake_masks, copy_masks
 
 pytestmark = [pytest.mark.filterwarnings(f'ignore:{w}') for w in ('numpy.core is deprecated', 'The loaded weights')]
 

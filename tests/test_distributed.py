@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest, torch.distributed as dist
 
-from callback_helpers import N, n_zeros
+from callback_helpers import N
 from fasterai_sparse.core import criteria
+from fasterai_sparse.core.masks import n_zeros
 
 available = dist.is_available() and dist.is_gloo_available()
 pytestmark = pytest.mark.skipif(not available, reason='needs torch.distributed with gloo')

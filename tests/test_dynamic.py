@@ -13,7 +13,25 @@ from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.text.models.awdlstm import WeightDropout
 
-from callback_helpers import *
+from callback_helpers import (
+    all_same, at, at_batch, collect, convnet, copied_by, fit, follows_masks, images, kept, learner, loaders, masks,
+    raising, said, same, snapshot, weights)
+from fastai.basics import (
+    accuracy, Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, nn, partial, set_seed, torch)
+from fasterai_sparse.core.allocation import (
+    erdos_renyi_sparsity, first_layer_dense_uniform, global_sparsity, uniform_sparsity)
+from fasterai_sparse.core.criteria import large_final, movement, wanda
+from fasterai_sparse.core.granularity import block, NM
+from fasterai_sparse.core.masks import (
+    apply_masks, get_mask, mask_sparsity, masked_params, masks_off, n_zeros, remove_masks, set_mask)
+from fasterai_sparse.core.sparsifier import Sparsifier
+from fasterai_sparse.train.keep_masks import bake_masks
+from fasterai_sparse.dynamic.callback import (
+    DynamicSparseTrainingCallback, GraNet_presets, ITOP_presets, MEST_presets, RigL_presets, SET_presets,
+    SNFS_presets)
+from fasterai_sparse.dynamic.drop_grow import magnitude_and_gradient, random_score
+from fasterai_sparse.dynamic.random_masks import (
+    sparse_mask, sparse_mask_like, sparse_params, sparseable_modules, sparsify_model)
 
 PRESETS = dict(SET=SET_presets, SNFS=SNFS_presets, RigL=RigL_presets, ITOP=ITOP_presets, MEST=MEST_presets,
                GraNet=dict(GraNet_presets, sparsity=90))

@@ -1,20 +1,19 @@
 "The engine's operations against their twins in torch, whole networks against themselves, and what an accelerated model must not do"
 import copy, pickle, random, re, threading
 
-import numpy as np, pytest, torch
+import pytest, torch
 import torch.nn.functional as F
 from torch import nn
 
-from fasterai_sparse.engine.accelerate import *
-from fasterai_sparse.engine.modules import *
-from fasterai_sparse.engine.ops import *
-from fasterai_sparse.engine.plan import *
-from fasterai_sparse.engine.trace import *
-from fasterai_sparse.engine.weights import *
-from fasterai_sparse.core.masks import remove_masks
 from fasterai_sparse.core.criteria import large_final
-from fasterai_sparse.core.granularity import NM, block
+from fasterai_sparse.core.granularity import block, NM
+from fasterai_sparse.core.masks import remove_masks
 from fasterai_sparse.core.sparsifier import Sparsifier
+from fasterai_sparse.engine.accelerate import accelerate
+from fasterai_sparse.engine.modules import Accelerated
+from fasterai_sparse.engine.ops import acts, engine_sets, Flat, Grid, Parts, Program, Sums
+from fasterai_sparse.engine.plan import Plan
+from fasterai_sparse.engine.weights import conv_taps, Terms
 
 SETS = list(engine_sets().items())
 compiled = pytest.mark.skipif(not SETS, reason='no compiled library')

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 import fasterai_sparse
-from fasterai_sparse.core import criteria
-from fasterai_sparse.core import schedules
+from fasterai_sparse.core import criteria, schedules
 
 ROOT = Path(__file__).parent.parent
 MODULES = [m.name.removeprefix("fasterai_sparse.") for m in pkgutil.walk_packages(fasterai_sparse.__path__, "fasterai_sparse.") if not m.ispkg and not m.name.split(".")[-1].startswith("_")]

@@ -4,11 +4,21 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
+from fastai.callback.schedule import SchedCos, sched_lin
 from fastai.basics import (Adam, CancelFitException, CancelStepException, L, OptimWrapper, SGD, ValueMetric, params,
                            ranger)
 from fastai.callback.tracker import SaveModelCallback
 
-from callback_helpers import *
+from callback_helpers import (
+    all_same, at, at_batch, collect, convnet, copied_by, fit, follows_masks, kept, learner, loaders, masks, N,
+    raising, said, same, snapshot, sparse, Spy, weights, zeros)
+from fastai.basics import Callback, nn, partial, torch
+from fasterai_sparse.core.criteria import grad_crit, large_init, movement, random_criteria, updating_movement
+from fasterai_sparse.core.masks import masked_params, n_zeros, set_mask, unwrapped
+from fasterai_sparse.core.schedules import agp, as_schedule, cos, dsd, iterative, lin, one_cycle, one_shot, Schedule
+from fasterai_sparse.core.sparsifier import masks_from_zeros, Sparsifier
+from fasterai_sparse.train.keep_masks import KeepMasks
+from fasterai_sparse.train.lottery import RewindPoint, takes_steps
 
 pytestmark = pytest.mark.filterwarnings('ignore:numpy.core is deprecated')   # fastai's load_model
 

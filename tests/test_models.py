@@ -6,7 +6,11 @@ from functools import cache
 import pytest, torch
 from torch import nn
 
-from fasterai_sparse.all import *
+from fasterai_sparse.core.criteria import grad_crit, large_final, movement, random_criteria, wanda
+from fasterai_sparse.core.granularity import block, out_in_axes
+from fasterai_sparse.core.masks import apply_masks, get_mask, masked_params
+from fasterai_sparse.core.report import maskable_weights, sparsity_report
+from fasterai_sparse.core.sparsifier import Sparsifier
 
 def resnet18():
     return pytest.importorskip('torchvision').models.resnet18(num_classes=10), torch.randn(2, 3, 64, 64), nn.Conv2d

@@ -6,8 +6,16 @@ from fastai.vision.learner import vision_learner
 from torchvision.models import resnet18
 from torch import nn
 
-from callback_helpers import *
-from fasterai_sparse.all import *
+from callback_helpers import at, fit, learner, loaders, sparse
+from fastai.basics import CrossEntropyLossFlat, set_seed
+from fasterai_sparse.core.criteria import large_final, movement, wanda
+from fasterai_sparse.core.masks import get_mask, masked_params, remove_masks
+from fasterai_sparse.core.report import maskable_weights
+from fasterai_sparse.core.schedules import agp, lin, one_shot
+from fasterai_sparse.core.sparsifier import Sparsifier
+from fasterai_sparse.train.keep_masks import bake_masks
+from fasterai_sparse.train.opt_state import past_of
+from fasterai_sparse.nm.verify import prune_trained_model, verify_nm
 
 def net():
     return nn.Sequential(nn.Conv2d(2,16,3,padding=1,bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16,32,3,padding=1), nn.BatchNorm2d(32), nn.ReLU(),

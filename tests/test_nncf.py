@@ -9,14 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from fasterai_sparse.train.bn_adaptation import *
-from fasterai_sparse.nncf.config import *
-from fasterai_sparse.nncf.config import _fits
-from fasterai_sparse.nncf.epoch_schedules import *
 from fasterai_sparse.core.masks import as_ratio, get_mask, n_zeros
-from fasterai_sparse.nncf.soft_masks import *
-from fasterai_sparse.nncf.soft_masks import _Drawn
 from fasterai_sparse.core.sparsifier import Sparsifier
+from fasterai_sparse.train.bn_adaptation import adapt_batchnorm
+from fasterai_sparse.nncf.config import _fits, SparsityConfig
+from fasterai_sparse.nncf.epoch_schedules import epoch_schedules, Polynomial
+from fasterai_sparse.nncf.soft_masks import _Drawn, CONV_AND_LINEAR, RBSparsityCallback, weight_importances
 
 golden = json.loads((Path(__file__).parent/'golden'/'nncf.json').read_text())
 ids = lambda c: f"{c['kind']}-{'-'.join(map(str, c['params'].values()))}"

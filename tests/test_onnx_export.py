@@ -6,7 +6,11 @@ import numpy as np, pytest, torch
 from torch import nn
 
 import fasterai_sparse.files.onnx as ox
-from fasterai_sparse.all import *
+from fasterai_sparse.core.criteria import large_final
+from fasterai_sparse.core.masks import masked_params
+from fasterai_sparse.core.sparsifier import Sparsifier
+from fasterai_sparse.nm.verify import verify_nm
+from fasterai_sparse.files.onnx import export_onnx
 from test_sparse_files import net, sparse_net
 
 class Mixed(nn.Module):

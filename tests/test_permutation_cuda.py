@@ -7,9 +7,10 @@ import numpy as np, pytest, torch
 
 from fasterai_sparse.nm import search_cuda as permutation_cuda
 from fasterai_sparse.utils.native import sum_max_torch
-from fasterai_sparse.nm.search import TorchMap, _Search, search_permutation
-from fasterai_sparse.nm.search_cuda import *
-from fasterai_sparse.nm.search_cuda import _CudaKernels, _arguments, _deals, _launch, _nvrtc_files, _source, _swap_deals
+from fasterai_sparse.nm.search import _Search, search_permutation, TorchMap
+from fasterai_sparse.nm.search_cuda import (
+    _arguments, _CudaKernels, _deals, _launch, _nvrtc_files, _source, _swap_deals, asp_kernels, asp_search,
+    ASPKernels, compile_cubin, CudaMap, nvrtc_library, sum_max_cuda)
 
 on_device = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')]
 needs_nvrtc = pytest.mark.skipif(bool(nvrtc_library()[1]), reason=nvrtc_library()[1])

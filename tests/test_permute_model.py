@@ -6,11 +6,10 @@ import torch.nn.functional as F
 from fastai.layers import AdaptiveConcatPool2d, Flatten
 from torch import nn
 
-from fasterai_sparse.core.masks import get_mask, set_mask
-from fasterai_sparse.nm.search import search_permutation
 from fasterai_sparse.nm import channels
+from fasterai_sparse.core.masks import get_mask, set_mask
 from fasterai_sparse.nm.channels import outputs_of
-from fasterai_sparse.nm.permute_model import *
+from fasterai_sparse.nm.permute_model import permute_model
 
 class Net(nn.Module):
     "Modules `mods` by name, and a function of them and the input as `forward`"

@@ -6,8 +6,11 @@ from fractions import Fraction
 import pytest, torch
 from torch import nn
 
-from fasterai_sparse.all import *
-from fasterai_sparse.core.allocation import _drop_counted, _drop_ranked, _drop_sorted
+from fasterai_sparse.core.allocation import _drop_counted, _drop_ranked, _drop_sorted, largest_remainder
+from fasterai_sparse.core.criteria import large_final, random_criteria
+from fasterai_sparse.core.granularity import Granularities, out_in_axes
+from fasterai_sparse.core.masks import get_mask, kth_largest, masked_params, top_k_mask
+from fasterai_sparse.core.sparsifier import Sparsifier
 
 contexts = pytest.mark.parametrize('context', ['local', 'global'])
 seeds = pytest.mark.parametrize('seed', range(10))

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from fastai.callback.schedule import SchedCos, SchedExp, SchedPoly, combine_scheds
 
-from fasterai_sparse.all import *
+from fasterai_sparse.core.schedules import (
+    agp, as_schedule, cos, dsd, iterative, lin, one_cycle, one_shot, plot_schedules, sched_agp, Schedule)
 
 golden = json.loads((Path(__file__).parent/'golden'/'schedules.json').read_text())
 printed = {'one_cycle_50_5': (one_cycle, 50), 'cos_mean_57_5_5': (cos, 57.5), 'agp_90_10': (agp, 90),

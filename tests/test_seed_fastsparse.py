@@ -1,6 +1,5 @@
 "The blocks of seed 001 as written there, one after the other in one notebook that starts with a single import"
 import warnings
-from functools import cache
 
 import numpy as np, pytest
 from PIL import Image

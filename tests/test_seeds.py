@@ -5,13 +5,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from fastai.callback.schedule import SchedCos, sched_lin
 from fastai.basics import L, ValueMetric, error_rate, mk_metric, params
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.vision.learner import vision_learner
 from torchvision.models import resnet18
 
-from callback_helpers import *
+from callback_helpers import at, fit, learner, masks, said, same, snapshot, weights, zeros
+from fastai.basics import accuracy, CrossEntropyLossFlat, DataLoader, DataLoaders, nn, partial, set_seed, torch
+from fasterai_sparse.core.criteria import large_final
+from fasterai_sparse.core.schedules import agp, cos, dsd, iterative, lin, one_cycle, one_shot, Schedule
+from fasterai_sparse.train.sparsify_callback import SparsifyCallback
 
 pytestmark = pytest.mark.filterwarnings('ignore:numpy.core is deprecated')   # fastai's load_model
 

@@ -6,12 +6,16 @@ import pytest, torch
 import torch.nn.functional as F
 from fastai.basics import TensorBase
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils import parametrizations, prune
 from torch.sparse import SparseSemiStructuredTensor, SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass, sparse_semi_structured_to_dense_cutlass
 
-from fasterai_sparse.all import *
-from fasterai_sparse.engine.semi_structured import _Layer24
+from fasterai_sparse.core.criteria import large_final
+from fasterai_sparse.core.masks import masked_params
+from fasterai_sparse.core.sparsifier import Sparsifier
+from fasterai_sparse.nm.verify import verify_nm
+from fasterai_sparse.engine.semi_structured import (
+    _Layer24, accelerate_cuda, backends_24, Conv24, cuda_race, Linear24, probe_24, Reference24, to_dense, why_not_24)
 
 HALF = [torch.float16, torch.bfloat16]
 CUSPARSELT, CUTLASS = SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS

@@ -1,6 +1,5 @@
 "Soft masks in a fit: what is masked when, what survives below, and how they get on with all else in a learner"
 import json, math, pickle, warnings
-from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 
@@ -15,7 +14,25 @@ from fastai.text.models.awdlstm import WeightDropout
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
-from callback_helpers import *
+from callback_helpers import (
+    all_same, at, collect, convnet, copied_by, fit, follows_masks, images, kept, learner, loaders, masks, N, raising,
+    said, same, snapshot, sparse, weights, zeros)
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, nn, partial, set_seed, torch
+from fasterai_sparse.core.allocation import erdos_renyi_sparsity
+from fasterai_sparse.core.criteria import large_final
+from fasterai_sparse.core.masks import get_mask, mask_sparsity, masked_params, n_zeros
+from fasterai_sparse.core.report import format_report, maskable_weights, sparsity_report
+from fasterai_sparse.core.schedules import agp, cos, lin, sched_one_shot, Schedule
+from fasterai_sparse.core.sparsifier import masks_from_zeros, Sparsifier
+from fasterai_sparse.train.bn_adaptation import adapt_batchnorm
+from fasterai_sparse.train.keep_masks import bake_masks, KeepMasks
+from fasterai_sparse.dynamic.callback import DynamicSparseTrainingCallback, RigL_presets, SET_presets
+from fasterai_sparse.dynamic.random_masks import sparsify_model
+from fasterai_sparse.nncf.config import callbacks_from_config, SparsityConfig
+from fasterai_sparse.nncf.epoch_schedules import Adaptive, EpochSchedule, Exponential, Multistep, Polynomial
+from fasterai_sparse.nncf.soft_masks import (
+    ConstSparsityCallback, CONV_AND_LINEAR, MagnitudeSparsityCallback, RBSparsityCallback, SoftMaskCallback,
+    weight_importances)
 
 ALL = (nn.Conv2d, nn.Linear)
 N_ALL = N + 64   # with the linear layer's

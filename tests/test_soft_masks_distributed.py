@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest, torch.distributed as dist
 
-from callback_helpers import Polynomial, n_zeros
+from fasterai_sparse.core.masks import n_zeros
+from fasterai_sparse.nncf.epoch_schedules import Polynomial
 
 available = dist.is_available() and dist.is_gloo_available()
 pytestmark = pytest.mark.skipif(not available, reason='needs torch.distributed with gloo')

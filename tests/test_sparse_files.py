@@ -2,13 +2,21 @@
 import json, os, struct, tracemalloc, zlib
 from copy import deepcopy
 
-import numpy as np, pytest, torch
+import pytest, torch
 from torch import nn
 
-from callback_helpers import *
+from callback_helpers import at, fit, learner
+from fasterai_sparse.core.criteria import large_final
+from fasterai_sparse.core.masks import get_mask, masked_params, masks_off, remove_masks
+from fasterai_sparse.core.report import maskable_weights, sparsity_report
+from fasterai_sparse.core.schedules import one_shot
+from fasterai_sparse.core.sparsifier import masks_from_zeros, Sparsifier
+from fasterai_sparse.train.keep_masks import KeepMasks
+from fasterai_sparse.train.sparsify_callback import SparsifyCallback
+from fasterai_sparse.nncf.soft_masks import (
+    ConstSparsityCallback, MagnitudeSparsityCallback, RBSparsityCallback, SoftMasks)
+from fasterai_sparse.files.safetensors import load_sparse, save_sparse, sparse_contents
 import fasterai_sparse.files.safetensors as sf
-from fasterai_sparse.all import *
-from fasterai_sparse.files.safetensors import *
 
 DTYPES = list(sf._dtypes.values())
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]

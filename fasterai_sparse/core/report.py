@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
-from .criteria import call_with, evaluating
-from .granularity import Granularities, weight_names, is_weight_dropout
 from .batchnorms import n_outputs
+from .criteria import call_with, evaluating
+from .granularity import Granularities, is_weight_dropout, weight_names
 from .masks import get_mask, n_true, unmaskable
 
 # %% ../../nbs/core/10_report.ipynb #96b3794e

@@ -19,13 +19,14 @@ from fastcore.basics import ifnone, noop, patch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .masks import *
-from .granularity import *
-from .criteria import *
-from .allocation import *
+from .allocation import as_allocation, n_dropped, takes, uniform_sparsity, wants
 from .batchnorms import batchnorms_after
+from .criteria import as_criteria, input_norms, inputs_of, large_final
+from .granularity import dropped_outputs, drops_outputs, group_weights, NM, out_in_axes
+from .masks import (
+    as_ratio, get_mask, has_nan, masks_off, n_true, n_zeros, set_mask, sunk, unmaskable, unwrapped, watch_loads)
+from .report import format_report, maskable_weights, sparsity_report
 from ..train.bn_adaptation import adapt_batchnorm
-from .report import *
 from ..nm.permute_model import permute_model
 
 # %% ../../nbs/core/11_sparsifier.ipynb #7a2f18b1

@@ -11,22 +11,24 @@ import math, warnings
 from numbers import Real
 
 import numpy as np, pandas as pd, torch
-from fastai.basics import *
+from fastai.basics import CancelStepException, ifnone, partial, patch, Recorder, store_attr
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import sched_cos, sched_no
 from torch import nn
 
-from ..core.allocation import *
-from ..core.criteria import as_criteria
-from .drop_grow import *
-from .random_masks import *
+from ..core.allocation import as_allocation, takes, wants
 from ..core.granularity import Granularities, out_in_axes
-from ..core.masks import *
+from ..core.masks import (
+    as_ratio, get_mask, masked_params, n_true, set_mask, unmaskable, unwrapped, write_masked)
 from ..core.report import maskable_weights
-from ..core.schedules import *
-from ..core.sparsifier import *
-from ..train.opt_state import *
-from ..train.keep_masks import *
+from ..core.schedules import as_schedule, sched_agp
+from ..core.sparsifier import as_fraction, check_whole
+from ..train.keep_masks import add_column, fill_column, MaskUpdates
+from ..train.opt_state import clear_opt_state, state_of
+from fasterai_sparse.dynamic.drop_grow import (
+    check_drop_grow, DropGrow, gradient_magnitude, gradient_momentum, magnitude_and_gradient, mean_momentum,
+    random_score, weight_magnitude)
+from .random_masks import sparse_params, sparseable_modules
 
 # %% ../../nbs/dynamic/02_callback.ipynb #fdb73413
 class _Steps(MaskUpdates):

@@ -14,11 +14,11 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..core.masks import *
-from ..core.granularity import *
-from ..core.criteria import *
-from ..core.allocation import *
-from ..core.sparsifier import *
+from ..core.allocation import largest_remainder, wants
+from ..core.criteria import as_criteria, large_final, random_criteria, STATE
+from ..core.granularity import drops_outputs, Granularities, group_weights, NM, Spanning
+from ..core.masks import get_mask, masked_params, n_true, n_zeros, top_k_mask, true_places, values_at
+from ..core.sparsifier import Sparsifier
 from ..train.opt_state import state_of
 
 # %% ../../nbs/dynamic/01_drop_grow.ipynb #e4445043

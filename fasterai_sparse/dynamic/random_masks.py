@@ -11,17 +11,16 @@ import math, warnings
 from fractions import Fraction
 
 import numpy as np, torch
-from fastai.basics import *
-from fastai.callback.all import *
+from fastai.basics import L, Learner, noop
 from fastai.callback.hook import Hooks
 from torch import nn
 
-from ..core.masks import *
-from ..core.granularity import *
-from ..core.criteria import *
-from ..core.allocation import *
-from ..core.report import maskable_weights
-from ..core.sparsifier import *
+from ..core.allocation import uniform_sparsity
+from ..core.criteria import random_criteria
+from ..core.granularity import Granularities
+from ..core.masks import (
+    apply_masks, as_ratio, get_mask, masked_params, n_true, n_zeros, note_sparsity, top_k_mask, unwrapped)
+from ..core.sparsifier import Sparsifier
 
 # %% ../../nbs/dynamic/00_random_masks.ipynb #4e0d554f
 def sparse_mask(

@@ -15,14 +15,12 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import nn
 
-from .modules import *
-from .modules import _same
-from ..nm.channels import tensors_in
-from .ops import engine_sets
-from .trace import _sparsity, _worth
-from ..core.masks import masks_off, unwrapped
 from ..utils.native import native_library
+from ..core.masks import masks_off, unwrapped
+from .modules import _same, Accelerated, Layerwise, SparseConv2d, SparseLinear
+from .ops import engine_sets
 from .semi_structured import accelerate_cuda
+from .trace import _sparsity, _worth
 
 # %% ../../nbs/engine/06_accelerate.ipynb #77154585
 _kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)

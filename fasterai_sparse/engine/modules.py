@@ -14,7 +14,7 @@ from torch import nn
 
 from ..nm.channels import tensors_in
 from .ops import all_finite
-from .plan import *
+from .plan import Choices, choices_file, Plan
 
 # %% ../../nbs/engine/04_modules.ipynb #344e8ac5
 class Inference(nn.Module):
@@ -155,7 +155,7 @@ def known_for(self:Accelerated, x):
 
 @patch
 def as_operation(self:Accelerated, x):
-    out = torch.ops.fasterai_sparse.engine.modules(list(x), self.number)
+    out = torch.ops.fasterai_sparse.accelerated(list(x), self.number)
     container = self.known_for(x)[1]
     if container not in (None, tuple, list): raise RuntimeError('Only a model that gives tensors, or a tuple or list of them, can be compiled or exported')
     return container(out) if container else out[0]

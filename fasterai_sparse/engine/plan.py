@@ -13,10 +13,12 @@ import numpy as np, torch
 from fastcore.basics import patch
 from torch import fx
 
-from .ops import *
-from .trace import *
-from .weights import *
 from ..core.sparsifier import replacing
+from fasterai_sparse.engine.ops import (
+    Added, Attention, engine_sets, Flat, Grid, Largest, Means, Memory, Norms, Parts, Products, Program, Scaled, Sums,
+    Turned)
+from .trace import Graph, Layer, Packed
+from .weights import conv_taps, Terms
 
 # %% ../../nbs/engine/03_plan.ipynb #935ceba8
 def processor():

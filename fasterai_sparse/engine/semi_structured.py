@@ -21,9 +21,9 @@ from torch import nn
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
-from ..nm.channels import tensors_in
 from ..core.granularity import NM
 from ..core.masks import masks_off, n_true, unmaskable, unwrapped
+from ..nm.channels import tensors_in
 
 # %% ../../nbs/engine/05_semi_structured.ipynb #97644080
 backends_24 = (SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS)   # the less particular about shapes first

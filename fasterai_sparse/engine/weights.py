@@ -8,7 +8,7 @@ __all__ = ['conv_taps', 'Terms']
 # %% ../../nbs/engine/01_weights.ipynb #af4800c8
 import numpy as np, torch
 
-from .ops import *
+from .ops import Memory
 
 # %% ../../nbs/engine/01_weights.ipynb #567f7726
 def conv_taps(kernel, stride, dilation, before):

@@ -14,10 +14,10 @@ import numpy as np, pandas as pd, torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..core.criteria import *
-from ..core.granularity import *
-from ..core.masks import *
-from ..core.report import *
+from ..core.criteria import call_with, evaluating
+from ..core.granularity import NM
+from ..core.masks import masks_off, unwrapped
+from ..core.report import maskable_weights
 
 # %% ../../nbs/files/01_onnx.ipynb #31af74f3
 def _need(*names):

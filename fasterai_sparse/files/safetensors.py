@@ -11,13 +11,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
-from fastai.basics import *
+from fastai.basics import Learner, nn, patch, rank_distrib
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..core.granularity import *
-from ..core.masks import *
-from ..core.report import *
+from ..core.granularity import out_in_axes
+from ..core.masks import masks_off, unwrapped
+from ..core.report import maskable_weights
 from ..core.sparsifier import replacing
 
 # %% ../../nbs/files/00_safetensors.ipynb #bd9f5278

@@ -12,13 +12,13 @@ from collections import defaultdict
 import numpy as np, pandas as pd, torch
 from torch import nn
 
-from .channels import *
-from ..core.criteria import *
+from ..core.criteria import large_final
 from ..core.granularity import out_in_axes
-from ..core.masks import *
-from ..train.opt_state import params_of, past_of, state_of
-from .search import *
+from ..core.masks import masked_params, unmaskable, unwrapped
 from ..core.report import maskable_weights
+from ..train.opt_state import params_of, past_of, state_of
+from .channels import copied, follow_channels, outputs_of, Place
+from .search import search_permutation
 
 # %% ../../nbs/nm/03_permute_model.ipynb #951c6f50
 class _Read:

@@ -13,7 +13,7 @@ from numbers import Integral, Real
 import numpy as np, torch
 from scipy.optimize import linear_sum_assignment
 
-from ..utils.native import *
+from ..utils.native import native_library, sum_max, sum_max_torch
 
 # %% ../../nbs/nm/00_search.ipynb #e44a6860
 def _descending(x):

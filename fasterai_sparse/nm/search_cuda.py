@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np, torch
 
 import fasterai_sparse
-from .search import *
-from .search import _backends, _check_scores, _found, _largest, _worth
+
+from .search import _backends, _check_scores, _found, _largest, _worth, Permutation, TorchMap
 
 # %% ../../nbs/nm/01_search_cuda.ipynb #7dddd026
 def _nvrtc_files():

@@ -9,16 +9,16 @@ __all__ = ['verify_nm', 'prune_trained_model']
 import math
 
 import pandas as pd, torch
-from fastai.basics import *
+from fastai.basics import Learner, to_device
 from torch import nn
 
-from ..core.criteria import *
-from ..core.granularity import *
-from ..core.masks import *
-from ..train.opt_state import *
-from ..core.report import *
-from ..core.sparsifier import *
-from ..train.keep_masks import *
+from ..core.criteria import large_final
+from ..core.granularity import group_weights, NM
+from ..core.masks import get_mask, masked_params, n_true, unmaskable, unwrapped
+from ..core.report import maskable_weights
+from ..core.sparsifier import Sparsifier
+from ..train.keep_masks import KeepMasks
+from ..train.opt_state import clear_opt_state
 
 # %% ../../nbs/nm/04_verify.ipynb #63c8247f
 def _groups(m, p, nm):

@@ -13,13 +13,13 @@ from numbers import Integral, Real
 from pathlib import Path
 
 import hjson
-from fastai.basics import *
+from fastai.basics import ifnone
 
-from ..train.bn_adaptation import *
-from .epoch_schedules import *
-from ..core.masks import *
-from ..core.report import *
-from .soft_masks import *
+from ..core.masks import unwrapped
+from ..core.report import maskable_weights
+from .epoch_schedules import epoch_schedule
+from .soft_masks import (
+    ConstSparsityCallback, CONV_AND_LINEAR, MagnitudeSparsityCallback, RBSparsityCallback, weight_importances)
 
 # %% ../../nbs/nncf/05_config.ipynb #171246c5
 ALGORITHMS = ('magnitude_sparsity', 'rb_sparsity', 'const_sparsity')

@@ -11,7 +11,7 @@ from bisect import bisect_right
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 
-from ..core.schedules import *
+from ..core.schedules import Schedule
 
 # %% ../../nbs/nncf/00_epoch_schedules.ipynb #1862c6ba
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from numbers import Integral, Real
 from types import SimpleNamespace
 
 import numpy as np, torch
-from fastai.basics import *
+from fastai.basics import ifnone, noop, partial, patch, pd, rank_distrib, Recorder, store_attr
 from fastai.callback.fp16 import MixedPrecision
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -20,16 +20,17 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..core.allocation import *
-from ..train.bn_adaptation import *
-from ..core.criteria import *
-from .epoch_schedules import *
-from ..core.masks import *
-from ..core.report import *
-from ..core.schedules import *
-from ..core.sparsifier import *
-from ..train.opt_state import *
-from ..train.keep_masks import *
+from ..core.allocation import as_allocation
+from ..core.criteria import Criteria, large_final
+from ..core.masks import (
+    as_ratio, get_mask, n_true, set_mask, times_mask, unmaskable, unwrapped, watch_loads, zero_masked)
+from ..core.report import maskable_weights, sparsity_report
+from ..core.schedules import as_schedule, lin, Schedule
+from ..core.sparsifier import as_fraction, masks_from_zeros, Sparsifier
+from ..train.bn_adaptation import adapt_batchnorm, check_n_samples
+from ..train.keep_masks import add_column, fill_column, MaskUpdates
+from ..train.opt_state import clear_opt_state
+from .epoch_schedules import EpochSchedule
 
 # %% ../../nbs/nncf/01_soft_masks.ipynb #6377e5d0
 _holders = WeakIdKeyDictionary()   # parameter -> the `SoftMasks` over it

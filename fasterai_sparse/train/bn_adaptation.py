@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from numbers import Integral
 
 import numpy as np, torch
-from fastai.basics import *
+from fastai.basics import Callback, ifnone, L, Learner, store_attr, to_device
 from fastprogress.fastprogress import progress_bar
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm

@@ -7,12 +7,13 @@ __all__ = ['KeepMasks', 'MaskUpdates', 'bake_masks', 'add_column', 'fill_column'
 
 # %% ../../nbs/train/02_keep_masks.ipynb #aacca987
 import torch
-from fastai.basics import *
+from fastai.basics import Callback, Learner, num_distrib
 from fastai.callback.training import GradientClip
 from torch import nn
 
-from ..core.masks import *
-from .opt_state import *
+from ..core.masks import (
+    apply_masks, dead_rows, get_mask, masked_params, remove_masks, set_mask, unwrapped, watch_loads, zero_masked)
+from .opt_state import optimizers_in
 
 # %% ../../nbs/train/02_keep_masks.ipynb #cb1971fd
 class KeepMasks(Callback):

@@ -12,8 +12,7 @@ import torch
 from fastcore.basics import store_attr
 from torch import nn
 
-from ..core.masks import *
-from ..core.schedules import *
+from ..core.masks import masked_params, unwrapped, write_masked
 from ..core.sparsifier import replacing
 
 # %% ../../nbs/train/05_lottery.ipynb #8032b4e0

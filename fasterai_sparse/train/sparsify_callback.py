@@ -10,18 +10,18 @@ from dataclasses import replace
 from fractions import Fraction
 
 import torch
-from fastai.basics import *
+from fastai.basics import ifnone, partial, patch, rank_distrib, Recorder, store_attr, to_device
 from fastai.learner import SkipToEpoch
 from torch import nn
 
 from ..core.allocation import uniform_sparsity
 from ..core.criteria import large_final
-from .lottery import *
-from ..core.masks import *
-from ..core.schedules import *
-from ..core.sparsifier import *
-from .opt_state import *
-from .keep_masks import *
+from ..core.masks import as_ratio, n_true, unwrapped
+from ..core.schedules import as_schedule
+from ..core.sparsifier import as_fraction, check_whole, Sparsifier
+from .keep_masks import add_column, fill_column, MaskUpdates
+from .lottery import RewindPoint, save_ticket, takes_steps
+from .opt_state import clear_opt_state, reset_opt_state, state_of
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #f8a27fa5
 def _one_of(**given):

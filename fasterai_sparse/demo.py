@@ -42,6 +42,7 @@ class WholeBatches(DataLoader):
     def create_batches(self, samps):
         for idxs in self.chunkify(samps): yield self.x[list(idxs)], self.y[list(idxs)]
 
+# %% ../nbs/demo.ipynb #0b5a5df9
 def whole_dls(train, valid, bs):
     "`DataLoaders` of two pairs of tensors"
     return DataLoaders(WholeBatches(*train, bs=bs, shuffle=True, drop_last=True), WholeBatches(*valid, bs=4*bs))
@@ -55,12 +56,14 @@ def digits(bs=32, path=None):
     valid = torch.arange(len(x)) % 5 == 0
     return whole_dls((x[~valid], y[~valid]), (x[valid], y[valid]), bs)
 
+# %% ../nbs/demo.ipynb #f78eda13
 def _idx(file):
     "The array in a gzipped idx file"
     data = gzip.decompress(file.read_bytes())
     n = data[3]
     return torch.from_numpy(np.frombuffer(data, np.uint8, offset=4+4*n).reshape(np.frombuffer(data, '>i4', n, 4)).copy())
 
+# %% ../nbs/demo.ipynb #08b0e8fc
 def fashion_mnist(bs=128, path=None):
     "Fashion-MNIST, 60,000 and 10,000 images of 28×28 pixels, from the files of the Debian package"
     path = Path(path or '/usr/share/datasets/fashion-mnist')
@@ -70,12 +73,14 @@ def fashion_mnist(bs=128, path=None):
     y = lambda s: _idx(path/f'{s}-labels-idx1-ubyte.gz').long()
     return whole_dls((x('train'), y('train')), (x('t10k'), y('t10k')), bs)
 
+# %% ../nbs/demo.ipynb #7532d63b
 def pets(bs=64, path=None):
     "Cats and dogs of the Oxford pets at 64×64 pixels, downloaded by fastai"
     from fastai.vision.all import ImageDataLoaders, Resize, get_image_files
     files = get_image_files((Path(path) if path else untar_data(URLs.PETS))/'images')
     return ImageDataLoaders.from_name_func('.', files, _is_cat, item_tfms=Resize(64), bs=bs)
 
+# %% ../nbs/demo.ipynb #89f893cc
 def _is_cat(f): return Path(f).name[0].isupper()
 
 # %% ../nbs/demo.ipynb #b3f6d752
@@ -85,6 +90,7 @@ def small_cnn(c_in, n_out, width=32):
                          ConvLayer(2*width, 4*width, stride=2), ConvLayer(4*width, 4*width),
                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4*width, n_out))
 
+# %% ../nbs/demo.ipynb #76cf002f
 def demo_learner(dls, width=32, seed=0):
     "A learner of a `small_cnn` that fits `dls`, the same for the same `seed`"
     set_seed(seed)
@@ -99,14 +105,17 @@ def file_bytes(model):
     torch.save(model.state_dict(), f)
     return f.tell()
 
+# %% ../nbs/demo.ipynb #f3363a1b
 def packed_size(model):
     "Bytes of the model's weights with each sparse one as a bitmask and its values, all else as it is"
     df = sparsity_report(model)
     return file_bytes(model) - int(df.bytes.sum()) + int(df.packed_bytes.sum())
 
+# %% ../nbs/demo.ipynb #2983b8a7
 def _accuracy(learn):
     with learn.no_bar(): return float(learn.validate()[-1])
 
+# %% ../nbs/demo.ipynb #29165520
 def side_by_side(dense, sparse):
     "A table of accuracy and size of two learners"
     row = lambda name, l, size: f"{name:<26}{_accuracy(l):>9.2%}{size/1024:>12.1f} kB"
@@ -122,6 +131,7 @@ class Measured(Callback):
         df = sparsity_report(self.model, layer_type=nn.Conv2d)
         self.percents.append(100*df.zeros.sum()/df.params.sum())
 
+# %% ../nbs/demo.ipynb #f7225d77
 def plot_demo(cb, measured, model, path):
     "Save the schedule with what was measured, and the sparsity of each layer, as a picture"
     import matplotlib.pyplot as plt
@@ -143,6 +153,7 @@ class PlainTable(Callback):
     def write(self, row): print(''.join(f'{v:<12.4f}' if isinstance(v, float) else f'{v:<12}' for v in row))
     def after_fit(self): self.learn.logger = self.was
 
+# %% ../nbs/demo.ipynb #6f8976a8
 def _fit(learn, epochs, cbs=None):
     with learn.no_bar(): learn.fit_one_cycle(epochs, cbs=[PlainTable(), *L(cbs)])
 
@@ -170,6 +181,7 @@ def run_demo(data='digits', sparsity=90., schedule='agp', granularity='weight', 
     print(f"Saved {out/'sparse.pth'} (load it with torch.load, this package is not needed) and {out/'sparsity.png'}")
     return dense, sparse
 
+# %% ../nbs/demo.ipynb #17836642
 def main(args=None):
     "The console command `fasterai-sparse-demo`"
     p = argparse.ArgumentParser(description='Train a small network on real data, dense and sparse, and compare accuracy and size',

@@ -42,15 +42,19 @@ def _bracket(arrays, sizes, budget, among):
         vals, at = vals[order], np.searchsorted(weights[order].cumsum()*step, budget)
     return (vals[max(at-slack, 0)], vals[min(at+slack, len(vals)-1)]) if len(vals) else (-np.inf, np.inf)
 
+# %% ../../nbs/core/06_allocation.ipynb #3b680f64
 def _of(mask, live): return mask if live is None else np.logical_and(mask, live, out=mask)
 
+# %% ../../nbs/core/06_allocation.ipynb #78e423c0
 def _between(arrays, lo, hi, among):
     "How many of each of the `arrays` lie below `lo`, and what lies from `lo` to `hi`"
     below, reach = [_of(a<lo, l) for a,l in zip(arrays, among)], [_of(a<=hi, l) for a,l in zip(arrays, among)]
     return [np.count_nonzero(b) for b in below], [a[np.flatnonzero(b ^ r)] for a,b,r in zip(arrays, below, reach)]
 
+# %% ../../nbs/core/06_allocation.ipynb #0d2df898
 def _weigh(counts, sizes): return sum(int(c)*z for c,z in zip(counts, sizes))
 
+# %% ../../nbs/core/06_allocation.ipynb #4d80105a
 def _threshold(parts, sizes, budget):
     "The largest value of `parts` below which there are at most `budget` weights"
     vals = np.unique(np.concatenate(parts))
@@ -61,6 +65,7 @@ def _threshold(parts, sizes, budget):
         else: last = mid-1
     return vals[first]
 
+# %% ../../nbs/core/06_allocation.ipynb #4bcc68c5
 def _drop_counted(scores, sizes, budget, live):
     "`_drop_sorted`, by counting"
     arrays, among = [s.reshape(-1).numpy() for s in scores], [None if l is None else l.reshape(-1).numpy() for l in live]
@@ -80,6 +85,7 @@ def _drop_counted(scores, sizes, budget, live):
         if n < ties: break
     return counts
 
+# %% ../../nbs/core/06_allocation.ipynb #dd14afb3
 def _drop_ranked(scores, sizes, budget, live):
     "Number of groups each layer drops, in one ranking of all; what is not `live` comes first"
     if scores[0].is_cpu: return _drop_counted(scores, sizes, budget, live)
@@ -92,6 +98,7 @@ def _spared(s, live):
     s.view(-1)[s.argmax()] = math.inf
     return s
 
+# %% ../../nbs/core/06_allocation.ipynb #a75c97ad
 def global_sparsity(params, model_sparsity, *, scores, sizes, live=None, names=None, emptied=None, **kwargs):
     """The sparsity of each layer in one ranking of the groups of all layers; none is emptied below a sparsity of 1 (`emptied` would be).
     Groups that are not `live` (bool tensors, or None where all are) come first."""
@@ -114,10 +121,12 @@ def as_allocation(context):
     if isinstance(context, str) and context in contexts: return contexts[context]
     raise ValueError(f"No context {context!r}; use one of {list(contexts)} or a function (params, model_sparsity, **kwargs) -> fractions")
 
+# %% ../../nbs/core/06_allocation.ipynb #3936c687
 def wants(f, name):
     "Whether the signature of `f` names the argument `name`"
     return name in inspect.signature(f).parameters
 
+# %% ../../nbs/core/06_allocation.ipynb #4eaba1bf
 def takes(f, **state):
     "What of `state` the function `f` takes: what it names, or all where it swallows the rest"
     every = any(p.kind == p.VAR_KEYWORD for p in inspect.signature(f).parameters.values())
@@ -133,6 +142,7 @@ def _move(counts, shares, limits, n):
         n -= step*len(free)
     return n
 
+# %% ../../nbs/core/06_allocation.ipynb #0925c16a
 def largest_remainder(
     shares, # What each would get, exactly
     caps, # The most that each can get
@@ -150,6 +160,7 @@ def largest_remainder(
     _move(counts, shares, caps if missing > 0 else [0]*len(caps), missing)
     return counts
 
+# %% ../../nbs/core/06_allocation.ipynb #8edc9fb0
 def n_dropped(
     fractions, # Sparsity of each layer, from an allocation
     n_groups, # Groups of each layer
@@ -174,6 +185,7 @@ def _raw_density(p, include_kernel, power):
     dims = list(p.shape) if include_kernel else p.shape[:2]
     return (sum(dims)/math.prod(dims))**power
 
+# %% ../../nbs/core/06_allocation.ipynb #7da3ec04
 def erdos_renyi_sparsity(params, model_sparsity,
     include_kernel=True, # Count the kernel's dimensions too (ERK); False: only outputs and inputs (ER)
     erk_power_scale=1.0, # Below 1 it is nearer to uniform, 0 is uniform
@@ -193,6 +205,7 @@ def erdos_renyi_sparsity(params, model_sparsity,
     if not free and abs(keep - sum(n[i] for i in dense)) < 1: return [fixed.get(i, 0.) for i in range(len(n))]
     raise ValueError(f"With {dict(fixed)} fixed, no sparsities of the other layers make the whole {float(model_sparsity):.2%} sparse")
 
+# %% ../../nbs/core/06_allocation.ipynb #8b8ea6fc
 def _fixed(fixed, names):
     "`fixed` by the layers' places"
     if unknown := set(fixed) - set(names or ()): raise ValueError(f"fixed names {sorted(unknown)}; the layers are {names}")

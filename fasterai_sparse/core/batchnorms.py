@@ -18,6 +18,7 @@ class _Tracer(fx.Tracer):
     "Sees layers as units, own ones without children too"
     def is_leaf_module(self, m, name): return super().is_leaf_module(m, name) or not list(m.children())
 
+# %% ../../nbs/core/09_batchnorms.ipynb #313feb71
 def traced_parts(model:nn.Module, prefix=''):
     "Yield (prefix, module, graph) for the largest parts of `model` that torch.fx can trace; what is in no part can't be traced"
     if not list(model.children()): return
@@ -35,6 +36,7 @@ _channelwise_names = {'relu', 'relu_', 'relu6', 'leaky_relu', 'elu', 'selu', 'ce
 
 def _first(node): return next(iter([*node.args, *node.kwargs.values()]), None)
 
+# %% ../../nbs/core/09_batchnorms.ipynb #63ac51e3
 def _source(node, modules):
     "The layer whose output reaches `node` through nothing but operations on each channel, or None"
     while isinstance(node, fx.Node):
@@ -43,10 +45,12 @@ def _source(node, modules):
         elif getattr(node.target, '__name__', node.target) not in _channelwise_names: return
         node = _first(node)
 
+# %% ../../nbs/core/09_batchnorms.ipynb #788cc44a
 def n_outputs(m:nn.Module):
     "Output channels of the layer `m`"
     return m.out_channels if hasattr(m, 'out_channels') else m.weight.shape[out_in_axes(m)[0]]
 
+# %% ../../nbs/core/09_batchnorms.ipynb #ab2c0d55
 def batchnorms_after(
     model:nn.Module,
 ):

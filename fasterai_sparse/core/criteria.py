@@ -28,66 +28,82 @@ def random_criteria(p, generator=None, **kwargs):
     "Random scores"
     return torch.rand(p.shape, generator=generator).to(p.device)
 
+# %% ../../nbs/core/05_criteria.ipynb #c69aa4b5
 def large_final(p, **kwargs):
     "Magnitude: `|w|`"
     return p.abs()
 
+# %% ../../nbs/core/05_criteria.ipynb #640279cc
 def squared_final(p, **kwargs):
     "`w²`"
     return p.square()
 
+# %% ../../nbs/core/05_criteria.ipynb #302fb37a
 def small_final(p, **kwargs):
     "Keep the smallest: `-|w|`"
     return -p.abs()
 
+# %% ../../nbs/core/05_criteria.ipynb #70a490ef
 def large_init(p, init, **kwargs):
     "Magnitude at the start: `|w₀|`"
     return init.abs()
 
+# %% ../../nbs/core/05_criteria.ipynb #36cd91ba
 def small_init(p, init, **kwargs):
     "Keep what was smallest at the start: `-|w₀|`"
     return -init.abs()
 
+# %% ../../nbs/core/05_criteria.ipynb #7080d60f
 def large_init_large_final(p, init, **kwargs):
     "Large at the start and now: `min(|w|, |w₀|)`"
     return torch.minimum(p.abs(), init.abs())
 
+# %% ../../nbs/core/05_criteria.ipynb #a208324e
 def small_init_small_final(p, init, **kwargs):
     "Small at the start and now: `-max(|w|, |w₀|)`"
     return -torch.maximum(p.abs(), init.abs())
 
+# %% ../../nbs/core/05_criteria.ipynb #563f72a4
 def magnitude_increase(p, init, **kwargs):
     "Growth since the start: `|w| - |w₀|`"
     return p.abs() - init.abs()
 
+# %% ../../nbs/core/05_criteria.ipynb #c21c54d7
 def movement(p, init, **kwargs):
     "Distance from the start: `|w - w₀|`"
     return (p-init).abs()
 
+# %% ../../nbs/core/05_criteria.ipynb #a3719ce4
 def movmag(p, init, **kwargs):
     "Movement times magnitude: `|w(w - w₀)|`"
     return (p*(p-init)).abs()
 
+# %% ../../nbs/core/05_criteria.ipynb #2d0ddd7e
 def updating_magnitude_increase(p, prev, **kwargs):
     "Growth since the last update: `|w| - |wₚ|`"
     return p.abs() - prev.abs()
 
+# %% ../../nbs/core/05_criteria.ipynb #9b05df18
 def updating_movement(p, prev, **kwargs):
     "Distance since the last update: `|w - wₚ|`"
     return (p-prev).abs()
 
+# %% ../../nbs/core/05_criteria.ipynb #f75e05a9
 def updating_movmag(p, prev, **kwargs):
     "Movement since the last update times magnitude: `|w(w - wₚ)|`"
     return (p*(p-prev)).abs()
 
+# %% ../../nbs/core/05_criteria.ipynb #1052f911
 def wanda(p, data, **kwargs):
     "Magnitude times the l2 norm of the input it meets: `|w|·‖x‖₂` (Sun et al. 2023, eq. 1)"
     return p.abs()*data
 
+# %% ../../nbs/core/05_criteria.ipynb #c72d6c90
 def grad_crit(p, grad, **kwargs):
     "First-order Taylor importance: `(w·∂L/∂w)²` (Molchanov et al. 2019, eq. 8)"
     return (p*grad).square()
 
+# %% ../../nbs/core/05_criteria.ipynb #86c12f17
 magnitude = large_final
 
 # %% ../../nbs/core/05_criteria.ipynb #d40a8f18
@@ -102,8 +118,10 @@ class Reducer:
     @staticmethod
     def l2(scores, dim): return torch.linalg.vector_norm(scores, dim=dim, keepdim=True)
 
+# %% ../../nbs/core/05_criteria.ipynb #081e1e84
 def _over(a, b): return torch.where(b==0, 0, a/b)
 
+# %% ../../nbs/core/05_criteria.ipynb #d3ac686a
 class Normalizer:
     "How the scores of a layer are made comparable with another's; where the scale is 0, so are the scores"
     @staticmethod
@@ -122,6 +140,7 @@ STATE = ('init', 'prev', 'grad', 'opt', 'data', 'generator')
 
 def _name(f): return getattr(f, '__name__', None) or getattr(getattr(f, 'func', f), '__name__', repr(f))
 
+# %% ../../nbs/core/05_criteria.ipynb #288c9d45
 def needed_state(f):
     "Names among `STATE` that the score function `f` asks for; raises `ValueError` for anything else it can't do without"
     try: params = list(inspect.signature(f).parameters.values())[1:]
@@ -130,10 +149,12 @@ def needed_state(f):
     if unknown: raise ValueError(f"The criterion {_name(f)!r} asks for {unknown}; a score function may ask for {list(STATE)}")
     return frozenset(q.name for q in params if q.name in STATE and q.kind != q.VAR_POSITIONAL)
 
+# %% ../../nbs/core/05_criteria.ipynb #11f0ca7b
 _elementwise = (large_final, squared_final, small_final)   # look at one weight at a time, and at nothing else
 
 def _wide(t): return t.detach().float() if t.dtype in (torch.float16, torch.bfloat16) else t.detach()
 
+# %% ../../nbs/core/05_criteria.ipynb #8d1ad8a7
 @dataclass(frozen=True)
 class Criteria:
     "A score function with the `reducer` over a group and the `normalizer` over a layer"
@@ -175,6 +196,7 @@ class Criteria:
         if scores.shape != p.shape: raise ValueError(f"The criterion must return one score per weight, {tuple(p.shape)}, not {tuple(scores.shape)}")
         return scores
 
+# %% ../../nbs/core/05_criteria.ipynb #ec19e4d8
 def as_criteria(f):
     "`f` as a `Criteria`: a plain score function is one"
     return f if isinstance(f, Criteria) else Criteria(f)
@@ -192,6 +214,7 @@ def _conv_norm(m, x):
     per_channel, = torch.autograd.grad(total, ones)
     return per_channel.view(m.groups, c//m.groups, *m.kernel_size).repeat_interleave(m.out_channels//m.groups, 0)
 
+# %% ../../nbs/core/05_criteria.ipynb #72c87479
 def squared_input(
     m:nn.Module, # The layer
     x, # Its input
@@ -215,21 +238,25 @@ def evaluating(model:nn.Module, handles):
         for h in handles: h.remove()
         for m,t in modes.items(): m.training = t
 
+# %% ../../nbs/core/05_criteria.ipynb #0e51f72f
 def _to(b, device):
     if isinstance(b, dict): return {k: _to(v, device) for k,v in b.items()}
     return [_to(x, device) for x in b] if isinstance(b, (tuple,list)) else b.to(device)
 
+# %% ../../nbs/core/05_criteria.ipynb #89f929dd
 def call_with(model, batch):
     "Call `model` with a batch: a tensor, a tuple or list of arguments, or a dict of them by name"
     if isinstance(batch, dict): return model(**batch)
     return model(*batch) if isinstance(batch, (tuple,list)) else model(batch)
 
+# %% ../../nbs/core/05_criteria.ipynb #49e99896
 def inputs_of(
     data, # A batch: a tensor, a dict of arguments, or a tuple whose last item is the target; or batches, in a list or `DataLoader`
 ):
     "Yield what each batch gives to a model"
     for b in [data] if isinstance(data, (torch.Tensor, tuple, dict)) else data: yield (b[:-1] or b) if isinstance(b, (tuple,list)) else b   # without the target
 
+# %% ../../nbs/core/05_criteria.ipynb #e577b7b5
 def input_norms(
     model:nn.Module,
     data, # A batch: a tensor, a dict of arguments, or a tuple whose last item is the target; or batches, in a list or `DataLoader`

@@ -29,12 +29,14 @@ def _conv_dims(axes):
     dims = {n: tuple(sorted(axes.index(a)+1 for a in _conv_groups[n] if a in axes)) for n in names}
     return {n: d[0] if len(d)==1 else d or 0 for n,d in dims.items()}
 
+# %% ../../nbs/core/03_granularity.ipynb #a774c3be
 _linear_dims = dict(weight=0, column=1, row=2, layer=(1,2))
 _transposed_linear_dims = dict(weight=0, column=2, row=1, layer=(1,2))
 
 # %% ../../nbs/core/03_granularity.ipynb #a038eceb
 def _is_dims(d): return all(isinstance(i, int) and i >= 0 for i in (d if isinstance(d, (tuple,list)) else (d,)))
 
+# %% ../../nbs/core/03_granularity.ipynb #610f4266
 class Granularities:
     "The granularities that each layer type has"
     _dims = {nn.Conv1d: _conv_dims('oiw'), nn.Conv2d: _conv_dims('oihw'), nn.Conv3d: _conv_dims('oidhw'),
@@ -83,6 +85,7 @@ def is_weight_dropout(m:nn.Module):
     "Whether `m` is fastai's `WeightDropout`, which makes weights of the layer inside anew in each pass"
     return f'{type(m).__module__}.{type(m).__qualname__}' == 'fastai.text.models.awdlstm.WeightDropout'
 
+# %% ../../nbs/core/03_granularity.ipynb #d77f51cc
 def weight_names(m:nn.Module):
     "Names of the weights of the layer `m` that a mask can be put on"
     if is_weight_dropout(m): return [f'{n}_raw' for n in m.layer_names]
@@ -91,6 +94,7 @@ def weight_names(m:nn.Module):
     if isinstance(m, nn.MultiheadAttention): return ['in_proj_weight'] if m._qkv_same_embed_dim else ['q_proj_weight', 'k_proj_weight', 'v_proj_weight']
     return ['weight']
 
+# %% ../../nbs/core/03_granularity.ipynb #c741a693
 def out_in_axes(m:nn.Module):
     "Dimensions of `m`'s weight that hold its outputs and its inputs"
     swapped = isinstance(m, _ConvTransposeNd) or Granularities.allowed_granularities(m) is _transposed_linear_dims
@@ -156,6 +160,7 @@ def _ranked(s, n):
     "Bool tensor of the `n` highest along the first dimension of `s`, ties to the lowest index"
     return s.argsort(dim=0, descending=True, stable=True).argsort(dim=0) < n
 
+# %% ../../nbs/core/03_granularity.ipynb #289113d4
 def _split(s, n):
     "The `n`-th highest along the first dimension of `s`, and the sum of all lower ones: `n` rounds of bubble sort"
     s = list(s)
@@ -163,6 +168,7 @@ def _split(s, n):
         for j in range(last): s[j], s[j+1] = torch.minimum(s[j], s[j+1]), torch.maximum(s[j], s[j+1])
     return s[len(s)-n], sum(s[:len(s)-n])
 
+# %% ../../nbs/core/03_granularity.ipynb #4b7222de
 def _best_of(s, n):
     "`_ranked`, and the sum of what is not among them; only groups with ties need their ranks"
     if len(s) > 16:
@@ -174,8 +180,10 @@ def _best_of(s, n):
     if len(tied): best.flatten(1)[:,tied] = _ranked(s.flatten(1)[:,tied], n)
     return best, lost
 
+# %% ../../nbs/core/03_granularity.ipynb #ad21f1df
 def _count(planes): return sum(p.to(torch.int16) for p in planes)
 
+# %% ../../nbs/core/03_granularity.ipynb #7120be69
 @dataclass(frozen=True)
 class NM:
     "Keep `n` of every `m` consecutive weights along the inputs"
@@ -236,12 +244,14 @@ def group_weights(
     if torch.is_tensor(w) and not is_lazy(w) and any(d >= w.dim() for d in spans.dims): raise ValueError(f"The granularity {granularity!r} of {type(m).__name__} spans {dims}, and its weight has {w.dim()} dimensions")
     return spans
 
+# %% ../../nbs/core/03_granularity.ipynb #5efd24aa
 def drops_outputs(m:nn.Module, g):
     "Whether a dropped group of `g` is a whole output of `m`, so that its bias and BatchNorm fall with it"
     if not isinstance(g, Spanning) or not g.dims: return False
     if isinstance(m, _ConvNd): return g == group_weights(m, 'filter')
     return (isinstance(m, nn.Linear) or out_in_axes(m) == (1,0)) and g == group_weights(m, 'row')
 
+# %% ../../nbs/core/03_granularity.ipynb #a531a3e7
 def dropped_outputs(m:nn.Module, mask):
     "The mask of groups `mask` as one of all the outputs of `m`"
     return mask.flatten().repeat(m.groups if isinstance(m, _ConvTransposeNd) else 1)

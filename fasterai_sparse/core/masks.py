@@ -24,6 +24,7 @@ def as_ratio(s):
     "`s` as the exact decimal it was written as, so that 0.29 of 100 is 29"
     return s if isinstance(s, Fraction) else Fraction(str(float(s)))
 
+# %% ../../nbs/core/00_masks.ipynb #62607456
 def n_zeros(
     s, # Sparsity, a fraction from 0 to 1
     n, # Number of weights (or of groups)
@@ -51,17 +52,20 @@ def _kth_numpy(a, k, live=None):
     between = a[np.flatnonzero(over ^ reach)]
     return np.partition(between, between.size-k+n_over)[between.size-k+n_over]
 
+# %% ../../nbs/core/00_masks.ipynb #5e589fd6
 def _bracket(sample, share):
     "Two values between which the largest `share` of what was sampled should end"
     sample = np.sort(sample)
     at, slack = int((1-share)*len(sample)), int(2*len(sample)**.5) + 1   # 4 standard deviations of a binomial
     return sample[at-slack] if at >= slack else -np.inf, sample[at+slack] if at+slack < len(sample) else np.inf
 
+# %% ../../nbs/core/00_masks.ipynb #525305de
 def _kth_topk(flat, k):
     "The `k`-th largest value of `flat` by `topk` from the nearer end, the fastest exact selection on a GPU"
     if k*2 < len(flat): return flat.topk(k, sorted=False).values.min()
     return flat.topk(len(flat)-k+1, largest=False, sorted=False).values.max()
 
+# %% ../../nbs/core/00_masks.ipynb #cff499a3
 def kth_largest(
     t, # Scores, any shape, no NaN
     k, # From 1, the largest, to the number that compete
@@ -79,18 +83,22 @@ def has_nan(t):
     "Whether the tensor `t` holds NaN; where its sum is a number, it can't"
     return bool(t.sum().isnan()) and bool(t.isnan().any())
 
+# %% ../../nbs/core/00_masks.ipynb #d41fadf6
 def n_true(mask):
     "How many of the bool tensor `mask` are True"
     return int(np.count_nonzero(mask.numpy())) if mask.is_cpu else int(mask.count_nonzero())
 
+# %% ../../nbs/core/00_masks.ipynb #e45fd99b
 def true_places(mask):
     "Flat indices of what is True in the bool tensor `mask`"
     return torch.from_numpy(np.flatnonzero(mask.numpy())) if mask.is_cpu else mask.flatten().nonzero()[:,0]
 
+# %% ../../nbs/core/00_masks.ipynb #4439b014
 def values_at(t, mask):
     "What `t` holds where the bool tensor `mask` is True, one after the other"
     return t.reshape(-1)[true_places(mask)]
 
+# %% ../../nbs/core/00_masks.ipynb #82d5fe1c
 def sunk(
     t, # Scores, without NaN
     live, # Bool tensor like `t`
@@ -101,6 +109,7 @@ def sunk(
         return t.sub((~live).view(torch.uint8), alpha=big)
     return torch.where(live, t, -math.inf)
 
+# %% ../../nbs/core/00_masks.ipynb #7dc7a757
 def top_k_mask(
     t, # One score per weight or group, any shape; `inf` is kept first, `-inf` last
     n_keep, # How many survive
@@ -123,6 +132,7 @@ def top_k_mask(
     if generator is not None: return _draw_ties(flat, thr, n_keep, live, generator).view(t.shape)
     return (_cut_ties if t.is_cpu else _cut_ties_on_device)(flat, thr, n_keep, live).view(t.shape)
 
+# %% ../../nbs/core/00_masks.ipynb #dfa6d31b
 def _candidates(t, k, n, live):
     "Flat indices of a few among which the `k` largest of `n` are, or None where that would not be quicker than to go through all"
     if not t.is_cpu or len(t) < 1<<16 or 8*k > n or t.dtype not in (torch.float32, torch.float64): return
@@ -133,12 +143,14 @@ def _candidates(t, k, n, live):
     at = torch.from_numpy(np.flatnonzero(over))
     return at if k <= len(at) < n else None
 
+# %% ../../nbs/core/00_masks.ipynb #245f8ee8
 def _cut_ties_on_device(t, thr, n_keep, live=None):
     "`_cut_ties` without waiting for the device"
     above, ties = t > thr, t == thr
     if live is not None: above, ties = above & live, ties & live
     return above | (ties & (ties.cumsum(0, dtype=torch.int32) <= n_keep-above.sum()))
 
+# %% ../../nbs/core/00_masks.ipynb #82be646b
 def _cut_ties(t, thr, n_keep, live=None):
     "`t >= thr` among `live`, cut to `n_keep`: past the last tie that has a place, only what is above `thr` stays"
     mask = t >= thr
@@ -150,6 +162,7 @@ def _cut_ties(t, thr, n_keep, live=None):
         mask[first:] &= t[first:] > thr
     return mask
 
+# %% ../../nbs/core/00_masks.ipynb #85114aac
 def _draw_ties(t, thr, n_keep, live, generator):
     "`t >= thr` among `live`, of which as many as are too many go, drawn among those that equal `thr`"
     mask = t >= thr
@@ -159,6 +172,7 @@ def _draw_ties(t, thr, n_keep, live, generator):
         mask[ties[torch.randperm(len(ties), generator=generator)[:spare].to(t.device)]] = False
     return mask
 
+# %% ../../nbs/core/00_masks.ipynb #fb61f031
 def _nth_true(a, n):
     "Index of the `n`-th True of the bool array `a`, by bisection over counts"
     start = 0
@@ -200,6 +214,7 @@ def get_mask(m, name='weight'):
     "The mask of `m`'s parameter `name`, or None"
     return m._buffers.get(f'{name}_mask')
 
+# %% ../../nbs/core/00_masks.ipynb #feb3982c
 def masked_params(model):
     "Yield (module, parameter name, parameter, mask) for every mask in `model`"
     for m in model.modules():
@@ -215,16 +230,19 @@ def times_mask(t, mask, out=None):
     for a,b,o in zip(*(a.view(-1).split(2**21) for a in (t, mask, out))): torch.mul(a, b, out=o)
     return out
 
+# %% ../../nbs/core/00_masks.ipynb #be8c9d2e
 def zero_masked(p, mask):
     "Zero in place what `mask` drops from `p`"
     times_mask(p.detach(), mask, out=p.detach())
 
+# %% ../../nbs/core/00_masks.ipynb #420d045c
 def dead_rows(mask):
     "Indices of the rows of `mask` that are all False, where every other row is all True and rows are long; else None"
     if mask.dim() < 2 or mask.numel() < 64*len(mask) or mask.numel() == 0: return
     rows = mask.bool().flatten(1)
     if torch.equal(rows[:,0], rows[:,-1]) and bool((rows == rows[:,:1]).all()): return (~rows[:,0]).nonzero()[:,0]
 
+# %% ../../nbs/core/00_masks.ipynb #f84584ce
 def apply_masks(
     module:nn.Module,
     *args, # Ignored, so that this serves as a forward pre-hook
@@ -242,12 +260,14 @@ def _live_zeros(p, mask):
     zero = p.detach().numpy() == 0
     return torch.from_numpy(np.flatnonzero(zero & mask.numpy()) if zero.any() else np.empty(0, dtype=np.int64))
 
+# %% ../../nbs/core/00_masks.ipynb #dd985e0a
 def _lift_live_zeros(p, mask):
     "Write live weights that are exactly zero as the smallest number that survives a checkpoint"
     if not len(at := _live_zeros(p, mask)): return
     tiny = torch.tensor(max(1e-20, torch.finfo(p.dtype).tiny), dtype=p.dtype, device=p.device)
     p.put_(at, torch.copysign(tiny, p.take(at)))
 
+# %% ../../nbs/core/00_masks.ipynb #40a18466
 @torch.no_grad()
 def write_masked(
     p, # A parameter, or a copy of one
@@ -260,9 +280,11 @@ def write_masked(
     elif p.sum().isfinite(): zero_masked(p, mask)
     else: p.masked_fill_(~mask, 0)   # inf times 0 would be NaN
 
+# %% ../../nbs/core/00_masks.ipynb #1c6c2de0
 def _follow_loads(m):
     if _masks_follow not in m._load_state_dict_post_hooks.values(): m.register_load_state_dict_post_hook(_masks_follow)
 
+# %% ../../nbs/core/00_masks.ipynb #60b082b4
 @torch.no_grad()
 def set_mask(
     m:nn.Module,
@@ -287,12 +309,14 @@ def _along(kept, axis, n):
     alive = kept.movedim(axis, 0).flatten(1).any(1) if kept.dim() > 1 else kept
     return alive.repeat(n//len(alive)) if len(alive) and n % len(alive) == 0 else None
 
+# %% ../../nbs/core/00_masks.ipynb #000ebb74
 def _bias_follows(bias, mask, old, new):
     "The new mask of a `bias` whose weight's mask was `old` and is `new`"
     along = {a: was for a in range(old.dim()) if (was := _along(old, a, len(bias))) is not None}
     options = [_along(new, a, len(bias)) | (bias != 0) for a,was in along.items() if torch.equal(was, mask)]
     return min(options, key=n_true, default=bias != 0)   # an open mask fits every axis; what was loaded tells which
 
+# %% ../../nbs/core/00_masks.ipynb #04ee4c8c
 def note_sparsity(
     m:nn.Module,
     name='weight', # Name of a parameter with a mask
@@ -300,6 +324,7 @@ def note_sparsity(
     "Have the buffer `{name}_sparsity` of `m`, where there is one, say what share the mask drops"
     if (s := m._buffers.get(f'{name}_sparsity')) is not None: s.fill_(1 - n_true(get_mask(m, name).bool())/get_mask(m, name).numel())
 
+# %% ../../nbs/core/00_masks.ipynb #d138d8cd
 @torch.no_grad()
 def _masks_follow(m, incompatible_keys):
     "Masks follow freshly loaded weights: what is non-zero is kept (a persistent mask was loaded itself)"
@@ -317,18 +342,22 @@ def mask_sparsity(model):
     n = sum(mask.numel() for *_,mask in masked_params(model))
     return 1 - sum(n_true(mask.bool()) for *_,mask in masked_params(model))/n if n else 0.
 
+# %% ../../nbs/core/00_masks.ipynb #6ecf539f
 def _is_watched(m): return _after_load in m._load_state_dict_post_hooks.values()
 
+# %% ../../nbs/core/00_masks.ipynb #c942ac7d
 def _before_load(m, *args):
     if '_sparsity_before_load' in m.__dict__: return   # a module around it reports
     for part in m.modules():
         if _is_watched(part): part._sparsity_before_load = None
     m._sparsity_before_load = mask_sparsity(m)
 
+# %% ../../nbs/core/00_masks.ipynb #4a016ec6
 def _after_load(m, incompatible_keys):
     was, now = m.__dict__.pop('_sparsity_before_load'), mask_sparsity(m)
     if was is not None and abs(was-now) > 5e-4: warnings.warn(f"The loaded weights are {now:.2%} sparse where the model was {was:.2%}; its masks follow them")
 
+# %% ../../nbs/core/00_masks.ipynb #c7673556
 def watch_loads(model:nn.Module):
     "Warn when `model.load_state_dict` changes how sparse the masked weights are"
     if _is_watched(model): return
@@ -342,11 +371,13 @@ def _unhook(hooks):
     "Take our hooks out of a dict of them; what was taken"
     return {k: hooks.pop(k) for k in [k for k,h in hooks.items() if getattr(h, 'hook', h) in _hooks]}
 
+# %% ../../nbs/core/00_masks.ipynb #d7908a4f
 def _mask_buffers(model):
     "(module, buffer name, buffer, whether it is saved) of each mask and each `{name}_sparsity` beside one"
     return [(m, b, m._buffers[b], b not in m._non_persistent_buffers_set) for m,n,*_ in masked_params(model)
             for b in (f'{n}_mask', f'{n}_sparsity') if m._buffers.get(b) is not None]
 
+# %% ../../nbs/core/00_masks.ipynb #185d4f09
 def remove_masks(model:nn.Module):
     "Apply the masks of `model` a last time, then drop them with their hooks; returns `model`"
     with torch.no_grad():
@@ -356,6 +387,7 @@ def remove_masks(model:nn.Module):
         for hooks in (m._load_state_dict_post_hooks, m._load_state_dict_pre_hooks, m._forward_pre_hooks): _unhook(hooks)
     return model
 
+# %% ../../nbs/core/00_masks.ipynb #2e2ab9db
 @contextmanager
 def masks_off(model:nn.Module):
     "A plain model inside the block, without masks and hooks; after it they are back"

@@ -19,6 +19,7 @@ from .masks import get_mask, n_true, unmaskable
 # %% ../../nbs/core/10_report.ipynb #96b3794e
 def _matches(m, layer_type): return Granularities.has(m) if layer_type is None else isinstance(m, layer_type)
 
+# %% ../../nbs/core/10_report.ipynb #b1018d5f
 def maskable_weights(
     model:nn.Module,
     layer_type=None, # A module class or a tuple of them; None for all that have granularities
@@ -45,15 +46,18 @@ def _positions(m, x, out):
     if isinstance(m, (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)) or is_weight_dropout(m): return x.numel()//x.shape[-1]
     return out.numel()//n_outputs(m)
 
+# %% ../../nbs/core/10_report.ipynb #b061837c
 def _weight(m, p):
     "The parameter `p` of `m`, or `m` itself where its weight is computed anew in each pass"
     return m if m._parameters.get(p) is None else m._parameters[p]
 
+# %% ../../nbs/core/10_report.ipynb #128b83ea
 def _weights_used(m):
     "The weights that a call of `m` uses; attention does not call its output projection but reads it"
     own = [_weight(m, p) for p in weight_names(m)]
     return own + [_weight(m.out_proj, 'weight')] if isinstance(m, nn.MultiheadAttention) else own
 
+# %% ../../nbs/core/10_report.ipynb #ff8c6182
 def weight_uses(
     model:nn.Module,
     example_input, # A batch (tensor, or tuple or dict of the arguments of `forward`)
@@ -75,10 +79,12 @@ def packed_bytes(n, n_nonzero, itemsize):
     "Bytes of `n` weights stored as a bitmask and the values that are not zero, or dense where that is smaller"
     return min(n*itemsize, -(-n//8) + n_nonzero*itemsize)
 
+# %% ../../nbs/core/10_report.ipynb #81e7cbda
 def _mask_note(mask, nonzero):
     if mask is None: return 'no mask'
     return 'weights under the mask are not zero: train with KeepMasks, or call apply_masks' if (nonzero & ~mask.bool()).any() else ''
 
+# %% ../../nbs/core/10_report.ipynb #a9d7d0c0
 def _row(name, m, pname, uses, notes):
     w = getattr(m, pname, None)
     known = torch.is_tensor(w) and not is_lazy(w) and not w.is_meta and w.layout == torch.strided
@@ -90,6 +96,7 @@ def _row(name, m, pname, uses, notes):
     if uses is not None: row.update({k: 2*count*uses.get(id(_weight(m, pname)), 0) for k,count in (('flops', n), ('sparse_flops', nnz))})
     return dict(row, note=note)
 
+# %% ../../nbs/core/10_report.ipynb #97345af7
 def sparsity_report(
     model:nn.Module,
     example_input=None, # A batch: adds FLOPs, dense and of the non-zero weights
@@ -117,6 +124,7 @@ def _statistics(df, row):
     for n in df.columns.intersection(['threshold', 'probability']):
         yield f'{n}: ' + (f'{df[n][0]:.6g}' if df[n].nunique() == 1 else ', '.join(f'{l} {v:.6g}' for l,v in zip(df.layer, df[n])))
 
+# %% ../../nbs/core/10_report.ipynb #da30b61e
 def format_report(
     df, # From `sparsity_report`
 ):

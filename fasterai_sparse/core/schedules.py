@@ -58,22 +58,27 @@ def sched_one_shot(start, end, pos):
     "`end` at once"
     return end
 
+# %% ../../nbs/core/07_schedules.ipynb #bb3faf17
 def sched_iterative(start, end, pos, n_steps=3):
     "`n_steps` equal steps"
     return start + (end-start)*math.ceil(pos*n_steps - 1e-9)/n_steps
 
+# %% ../../nbs/core/07_schedules.ipynb #2d8f184f
 def sched_agp(start, end, pos):
     "Fast at first, slow at the end (Zhu & Gupta 2017, eq. 1)"
     return end + (start-end)*(1-pos)**3
 
+# %% ../../nbs/core/07_schedules.ipynb #300b778d
 def sched_onecycle(start, end, pos, a=14, b=6):
     "Logistic: slow, fast, slow (Hubens et al. 2021, One-Cycle Pruning)"
     return start + (end-start)*((1+math.exp(b-a)) / (1+math.exp(b-a*pos)) if pos > 0 else 0)
 
+# %% ../../nbs/core/07_schedules.ipynb #5362e413
 def sched_dsd(start, end, pos):
     "Dense-sparse-dense: up along a cosine until halfway, and down again (Han et al. 2017)"
     return sched_cos(start, end, 2*pos) if pos < .5 else sched_cos(end, start, 2*pos-1)
 
+# %% ../../nbs/core/07_schedules.ipynb #62f2a4f5
 one_shot = Schedule(sched_one_shot, start_pct=.5)
 iterative = Schedule(sched_iterative, start_pct=.2)
 agp = Schedule(sched_agp, start_pct=.2)
@@ -85,9 +90,11 @@ dsd = Schedule(sched_dsd)
 # %% ../../nbs/core/07_schedules.ipynb #27721130
 def _at_position(f, start, end, pos): return start + (end-start)*f(pos)
 
+# %% ../../nbs/core/07_schedules.ipynb #f98ac254
 def _n_required(f): return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
                                for p in inspect.signature(f).parameters.values())
 
+# %% ../../nbs/core/07_schedules.ipynb #5e863c69
 def _whole(s):
     "`s`, whatever it is, as a `Schedule`"
     if isinstance(s, Schedule): return s
@@ -96,6 +103,7 @@ def _whole(s):
     if n not in (1, 3): raise ValueError(f"No schedule: {s!r}. Use agp, one_cycle, … , SchedCos(0,1), f(pos) or f(start, end, pos)")
     return Schedule(partial(_at_position, s) if n==1 else s)
 
+# %% ../../nbs/core/07_schedules.ipynb #b87c5000
 def as_schedule(s):
     "`s` as a `Schedule`; raises `ValueError` where it is none, or leaves the range from 0 to 1"
     sched = _whole(s)

@@ -44,6 +44,7 @@ def check_whole(name, n):
     "Raise `ValueError` unless the argument `name` is None or a positive whole number"
     if n is not None and (isinstance(n, bool) or not isinstance(n, Integral) or n < 1): raise ValueError(f"{name} must be a positive whole number, not {n!r}")
 
+# %% ../../nbs/core/11_sparsifier.ipynb #0dd0902f
 def _pattern(granularity, nm):
     "The granularity that `granularity` and `nm` stand for together"
     if nm is False: return granularity
@@ -51,6 +52,7 @@ def _pattern(granularity, nm):
     if granularity != 'weight': raise ValueError(f"nm={nm!r} selects single weights: use granularity='weight', not {granularity!r}")
     return NM() if nm is True else NM(*nm)
 
+# %% ../../nbs/core/11_sparsifier.ipynb #4d87c1fd
 def rounded_keep(
     fraction, # Sparsity
     n, # Groups in the layer
@@ -137,22 +139,26 @@ def generator(self:Sparsifier, name):
     "A random generator keyed by seed, layer name and number of calls: the same in every run and on every rank"
     return torch.Generator().manual_seed(zlib.crc32(f'{self.seed}/{name}/{self.n_calls}'.encode()))
 
+# %% ../../nbs/core/11_sparsifier.ipynb #e2cd174a
 @patch
 def _grad(self:Sparsifier, name):
     g = self.param(name).grad
     if g is None: raise ValueError(f"The criterion {self.criteria.name!r} needs gradients, and {name} has none: run a backward pass first")
     return g.to_dense() if g.is_sparse else g
 
+# %% ../../nbs/core/11_sparsifier.ipynb #d0dbed9c
 @patch
 def _opt_state(self:Sparsifier, name):
     if self.opt is None: raise ValueError(f"The criterion {self.criteria.name!r} needs the optimizer's state: use it while training")
     return self.opt(self.param(name))
 
+# %% ../../nbs/core/11_sparsifier.ipynb #62d8730a
 @patch
 def _norms(self:Sparsifier, names):
     "Input norms of the layers, where the criterion asks for them"
     return self.share(input_norms(self.model, self.data, {n: self.layers[n][0] for n in names})) if 'data' in self.criteria.needs else {}
 
+# %% ../../nbs/core/11_sparsifier.ipynb #b9266aac
 @patch
 def scores(self:Sparsifier, name, norms):
     "One score per group of the layer called `name`"
@@ -175,6 +181,7 @@ def live(self:Sparsifier, name):
         self._lives[name] = mask, mask._version, live
     return live
 
+# %% ../../nbs/core/11_sparsifier.ipynb #5311ddd1
 @patch
 def revival(self:Sparsifier, name):
     "Scores by which dropped groups come back: the gradient, or chance where there is none"
@@ -182,6 +189,7 @@ def revival(self:Sparsifier, name):
     if g is None or not g.count_nonzero(): g = torch.rand(self.param(name).shape, generator=self.generator(f'{name}/revive')).to(self.param(name).device)
     return self.groups[name].reduce(g.abs().float(), self.criteria.reducer)
 
+# %% ../../nbs/core/11_sparsifier.ipynb #06c91b05
 @patch
 def new_mask(self:Sparsifier,
     name, # The layer's name
@@ -201,6 +209,7 @@ def _expanded(self:Sparsifier, name, mask, old):
     if (mask & ~live).any(): return g.expand(mask, p.shape) & (old.bool() | ~g.expand(live, p.shape))
     return g.drop(old.bool(), live & ~mask)
 
+# %% ../../nbs/core/11_sparsifier.ipynb #655e2ab5
 @patch
 def _changes(self:Sparsifier, name, mask):
     "Yield (module, parameter name, full mask) for the layer's weight and all that falls with its outputs"
@@ -213,8 +222,10 @@ def _changes(self:Sparsifier, name, mask):
     if m.bias is not None: yield m, 'bias', channels
     for bn in self.batchnorms.get(m, []): yield from _batchnorm_changes(bn, channels)
 
+# %% ../../nbs/core/11_sparsifier.ipynb #6d2b16d0
 def _batchnorm_changes(bn, channels): return [(bn, p, channels) for p in ('weight', 'bias') if getattr(bn, p, None) is not None]
 
+# %% ../../nbs/core/11_sparsifier.ipynb #4fbb4c79
 @patch
 @torch.no_grad()
 def _set(self:Sparsifier, changes, on_change=None):
@@ -231,6 +242,7 @@ def _set(self:Sparsifier, changes, on_change=None):
         set_mask(m, mask, p)
     if self._history is not None: self._history.append((saved, self.n_calls, {n: t.clone() for n,t in self.prev.items()}, []))
 
+# %% ../../nbs/core/11_sparsifier.ipynb #f5327d71
 @patch
 def sparsify_batchnorm(self:Sparsifier,
     m:nn.Module, # The layer before
@@ -243,6 +255,7 @@ def sparsify_batchnorm(self:Sparsifier,
     self.batchnorms.setdefault(m, []).append(bn)
     self.unknown.discard(m)
 
+# %% ../../nbs/core/11_sparsifier.ipynb #80de55c2
 @patch
 @torch.no_grad()
 def undo(self:Sparsifier):
@@ -268,11 +281,13 @@ def _name_of(self:Sparsifier, key):
     what = type(key).__name__ if isinstance(key, nn.Module) else repr(key)
     raise ValueError(f"No layer {what} to sparsify; use one of {list(self.layers)}")
 
+# %% ../../nbs/core/11_sparsifier.ipynb #5dce5ab9
 @patch
 def check_refused(self:Sparsifier):
     "Raise `ValueError` where a layer of `layer_type` can't carry a mask"
     if self.refused: raise ValueError('; '.join(f"Layer {n!r} {why}" for n,why in self.refused.items()) + '; or name the other layers in a dict')
 
+# %% ../../nbs/core/11_sparsifier.ipynb #e10ac7cd
 @patch
 def targets(self:Sparsifier,
     sparsity, # Percent, or a dict of layer names (or modules) to percent
@@ -287,6 +302,7 @@ def targets(self:Sparsifier,
     if len(dict(pairs)) < len(pairs): raise ValueError(f"The dict of sparsities names a weight twice: {[n for n,_ in pairs]}")
     return dict(pairs)
 
+# %% ../../nbs/core/11_sparsifier.ipynb #6595d36a
 @patch
 def check(self:Sparsifier, target, round_to=None):
     "Raise `ValueError` where `target` and `round_to`, as for `apply`, can't be met"
@@ -297,6 +313,7 @@ def check(self:Sparsifier, target, round_to=None):
     if most > self.granularity.max_sparsity:
         raise ValueError(f"{self.granularity} makes a layer {self.granularity.max_sparsity:.2%} sparse at most, not {float(most):.2%}")
 
+# %% ../../nbs/core/11_sparsifier.ipynb #91b85c86
 @patch
 def _ranking(self:Sparsifier, scores, n_zero, allocation):
     "What an allocation sees of the scores: the dropped come last while sparsity rises, the live are beyond rank when it falls"
@@ -307,6 +324,7 @@ def _ranking(self:Sparsifier, scores, n_zero, allocation):
     pick = lambda n,s: s if n not in lives else sunk(s, lives[n]) if rises else torch.where(lives[n], math.inf, self.revival(n))
     return dict(scores=[pick(n, s) for n,s in scores.items()])
 
+# %% ../../nbs/core/11_sparsifier.ipynb #7ded575d
 @patch
 def _plan(self:Sparsifier, names, allocation, fraction, round_to, norms):
     "Yield (name, scores, groups to keep) for each layer"
@@ -355,6 +373,7 @@ def choose(self:Sparsifier,
     jobs = [([n], uniform_sparsity, f) for n,f in target.items()] if isinstance(target, dict) else [(list(per_layer), self.allocation, target)]
     return [(n, self.new_mask(n, s, k)) for job in jobs for n,s,k in self._plan(*job, round_to, norms)]
 
+# %% ../../nbs/core/11_sparsifier.ipynb #b8098def
 @patch
 @torch.no_grad()
 def apply(self:Sparsifier,
@@ -374,6 +393,7 @@ def apply(self:Sparsifier,
         if self.prev: self.prev[n].copy_(self.param(n))
     self.n_calls += 1
 
+# %% ../../nbs/core/11_sparsifier.ipynb #afb91f56
 @patch
 def sparsify_model(self:Sparsifier,
     sparsity, # Percent, or a dict of layer names (or modules) to percent: layers not in it are left alone
@@ -387,11 +407,13 @@ def sparsify_model(self:Sparsifier,
     if stats: self._history[-1][-1].extend(stats)
     if recalibrate: adapt_batchnorm(self.model, [self.data] if isinstance(self.data, (torch.Tensor, tuple, dict)) else self.data)
 
+# %% ../../nbs/core/11_sparsifier.ipynb #fd33cfde
 @patch
 def _statistics(self:Sparsifier):
     names = 'running_mean', 'running_var', 'num_batches_tracked'
     return [t for m in self.model.modules() if isinstance(m, _BatchNorm) for n in names if (t := m._buffers.get(n)) is not None]
 
+# %% ../../nbs/core/11_sparsifier.ipynb #384c8af3
 @patch
 def sparsify_layer(self:Sparsifier,
     m:nn.Module, # The layer, or its name
@@ -413,6 +435,7 @@ def report(self:Sparsifier,
         elif m in self.unknown and get_mask(m, p) is not None: notes[n] = 'the model could not be traced: a BatchNorm after it, if any, is not masked'
     return sparsity_report(self.model, example_input, self.layer_type, notes)
 
+# %% ../../nbs/core/11_sparsifier.ipynb #10d6adfb
 @contextmanager
 def replacing(
     path, # File to write
@@ -428,6 +451,7 @@ def replacing(
         tmp.replace(path)
     finally: tmp.unlink(missing_ok=True)
 
+# %% ../../nbs/core/11_sparsifier.ipynb #e210308c
 @patch
 def print_sparsity(self:Sparsifier,
     example_input=None, # A batch: adds FLOPs
@@ -435,6 +459,7 @@ def print_sparsity(self:Sparsifier,
     "Print the report"
     print(format_report(self.report(example_input)))
 
+# %% ../../nbs/core/11_sparsifier.ipynb #ff788321
 @patch
 def save_model(self:Sparsifier,
     path, # File to write
@@ -461,11 +486,13 @@ def masks_from_zeros(
     watch_loads(unwrapped(model))
     return model
 
+# %% ../../nbs/core/11_sparsifier.ipynb #1ed0da02
 def _mask_live(m, live, *names):
     "Make `live` the mask of the parameters `names` of `m`, unless it is all or nothing"
     if 0 < n_true(live) < live.numel():
         for n in names: set_mask(m, live, n)
 
+# %% ../../nbs/core/11_sparsifier.ipynb #5fe8ac52
 def _outputs_left(m):
     "Which outputs of `m` have any weight or a bias that is not zero"
     out = m.weight.movedim(out_in_axes(m)[0], 0).flatten(1).any(1)

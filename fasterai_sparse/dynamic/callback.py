@@ -45,8 +45,10 @@ class _Steps(MaskUpdates):
     def after_step(self):
         if self.active() and self.cb.due: self.cb._update()
 
+# %% ../../nbs/dynamic/02_callback.ipynb #9d129e4d
 def _is_number(v): return isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v)
 
+# %% ../../nbs/dynamic/02_callback.ipynb #2ce3c736
 class DynamicSparseTrainingCallback(MaskUpdates):
     "Let masks follow what the network learns: drop the weakest weights and grow others, at a fixed number of live weights"
     order = Recorder.order + 1   # its column comes right behind the recorder's; the updates have an order of their own
@@ -119,11 +121,13 @@ def _open_masks(self:DynamicSparseTrainingCallback):
         yield partial(_take_back, m, p, (w.detach() == 0).nonzero(as_tuple=True))
         set_mask(m, True, p)
 
+# %% ../../nbs/dynamic/02_callback.ipynb #78cd382d
 @torch.no_grad()
 def _take_back(m, p, zeros):
     if get_mask(m, p) is not None: delattr(m, f'{p}_mask')
     m._parameters[p][zeros] = 0
 
+# %% ../../nbs/dynamic/02_callback.ipynb #873b8c33
 @patch
 def _checked_sparsifier(self:DynamicSparseTrainingCallback):
     "The `DropGrow` of this fit; where there can be none, the model is left as it was"
@@ -139,6 +143,7 @@ def _checked_sparsifier(self:DynamicSparseTrainingCallback):
         for take_back in undo: take_back()
         raise
 
+# %% ../../nbs/dynamic/02_callback.ipynb #4e3a359d
 @patch
 def _check_modules(self:DynamicSparseTrainingCallback):
     "Raise `ValueError` where a layer of `sparse_modules` has no mask, or is none of the model's"
@@ -147,6 +152,7 @@ def _check_modules(self:DynamicSparseTrainingCallback):
         if m not in inside: raise ValueError(f"sparse_modules must be layers of the learner's model, not another {type(m).__name__}")
         if self.sparsity is None and not sparse_params(m): raise ValueError(f"A {type(m).__name__} of sparse_modules has no mask: call sparsify_model(model, 0.9) first")
 
+# %% ../../nbs/dynamic/02_callback.ipynb #61318c9f
 @patch
 def _set_up(self:DynamicSparseTrainingCallback):
     self._check_modules()
@@ -170,6 +176,7 @@ def _opt_state(self:DynamicSparseTrainingCallback, p):
     "What the optimizer keeps of `p`, and the average of its gradient"
     return {**state_of(self.opt, p), 'grad_avg': self.averages[id(p)]} if id(p) in self.averages else {}
 
+# %% ../../nbs/dynamic/02_callback.ipynb #57fae1d4
 @patch
 @torch.no_grad()
 def _track(self:DynamicSparseTrainingCallback):
@@ -179,11 +186,13 @@ def _track(self:DynamicSparseTrainingCallback):
         if id(p) in self.averages: self.averages[id(p)].lerp_(p.grad, .1)
         else: self.averages[id(p)] = .1*p.grad
 
+# %% ../../nbs/dynamic/02_callback.ipynb #4dda8b0f
 @patch
 def _every(self:DynamicSparseTrainingCallback):
     "Batches from one update to the next"
     return self.batches_per_update or max(round(ifnone(self.epochs_per_update, 1)*self.n_iter), 1)
 
+# %% ../../nbs/dynamic/02_callback.ipynb #60199cd8
 @patch
 def _begin(self:DynamicSparseTrainingCallback, n):
     "Note where the fit starts, at the batch `n`, and warn where no update comes in it"
@@ -193,11 +202,13 @@ def _begin(self:DynamicSparseTrainingCallback, n):
     if due >= self.stop_pct*total and self.sparsity is None:
         warnings.warn(f"The masks will not change: the next update would come after {due:.0f} batches, and stop_pct={self.stop_pct:g} of this fit is {self.stop_pct*total:.0f}")
 
+# %% ../../nbs/dynamic/02_callback.ipynb #c904313f
 @patch
 def _n_done(self:DynamicSparseTrainingCallback):
     "Batches by which updates are counted: with this one, but where they come by epochs, without: the end of an epoch shows what was trained, and its update comes after"
     return self.n_batches() - (self.batches_per_update is None)
 
+# %% ../../nbs/dynamic/02_callback.ipynb #2537edf7
 @patch
 def _is_due(self:DynamicSparseTrainingCallback):
     "Whether an update comes with this step"
@@ -206,11 +217,13 @@ def _is_due(self:DynamicSparseTrainingCallback):
     if self.seen < self.stop_pct*total: return self.seen >= self.start_pct*total and self.seen//self._every() > self.before//self._every()
     return self._lacks_last()
 
+# %% ../../nbs/dynamic/02_callback.ipynb #dbd36c20
 @patch
 def _lacks_last(self:DynamicSparseTrainingCallback):
     "Whether the update that reaches the sparsity asked for is still to come"
     return self.sparsity is not None and not self.is_last
 
+# %% ../../nbs/dynamic/02_callback.ipynb #4c3eab32
 @patch
 def _see_gradients(self:DynamicSparseTrainingCallback):
     "Take what an update needs of the gradients, if one is due and they are finite; whether it is"
@@ -224,18 +237,21 @@ def _see_gradients(self:DynamicSparseTrainingCallback):
     else: self.sparsifier.read()
     return True
 
+# %% ../../nbs/dynamic/02_callback.ipynb #d8fecbb1
 @patch
 def _step_was_cancelled(self:DynamicSparseTrainingCallback):
     "Have an update that did not come wait for the next step"
     if self.due: self.due, self.seen = False, self.before
     self.sparsifier.forget()
 
+# %% ../../nbs/dynamic/02_callback.ipynb #c33e120c
 @patch
 def _in_window(self:DynamicSparseTrainingCallback, n_batches):
     "How much of the time from `start_pct` to `stop_pct` is over after `n_batches`, 0 to 1"
     pos = n_batches/(self.n_epoch*self.n_iter)
     return min(max((pos-self.start_pct) / (self.stop_pct-self.start_pct), 0.), 1.)
 
+# %% ../../nbs/dynamic/02_callback.ipynb #c3edb887
 @patch
 def _target(self:DynamicSparseTrainingCallback, pos):
     "The sparsity of this update, on the way from what the fit found"
@@ -244,6 +260,7 @@ def _target(self:DynamicSparseTrainingCallback, pos):
     start = progress(self._in_window(last)) if last else 0.
     return self.asked if pos == 1 or start >= 1 else as_ratio(self.found + (float(self.asked)-self.found)*(progress(pos)-start)/(1-start))
 
+# %% ../../nbs/dynamic/02_callback.ipynb #76fce2c6
 @patch
 def _update(self:DynamicSparseTrainingCallback):
     s, self.due, pos = self.sparsifier, False, self._in_window(self.seen)
@@ -254,12 +271,14 @@ def _update(self:DynamicSparseTrainingCallback):
     s.forget()
     self._log_update()
 
+# %% ../../nbs/dynamic/02_callback.ipynb #19e40be3
 @patch
 def _finish(self:DynamicSparseTrainingCallback):
     "Take the last update, which drops what is still too many"
     self.seen = self.sparsifier.n_calls = self.n_epoch*self.n_iter
     if all(self.sparsifier.param(n).sum().isfinite() for n in self.sparsifier.layers): self._update()
 
+# %% ../../nbs/dynamic/02_callback.ipynb #54bced09
 @patch
 def _start_anew(self:DynamicSparseTrainingCallback, p, changed):
     "What is dropped or grown is zero, and the optimizer knows nothing of it"
@@ -268,6 +287,7 @@ def _start_anew(self:DynamicSparseTrainingCallback, p, changed):
     self.n_changed += n_true(changed)
     self.explored[id(p)] |= changed
 
+# %% ../../nbs/dynamic/02_callback.ipynb #6f555b89
 @patch
 def _check_reached(self:DynamicSparseTrainingCallback):
     "Warn where the fit ended before the sparsity that was asked for"
@@ -280,14 +300,17 @@ def _masks(self:DynamicSparseTrainingCallback):
     "`id` of a weight -> its mask, of all layers that change"
     return {id(self.sparsifier.param(n)): get_mask(m, p).bool() for n,(m,p) in self.sparsifier.layers.items()}
 
+# %% ../../nbs/dynamic/02_callback.ipynb #84cb5151
 @patch
 def _n_kept(self:DynamicSparseTrainingCallback):
     "Layer name -> weights that its mask keeps"
     return {n: n_true(mask) for n,mask in zip(self.sparsifier.layers, self._masks().values())}
 
+# %% ../../nbs/dynamic/02_callback.ipynb #80170ca5
 @patch
 def _n_live(self:DynamicSparseTrainingCallback): return sum(int(m._parameters[p].count_nonzero()) for m,p in self.sparsifier.matched.values())
 
+# %% ../../nbs/dynamic/02_callback.ipynb #b5e005d3
 @patch
 def _start_log(self:DynamicSparseTrainingCallback):
     self.rows, self.layer_rows = [], []
@@ -297,16 +320,19 @@ def _start_log(self:DynamicSparseTrainingCallback):
     self.n_start = self.n_kept
     self.found = 1 - self.n_start/max(self.n_weights, 1)
 
+# %% ../../nbs/dynamic/02_callback.ipynb #d12db177
 @patch
 def _log_layers(self:DynamicSparseTrainingCallback, epoch, kept):
     self.n_kept = sum(kept.values())
     self.layer_rows.append({'epoch': epoch, **{n: 100*(1-k/self.sparsifier.param(n).numel()) for n,k in kept.items()}})
 
+# %% ../../nbs/dynamic/02_callback.ipynb #be12053a
 def _n_dead(m, mask):
     "How many outputs of the layer `m` have no live weight (numpy is a hundred times faster here than torch on a CPU)"
     outs = mask.movedim(out_in_axes(m)[0] if Granularities.has(m) else 0, 0).flatten(1)
     return len(outs) - (int(np.count_nonzero(outs.numpy().any(1))) if outs.is_cpu else n_true(outs.any(1)))
 
+# %% ../../nbs/dynamic/02_callback.ipynb #57183cc5
 @patch
 def _log_update(self:DynamicSparseTrainingCallback):
     if not self.rows: self.layer_rows = [{**self.layer_rows[0], 'epoch': self.first/self.n_iter}]
@@ -318,6 +344,7 @@ def _log_update(self:DynamicSparseTrainingCallback):
         explored=sum(map(n_true, self.explored.values()))/self.n_weights, overlap=common/max(self.n_start, 1),
         dead=sum(_n_dead(m, get_mask(m, p).bool()) for m,p in self.sparsifier.layers.values())))
 
+# %% ../../nbs/dynamic/02_callback.ipynb #dad0af69
 @patch(as_prop=True)
 def log(self:DynamicSparseTrainingCallback):
     """The updates of the last fit, a `DataFrame`: the epoch (with what is done of it), the share to drop, the weights `dropped` and `grown` (those that were dropped and
@@ -326,11 +353,13 @@ def log(self:DynamicSparseTrainingCallback):
     columns = 'epoch drop_share dropped grown changed live explored overlap dead'.split()
     return pd.DataFrame(list(self.rows), columns=columns)
 
+# %% ../../nbs/dynamic/02_callback.ipynb #9cf598c5
 @patch(as_prop=True)
 def layer_sparsities(self:DynamicSparseTrainingCallback):
     "The sparsity (%) of each layer at the start of the last fit and after each update, a `DataFrame` by epoch"
     return pd.DataFrame(list(self.layer_rows) or {'epoch': []}).set_index('epoch')
 
+# %% ../../nbs/dynamic/02_callback.ipynb #067351ae
 @patch
 def plot(self:DynamicSparseTrainingCallback,
     axs=None, # Two axes

@@ -29,20 +29,24 @@ def _grad_of(p, grad):
     if grad is None and p.grad is None: raise ValueError("There are no gradients: run a backward pass first")
     return p.grad if grad is None else grad
 
+# %% ../../nbs/dynamic/01_drop_grow.ipynb #67738506
 def gradient_magnitude(p, grad=None, **kwargs):
     "`|∂L/∂w|` of all weights, also those that are zero; of `p.grad` where none is given (RigL, Evci et al. 2020)"
     return _grad_of(p, grad).abs()
 
+# %% ../../nbs/dynamic/01_drop_grow.ipynb #5975a78a
 def _momentum(p, opt):
     state = opt if isinstance(opt, dict) else state_of(opt, p)
     for k in ('grad_avg', 'exp_avg', 'momentum_buffer'):
         if torch.is_tensor(state.get(k)): return state[k]
     raise ValueError(f"The optimizer keeps no average of the gradient (it has {sorted(state)}): train with momentum")
 
+# %% ../../nbs/dynamic/01_drop_grow.ipynb #dc175d35
 def gradient_momentum(p, opt, **kwargs):
     "Magnitude of the gradient's running average, from the state of the optimizer `opt` or a dict of it (SNFS, Dettmers & Zettlemoyer 2019)"
     return _momentum(p, opt).abs()
 
+# %% ../../nbs/dynamic/01_drop_grow.ipynb #a843f8c9
 def magnitude_and_gradient(p, grad=None, lam=.01, **kwargs):
     "`|w| + λ|∂L/∂w|`: a weight that is still on its way counts for more (MEST, Yuan et al. 2021, eq. 1)"
     return p.abs() + lam*_grad_of(p, grad).abs()
@@ -73,6 +77,7 @@ def mean_momentum(p, live, opt, **kwargs):
     avg = values_at(_momentum(p, opt), live)
     return float(avg.abs().mean()) if len(avg) else 0.
 
+# %% ../../nbs/dynamic/01_drop_grow.ipynb #d49a01cc
 def shared_out(
     total, # How many to share out; not above the sum of `caps`
     weights, # In which proportion, one number from 0 for each
@@ -104,6 +109,7 @@ def check_drop_grow(keep, grow, granularity, redistribute=None):
     asks = [q.name for q in list(inspect.signature(redistribute).parameters.values())[1:] if q.default is q.empty and q.kind not in (q.VAR_KEYWORD, q.VAR_POSITIONAL)]
     if no := set(asks) - {'live', 'grad', 'opt'}: raise ValueError(f"There is no {sorted(no)} to share out by: redistribute may ask for live, grad and opt")
 
+# %% ../../nbs/dynamic/01_drop_grow.ipynb #bbcaeb58
 class DropGrow(Sparsifier):
     "Drop the weakest live weights of the masked layers of `model`, grow as many elsewhere"
     drop = 0. # Share of the live weights to drop
@@ -152,14 +158,17 @@ def _is_reached(self:DropGrow, name):
     "Whether there is what an update asks for: no gradient has come to a layer that the loss does not depend on"
     return ('grad' not in self.needs or self.param(name).grad is not None) and ('opt' not in self.needs or bool(self._opt_state(name)))
 
+# %% ../../nbs/dynamic/01_drop_grow.ipynb #dd4aa6ff
 @patch
 def forget(self:DropGrow):
     "Forget what `read` took"
     self.grown, self.grads = {}, {}   # name -> scores by which to grow; name -> gradients
 
+# %% ../../nbs/dynamic/01_drop_grow.ipynb #8fc221a2
 @patch
 def _grad(self:DropGrow, name): return self.grads[name] if name in self.grads else super(DropGrow, self)._grad(name)
 
+# %% ../../nbs/dynamic/01_drop_grow.ipynb #b6757a4e
 @patch
 def _grow_scores(self:DropGrow, name):
     "What could grow in the layer called `name`, best first; None where chance decides"
@@ -167,6 +176,7 @@ def _grow_scores(self:DropGrow, name):
     get = dict(grad=self._grad, opt=self._opt_state, generator=lambda n: self.generator(f'{n}/scores'))
     return self.grow(self.param(name), self.groups[name], **{k: get[k](name) for k in self.grow.needs})
 
+# %% ../../nbs/dynamic/01_drop_grow.ipynb #5e0e05b9
 @patch
 @torch.no_grad()
 def read(self:DropGrow):
@@ -174,16 +184,19 @@ def read(self:DropGrow):
     if self.keeps_grads: self.grads = {n: self._grad(n).clone() for n in self.layers if self._is_reached(n)}
     self.grown = {n: _own(self._grow_scores(n), self.param(n).grad, self.opt and self._opt_state(n)) for n in self.layers if self._is_reached(n)}
 
+# %% ../../nbs/dynamic/01_drop_grow.ipynb #3484dc72
 def _own(scores, grad, state):
     "`scores`, or a copy where they are the gradient or a part of the optimizer's state themselves"
     others = {t.untyped_storage().data_ptr() for t in (grad, *(state or {}).values()) if torch.is_tensor(t)}
     return scores.clone() if scores is not None and scores.untyped_storage().data_ptr() in others else scores
 
+# %% ../../nbs/dynamic/01_drop_grow.ipynb #ae3fa239
 @patch
 def _n_left(self:DropGrow, n):
     "How many of `n` live groups are left when the weakest are dropped, at least one"
     return max(n-n_zeros(self.drop, n), min(n, 1))
 
+# %% ../../nbs/dynamic/01_drop_grow.ipynb #a98d1837
 @patch
 def _weight_of(self:DropGrow, name):
     "What the layer called `name` counts when growth is shared out"
@@ -192,6 +205,7 @@ def _weight_of(self:DropGrow, name):
     if not 0 <= weight < math.inf: raise ValueError(f"redistribute gives {name} {weight}: what a layer counts is a number from 0")
     return weight
 
+# %% ../../nbs/dynamic/01_drop_grow.ipynb #a2fb069f
 @patch
 def _plan(self:DropGrow, names, allocation, fraction, round_to, norms):
     if not 0 <= self.drop <= 1: raise ValueError(f"drop is a share of the live weights from 0 to 1, not {self.drop}")
@@ -200,24 +214,28 @@ def _plan(self:DropGrow, names, allocation, fraction, round_to, norms):
     plan = self._weakened(super(DropGrow, self)._plan(names, allocation, fraction, round_to, norms)) if names else []
     return plan if self.redistribute is None else self._redistributed(list(plan))
 
+# %% ../../nbs/dynamic/01_drop_grow.ipynb #8d38a1f4
 @patch
 def _weakened(self:DropGrow, plan):
     for n,s,n_keep in plan:
         self.left[n] = self._n_left(min(n_keep, n_true(self.live(n))))
         yield n, s, n_keep
 
+# %% ../../nbs/dynamic/01_drop_grow.ipynb #34df66d3
 @patch
 def _redistributed(self:DropGrow, plan):
     places, left = [self.live(n).numel()-k for n,k in self.left.items()], sum(self.left.values())
     shares = shared_out(sum(k for *_,k in plan)-left, [self._weight_of(n) for n in self.left], places)
     return [(n, s, self.left[n]+g) for (n,s,_),g in zip(plan, shares)]
 
+# %% ../../nbs/dynamic/01_drop_grow.ipynb #f93d2dd9
 @patch
 def scores(self:DropGrow, name, norms):
     "Keep scores, or None where those of the live weights will do"
     alone = self.criteria.is_elementwise and self.groups[name] == Spanning() and not wants(self.allocation, 'scores')
     return None if alone else super(DropGrow, self).scores(name, norms)
 
+# %% ../../nbs/dynamic/01_drop_grow.ipynb #bc7c23e6
 @patch
 def _strongest(self:DropGrow, name, n):
     "Mask of the best `n` of the live weights, by scores of these alone"
@@ -225,6 +243,7 @@ def _strongest(self:DropGrow, name, n):
     kept.view(-1)[at[~top_k_mask(self.criteria(self.param(name).detach().reshape(-1)[at]), n)]] = False
     return kept
 
+# %% ../../nbs/dynamic/01_drop_grow.ipynb #ea5c7a2f
 @patch
 def new_mask(self:DropGrow, name, scores, n_keep):
     "The best `left` of the live groups, and as many others as are missing from `n_keep` by their grow score"

@@ -34,6 +34,7 @@ def sparse_mask(
     gen = None if seed is None else torch.Generator().manual_seed(seed)
     return top_k_mask(torch.rand(n, generator=gen), n-n_zeros(sparsity, n)).view(sizes)
 
+# %% ../../nbs/dynamic/00_random_masks.ipynb #08669dcb
 def sparse_mask_like(
     param, # A tensor
     sparsity, # Fraction that is False
@@ -42,6 +43,7 @@ def sparse_mask_like(
     "`sparse_mask` of the shape of `param`, on its device"
     return sparse_mask(param.shape, sparsity, seed).to(param.device)
 
+# %% ../../nbs/dynamic/00_random_masks.ipynb #4fa9530e
 def check_fraction(sparsity):
     "Raise unless `sparsity` is a fraction from 0 to 1: `ValueError`, saying what to write for a percentage, or `TypeError` where it is no number"
     if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float, Fraction, np.number)) and not (torch.is_tensor(sparsity) and sparsity.numel() == 1):
@@ -55,6 +57,7 @@ def maybe_float(num):
     "`num`, a number or a tensor of one, as a float; None stays None"
     return None if num is None else float(num)
 
+# %% ../../nbs/dynamic/00_random_masks.ipynb #c555ec76
 def sparse_params(
     module:nn.Module, # A layer, or a whole model
 ):
@@ -69,6 +72,7 @@ def is_sparseable_module(
     "Whether `m` is a layer whose weights can be sparse from the start: all that have granularities, but for embeddings"
     return isinstance(m, tuple(additional_types)) or Granularities.has(m) and not isinstance(m, (nn.Embedding, nn.EmbeddingBag))
 
+# %% ../../nbs/dynamic/00_random_masks.ipynb #27972908
 def sparseable_modules(
     model:nn.Module,
     additional_types=[], # Module classes that count too
@@ -79,14 +83,17 @@ def sparseable_modules(
 # %% ../../nbs/dynamic/00_random_masks.ipynb #b14e544d
 def _is_compiled(model): return hasattr(model, '_orig_mod') or any(m._compiled_call_impl is not None for m in model.modules())
 
+# %% ../../nbs/dynamic/00_random_masks.ipynb #8092c364
 def _masked_layers(model): return dict.fromkeys(m for m,*_ in masked_params(model))
 
+# %% ../../nbs/dynamic/00_random_masks.ipynb #780dbe49
 def _enforced(modules):
     "fastai's `Hooks`, which apply the masks of `modules` before each of their calls"
     hooks = Hooks([], noop)
     for m in modules: hooks.hooks.append(m.register_forward_pre_hook(apply_masks))
     return hooks
 
+# %% ../../nbs/dynamic/00_random_masks.ipynb #13b863d5
 @torch.no_grad()
 def sparsify_model(
     model, # A model, or a learner
@@ -114,6 +121,7 @@ def sparsify_model(
     for n,(m,p) in s.layers.items(): _note_or_drop(m, p, had[n] is not None)
     return _enforced(_masked_layers(s.model) if enforce_mask else [])
 
+# %% ../../nbs/dynamic/00_random_masks.ipynb #cd19e5ed
 def _note_or_drop(m, p, had_mask):
     "Register what the mask of `m`'s parameter `p` drops; a mask that is new and drops nothing goes"
     mask = get_mask(m, p)

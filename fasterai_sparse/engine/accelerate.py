@@ -36,30 +36,36 @@ def _race(*fs, seconds=.5):
                 best[i] = min(best[i], 1000*(time.perf_counter()-begin))
     return best
 
+# %% ../../nbs/engine/06_accelerate.ipynb #4f67f1bd
 def _row(name, m, kind=None, note=''):
     return dict(layer=name, kind=kind or type(m).__name__, sparsity=_sparsity(m.weight.detach()), dense_ms=float('nan'), sparse_ms=float('nan'), form='torch', note=note)
 
+# %% ../../nbs/engine/06_accelerate.ipynb #b6e4d8fd
 def _form(choice):
     "A form in words"
     size, parts, tile, _ = choice
     if size == 24: return '2 of 4'
     return f'{size} row{"s" if size > 1 else ""}' + f', {parts} parts'*(parts > 1) + f', {tile} vector{"s" if tile > 1 else ""}'*(tile > 0)
 
+# %% ../../nbs/engine/06_accelerate.ipynb #860f20d7
 def _seen(plan, x):
     "Layer -> what the plan found out about it"
     seconds = plan.timed(x)
     return {l.name: (l, dict(sparse_ms=1000*seconds[i], form=_form(plan.ops[i].choice), note=_why(l))) for i,l in plan.weighted.items() if l.name is not None}
 
+# %% ../../nbs/engine/06_accelerate.ipynb #42f981be
 def _why(l):
     if l.groups > 1 and l.groups == l.module.in_channels: return f'groups={l.groups}: depthwise, dense'
     return f'{l.sparsity:.0f} % sparse: little to skip' if l.sparsity < 50 else ''
 
+# %% ../../nbs/engine/06_accelerate.ipynb #d9863058
 def _dense_ms(l):
     "Milliseconds that torch takes for `l`"
     n, c, h, w = l.dims
     x = torch.randn(n*h*w, c) if isinstance(l.module, nn.Linear) else torch.randn(n, c, w) if isinstance(l.module, nn.Conv1d) else torch.randn(n, c, h, w)
     return _race(lambda: l.module(x), seconds=.01)[0]
 
+# %% ../../nbs/engine/06_accelerate.ipynb #3f853c22
 def _rows(model, plan, x):
     "A row for each layer of a model with a plan"
     seen = _seen(plan, x)
@@ -77,6 +83,7 @@ def _record(model, call):
     finally: [h.remove() for h in hooks]
     return got
 
+# %% ../../nbs/engine/06_accelerate.ipynb #649f32ae
 def _layer_by_layer(model, call, threads, cache, why):
     "(fast, rows): the model with the layers replaced that are quicker so"
     rows, fast, made = [], deepcopy(model), {}
@@ -139,9 +146,11 @@ def accelerate(
     quicker = sparse_ms < dense_ms
     return told(fast if quicker else model, rows, dense_ms=dense_ms, sparse_ms=sparse_ms, **attrs, **{} if quicker else dict(note=f'the model is quicker as it is: {dense_ms:.2f} ms, and {sparse_ms:.2f} in the engine'))
 
+# %% ../../nbs/engine/06_accelerate.ipynb #bef995bc
 def _call(model, args, kwargs):
     with torch.no_grad(): return model(*args, **kwargs)
 
+# %% ../../nbs/engine/06_accelerate.ipynb #1b09752b
 def _whole(fasts, args, kwargs, start):
     "The quickest of `fasts`, which run as one plan, and rows and attributes of it"
     if kwargs: raise ValueError('arguments with names')
@@ -154,6 +163,7 @@ def _whole(fasts, args, kwargs, start):
     plan = fast.plan(*x)
     return fast, list(_rows(fast.model, plan, x)), dict(threads=fast.threads, tuning_s=tuning_s, weights_mb=plan.weights.taken/1e6, activations_mb=plan.activations.taken/1e6)
 
+# %% ../../nbs/engine/06_accelerate.ipynb #d3c93e73
 @patch
 def accelerate(self:Learner, example_input=None, threads=None, cache=True):
     "A learner whose `predict` and `get_preds` use the accelerated model, and the report of `accelerate`"

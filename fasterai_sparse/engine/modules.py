@@ -31,6 +31,7 @@ class Inference(nn.Module):
     def refuse_gradients(self, inputs):
         if torch.is_grad_enabled() and any(t.requires_grad for t in inputs): raise RuntimeError('An accelerated model has no gradients: train the model that it was made from')
 
+# %% ../../nbs/engine/04_modules.ipynb #f00eeaa0
 def _joined(outs):
     "The outputs of parts of a batch as those of the batch"
     if torch.is_tensor(outs[0]): return torch.cat(outs)
@@ -39,11 +40,13 @@ def _joined(outs):
     if isinstance(outs[0], (tuple,list)): return type(outs[0])(map(_joined, zip(*outs)))
     if outs[0] is not None: raise TypeError(f'{type(outs[0]).__name__} of parts of a batch say nothing of the batch')
 
+# %% ../../nbs/engine/04_modules.ipynb #fe5df293
 def _same(a, b, eps=1e-4):
     "Whether two outputs are the same, to `eps` of the largest value"
     a, b = ([t for t in tensors_in([o])] for o in (a, b))
     return len(a) == len(b) and all(x.shape == y.shape and bool(((x-y).abs() <= eps*x.abs().max()).all() if x.numel() and x.is_floating_point() else (x == y).all()) for x,y in zip(a, b))
 
+# %% ../../nbs/engine/04_modules.ipynb #6760b2b0
 _numbers, _live = itertools.count(), weakref.WeakValueDictionary()   # so that an operation of torch can name a module
 
 class Accelerated(Inference):
@@ -122,6 +125,7 @@ class Accelerated(Inference):
         super().__setstate__(state)
         self._forget()
 
+# %% ../../nbs/engine/04_modules.ipynb #3d0b3196
 def _container(out):
     "None for a tensor, the type of a plain tuple or list of tensors, object for anything else"
     return None if torch.is_tensor(out) else type(out) if type(out) in (tuple,list) and all(map(torch.is_tensor, out)) else object
@@ -129,6 +133,7 @@ def _container(out):
 # %% ../../nbs/engine/04_modules.ipynb #45d00289
 from fastcore.basics import patch
 
+# %% ../../nbs/engine/04_modules.ipynb #00aa7172
 @torch.library.custom_op('fasterai_sparse::accelerated', mutates_args=())
 def _accelerated(x: list[torch.Tensor], number: int) -> list[torch.Tensor]:
     outs, memory = [], {t.untyped_storage().data_ptr() for t in x}
@@ -137,12 +142,16 @@ def _accelerated(x: list[torch.Tensor], number: int) -> list[torch.Tensor]:
         memory.add(t.untyped_storage().data_ptr())
     return outs
 
+# %% ../../nbs/engine/04_modules.ipynb #7407a70a
 @_accelerated.register_fake
 def _(x, number):
     n, _, outs = _live[number].known_for(x)
     return [x[0].new_empty((x[0].shape[0], *size[1:]) if size[:1] == (n,) else size, dtype=dtype) for size,dtype in outs]
 
+# %% ../../nbs/engine/04_modules.ipynb #53e703e1
 def _no_gradients(ctx, *grads): raise RuntimeError('An accelerated model has no gradients: train the model that it was made from')
+
+# %% ../../nbs/engine/04_modules.ipynb #df29a0af
 _accelerated.register_autograd(_no_gradients)
 
 @patch
@@ -153,6 +162,7 @@ def known_for(self:Accelerated, x):
         if [(tuple(s), d) for s,d in k] == key: return v
     raise RuntimeError(f'Call the accelerated model with inputs of {[tuple(t.shape) for t in x]} once before it is compiled or exported')
 
+# %% ../../nbs/engine/04_modules.ipynb #90b2ade8
 @patch
 def as_operation(self:Accelerated, x):
     out = torch.ops.fasterai_sparse.accelerated(list(x), self.number)
@@ -173,11 +183,13 @@ class _OneLayer(Accelerated):
         self.refuse_gradients([x])
         with torch.no_grad(): return self.model(x)
 
+# %% ../../nbs/engine/04_modules.ipynb #9ad93461
 class SparseConv2d(_OneLayer):
     "An nn.Conv2d for inference that skips the zeros of its weight"
     def forward(self, input):
         return super().forward(input) if self.ours(input) and input.dim() == 4 else self.as_it_was(input)
 
+# %% ../../nbs/engine/04_modules.ipynb #ba487a09
 class SparseLinear(_OneLayer):
     "An nn.Linear for inference that skips the zeros of its weight. Numbers of tokens are rounded up, so that texts of any length need few plans"
     def forward(self, input):
@@ -188,6 +200,7 @@ class SparseLinear(_OneLayer):
         out = super().forward(F.pad(tokens, (0, 0, 0, more)))[:n] if more else super().forward(tokens)
         return out if input.dim() == 2 else out.view(*input.shape[:-1], out.shape[-1])
 
+# %% ../../nbs/engine/04_modules.ipynb #88193dcb
 class Layerwise(Inference):
     "`model`, of which some layers are `SparseLinear` or `SparseConv2d`"
     def forward(self, *args, **kwargs):

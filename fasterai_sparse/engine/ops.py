@@ -44,6 +44,7 @@ class Grid:
         m[at] = -1
         return m
 
+# %% ../../nbs/engine/00_ops.ipynb #12468375
 class Memory:
     "Zeros, from pieces that grow with what is taken; large ones lie in large pages where the system has such: then fewer addresses have to be looked up"
     def __init__(self): self.left, self.taken, self.held = torch.empty(0, dtype=torch.uint8), 0, 0
@@ -72,6 +73,7 @@ class Memory:
         out[...] = a
         return out
 
+# %% ../../nbs/engine/00_ops.ipynb #67743747
 class Flat:
     "An activation of `channels` × `height` × `width` for each image of `grid`; where that is one position, a vector"
     def __init__(self, channels, height, width, grid, floats, memory=torch.zeros):
@@ -105,14 +107,17 @@ class _COp(ctypes.Structure):
     _fields_ = [(n, ctypes.c_int32) for n in ('kind', 'act', 'rows', 'block', 'tile', 'vectors', 'k_blocks', 'chunks')] + \
                [(n, ctypes.c_void_p) for n in ('starts', 'offsets', 'values', 'bias', 'x', 'y', 'mask', 'residual')] + [('y_stride', ctypes.c_int64), ('r_stride', ctypes.c_int64), ('a', ctypes.c_int64*16)]
 
+# %% ../../nbs/engine/00_ops.ipynb #4693825b
 def _pointer(a): return None if a is None else a.ctypes.data if isinstance(a, np.ndarray) else a.pointer if isinstance(a, Flat) else a.data_ptr()
 
+# %% ../../nbs/engine/00_ops.ipynb #c3bb417d
 def _op(kind, act=None, a=(), **fields):
     op = _COp(kind=kind, act=list(acts).index(act), rows=1, block=1, tile=1, k_blocks=1, chunks=1)
     for n,v in fields.items(): setattr(op, n, v if isinstance(v, int) else _pointer(v))
     op.a[:len(a)] = [int(v) for v in a]
     return op
 
+# %% ../../nbs/engine/00_ops.ipynb #2a5953a1
 _op_size = ctypes.sizeof(_COp)
 def _ints(mask): return torch.from_numpy(mask) != 0
 
@@ -215,6 +220,7 @@ class Parts:
             part = x[:,:,dy::self.stride[0],dx::self.stride[1]][:,:,:self.y.height,:self.y.width]
             self.y.view[:,k::len(self.rests),:part.shape[2],:part.shape[3]] = part
 
+# %% ../../nbs/engine/00_ops.ipynb #d93e1e81
 @dataclass
 class Turned:
     """`y` gets the columns of the matrix `x` as rows.
@@ -254,6 +260,7 @@ class Largest:
         x = F.pad(self.x.view, (left, max(0, after[1]), top, max(0, after[0])))
         self.y.view.copy_(F.max_pool2d(x, self.kernel, self.stride)[:,:,:self.y.height,:self.y.width])
 
+# %% ../../nbs/engine/00_ops.ipynb #1870c790
 @dataclass
 class Means:
     "The mean of each channel, an activation of one position"
@@ -266,6 +273,7 @@ class Means:
 
     def run_torch(self): self.y.view.copy_(self.x.view.mean((2,3), keepdim=True))
 
+# %% ../../nbs/engine/00_ops.ipynb #5234da01
 @dataclass
 class Added:
     "y = act(x + other), or act(x)"
@@ -282,6 +290,7 @@ class Added:
 
     def run_torch(self): self.y.view.copy_(acts[self.act](self.x.view + self.other.view if self.other else self.x.view))
 
+# %% ../../nbs/engine/00_ops.ipynb #a520cdaa
 @dataclass
 class Scaled:
     "y = x times a factor for each image and channel"
@@ -315,6 +324,7 @@ class Norms:
         w, b = torch.from_numpy(self.weight), torch.from_numpy(self.bias)
         self.y.view.copy_(F.layer_norm(self.x.view.permute(0,2,3,1), (self.x.channels,), w, b, self.eps).permute(0,3,1,2))
 
+# %% ../../nbs/engine/00_ops.ipynb #03e4cc63
 @dataclass
 class Attention:
     """softmax(q·k × scale)·v for each head, over the positions of each image.
@@ -348,6 +358,7 @@ def _library():
     if lib.fs_op_size() != _op_size: raise RuntimeError('The compiled library is of another version: install the package again')
     return lib
 
+# %% ../../nbs/engine/00_ops.ipynb #9a7b0c95
 @lru_cache(None)
 def engine_sets():
     "Instruction sets that the engine has kernels for and this processor can run, the best first, with the floats of their vectors; empty where there is no library"
@@ -355,6 +366,7 @@ def engine_sets():
     while lib and (name := lib.fs_engine_set(len(found), ctypes.byref(n))): found[name.decode()] = n.value
     return found
 
+# %% ../../nbs/engine/00_ops.ipynb #d858775e
 class Program:
     "Operations that run one after the other"
     def __init__(self, ops, which=0, threads=None):

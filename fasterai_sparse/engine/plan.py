@@ -28,6 +28,7 @@ def processor():
         import platform
         return platform.processor() or platform.machine()
 
+# %% ../../nbs/engine/03_plan.ipynb #eb9102fb
 class Choices:
     """The form that each layer runs best in, as a JSON file remembers it; without a `path` for as long as the object lives.
     A file that can't be read or written is done without"""
@@ -46,6 +47,7 @@ class Choices:
             with replacing(self.path) as f: f.write(json.dumps(Choices(self.path).found | self.found, indent=0).encode())
         except OSError: pass
 
+# %% ../../nbs/engine/03_plan.ipynb #a369d62a
 def choices_file():
     "Where choices are kept: `engine.json` in `fasterai_sparse` in the user's folder for what can be found again"
     base = os.environ.get('XDG_CACHE_HOME') or (os.environ.get('LOCALAPPDATA') if os.name == 'nt' else None) or Path.home()/'.cache'
@@ -67,6 +69,7 @@ class _Grids:
         if root not in self.grids: self.grids[root] = Grid(images)
         return self.grids[root]
 
+# %% ../../nbs/engine/03_plan.ipynb #32a7aea1
 class Plan:
     "`model` for inputs of the sizes of `x`, in the instruction set number `which`; call it with such inputs, from one thread at a time (others wait)"
     def __init__(self, model, x, which=0, threads=1, choices=None, tune=True):
@@ -138,6 +141,7 @@ def emit(self:Plan):
         else: self.emit_node(l)
         for v in [v for v in self.flats if last.get(v, len(self.graph.items)) <= i]: self.release(self.flats.pop(v))
 
+# %% ../../nbs/engine/03_plan.ipynb #dfe17bad
 @patch
 def run_ops(self:Plan, *ops):
     "Have these run next"
@@ -145,18 +149,22 @@ def run_ops(self:Plan, *ops):
     if self.steps and self.steps[-1][0] == 'ops': self.steps[-1][2] += len(ops)
     else: self.steps.append(['ops', len(self.ops)-len(ops), len(ops)])
 
+# %% ../../nbs/engine/03_plan.ipynb #6b8e6f6c
 @patch
 def before_ops(self:Plan, *step):
     "A step that may as well come before the operations that are to run next: so these go on in one call"
     self.steps.insert(len(self.steps) - bool(self.steps and self.steps[-1][0] == 'ops'), list(step))
 
+# %% ../../nbs/engine/03_plan.ipynb #6aa03e34
 @patch
 def emit_node(self:Plan, n):
     for a in n.all_input_nodes: self.unpack(a)
     self.steps.append(['input' if n.op == 'placeholder' else 'node', n, None])
 
+# %% ../../nbs/engine/03_plan.ipynb #8fc59d35
 def _dense(f): return f.grid.single or (f.height == 1 or f.width == f.grid.width) and (f.grid.images == 1 or f.grid.image == f.height*f.width)   # whether there are no gaps between positions
 
+# %% ../../nbs/engine/03_plan.ipynb #509f98ea
 @patch
 def unpack(self:Plan, n):
     "Have the value of `n` as a tensor"
@@ -168,6 +176,7 @@ def unpack(self:Plan, n):
     self.before_ops('point out', v, len(self.ops))
     self.run_ops(Turned(f, torch.empty(size)))
 
+# %% ../../nbs/engine/03_plan.ipynb #9967c543
 @patch
 def pack(self:Plan, v):
     "The `Flat` of a value, copied where torch has made it"
@@ -178,6 +187,7 @@ def pack(self:Plan, v):
     else: self.point_in(v, Parts(torch.empty(self.graph.dims(v)), f) if v.form == 'first' else Turned(torch.empty(self.graph.size(v)), f))
     return f
 
+# %% ../../nbs/engine/03_plan.ipynb #2c279220
 @patch
 def point_in(self:Plan, v, op):
     "Have `op` read the tensor that torch has made"
@@ -185,6 +195,7 @@ def point_in(self:Plan, v, op):
     self.before_ops(*step) if v.node.op == 'placeholder' else self.steps.append(list(step))
     self.run_ops(op)
 
+# %% ../../nbs/engine/03_plan.ipynb #cda5842a
 @patch
 def emit_layer(self:Plan, l):
     if l.kind == 'conv' and isinstance(l.inputs[0], Packed) and l.inputs[0] not in self.flats and tuple(l.stride) != (1,1): x = None   # taken apart as it is copied
@@ -202,6 +213,7 @@ def emit_layer(self:Plan, l):
         self.run_ops(*(Added(f, y.part(int(a), f.channels), self.mask(y)) for f,a in zip([x, *others], ends)))
     else: self.emit_conv(l, x, y, r)
 
+# %% ../../nbs/engine/03_plan.ipynb #d603a7dd
 @patch
 def emit_conv(self:Plan, l, x, y, r):
     taps, stride = self.taps(l), tuple(l.stride)
@@ -217,6 +229,7 @@ def emit_conv(self:Plan, l, x, y, r):
         x = taken
     self.emit_weights(l, x, y, r, rests)
 
+# %% ../../nbs/engine/03_plan.ipynb #f9382bb7
 @patch
 def emit_weights(self:Plan, l, x, y, r, rests):
     l.terms, l.spots = Terms(l.weight, x, l.groups, l.stride, l.dilation, l.before, rests), (x, y, r)
@@ -237,6 +250,7 @@ def key(self:Plan, l, x, y):
     fill = 0 if t.groups > 1 else round(t.fill(4), 1)
     return f'{_CPU}, {list(engine_sets())[self.which]}, {self.threads}: {t.n_out}×{t.n_in}/{t.groups} {"×".join(map(str, l.weight.shape[2:]))}, {y.vectors} vectors, width {x.grid.width}, {t.density:.2f}, {fill}, {l.act}, {l.residual is not None}'
 
+# %% ../../nbs/engine/03_plan.ipynb #ccc5a695
 @patch
 def formed(self:Plan, l, choice):
     "The operation with the weights of `l` in this form"
@@ -245,12 +259,14 @@ def formed(self:Plan, l, choice):
     op.choice = choice
     return op
 
+# %% ../../nbs/engine/03_plan.ipynb #925d74a3
 @patch
 def sums_of(self:Plan, l, size, parts):
     "starts and terms in a form; the last one is kept, for the next tile"
     if getattr(l, 'made', (None,))[0] != (size, parts): l.made = (size, parts), l.terms.sums(size, parts)
     return l.made[1]
 
+# %% ../../nbs/engine/03_plan.ipynb #6e6f8124
 @patch
 def forms(self:Plan, l):
     "All forms that make sense for `l`"
@@ -281,6 +297,7 @@ def timed(self:Plan, x, seconds=.05):
     while (runs := runs+1) <= 2 or time.perf_counter()-start < seconds: self.run(*x, program=each)
     return best
 
+# %% ../../nbs/engine/03_plan.ipynb #a6f329c2
 @patch
 def tune(self:Plan, x):
     "Try each form of each layer that nothing is known of, and keep the quickest"
@@ -303,11 +320,13 @@ def tune(self:Plan, x):
 def __call__(self:Plan, *inputs):
     with self.lock, torch.no_grad(): return self.run(*inputs)
 
+# %% ../../nbs/engine/03_plan.ipynb #0e7ca1e6
 def _plain(v):
     "`v` with lists and dicts in place of fx's, which can't be changed"
     if isinstance(v, dict): return (dict if type(v) is fx.immutable_collections.immutable_dict else type(v))({k: _plain(x) for k,x in v.items()})
     return list(map(_plain, v)) if isinstance(v, list) else tuple(map(_plain, v)) if type(v) is tuple else v
 
+# %% ../../nbs/engine/03_plan.ipynb #fd8c171a
 @patch
 def run(self:Plan, *inputs, program=None):
     program = program or self.program
@@ -335,6 +354,7 @@ def run(self:Plan, *inputs, program=None):
         elif a.op == 'output': return _plain(fx.node.map_arg(a.args[0], value))
         else: env[a] = self.torch_node(a, value)
 
+# %% ../../nbs/engine/03_plan.ipynb #e82b0ddb
 @patch
 def torch_node(self:Plan, n, value):
     args, kwargs = fx.node.map_arg(n.args, value), fx.node.map_arg(n.kwargs, value)

@@ -45,6 +45,7 @@ def _no_type(dtype):
     if dtype in (torch.float16, torch.bfloat16): return ''
     return f'no 2:4 for {str(dtype).removeprefix("torch.")}: call .half() or .bfloat16() on the model'
 
+# %% ../../nbs/engine/05_semi_structured.ipynb #de10956e
 def _no_shape(shape, dtype, backend):
     "Why a weight of outputs × inputs does not fit, by torch's own table"
     limits = backend._DTYPE_SHAPE_CONSTRAINTS[dtype]
@@ -52,11 +53,13 @@ def _no_shape(shape, dtype, backend):
         if size == 0 or size % of: return f'{n}={size} is no multiple of {of}'
     return ''
 
+# %% ../../nbs/engine/05_semi_structured.ipynb #b78e4e78
 def _no_pattern(w):
     live = NM(2, 4).planes(w != 0).sum(0)
     if broken := n_true(live > 2): return 'its weight is dense' if bool((live == 4).all()) else f'not 2:4: {broken:,d} of {live.numel():,d} groups keep more than 2'
     return '' if bool(w.isfinite().all()) else 'its weight is not finite'
 
+# %% ../../nbs/engine/05_semi_structured.ipynb #07946815
 def why_not_24(
     m:nn.Module, # A layer
     backend=SparseSemiStructuredTensorCUSPARSELT, # One of torch's classes of 2:4 tensors
@@ -81,6 +84,7 @@ def _error(want, got):
     if [t.shape for t in a] != [t.shape for t in b]: return float('inf')
     return torch.stack([(p-q).norm()/p.norm().clamp(min=1e-30) for p,q in zip(a, b)]).max().item() if a else 0.
 
+# %% ../../nbs/engine/05_semi_structured.ipynb #58618b39
 def _unlike(want, got, dtype, ulps):
     "What to say where `got` is further from `want` than `ulps` of `dtype`, or ''"
     error = _error(want, got)
@@ -95,6 +99,7 @@ def _compressed(w, backend):
     if not torch.equal(s.to_dense(), w): raise RuntimeError('the values change when they are compressed')
     return s
 
+# %% ../../nbs/engine/05_semi_structured.ipynb #de045c6f
 def _small_product(backend, device, dtype):
     w = torch.arange(128*128, device=device).view(128, 128).remainder(7).sub(3).to(dtype)
     w.view(-1, 4)[:,::2] = 0
@@ -102,6 +107,7 @@ def _small_product(backend, device, dtype):
     y = F.linear(x, _compressed(w, backend), b)
     if why := _unlike(F.linear(x, w, b), y, dtype, 4): raise RuntimeError(why)
 
+# %% ../../nbs/engine/05_semi_structured.ipynb #de5b2af2
 def probe_24(
     device='cuda',
     dtype=torch.float16,
@@ -134,6 +140,7 @@ def _matmul(x, m):
     with torch.autocast(x.device.type, enabled=False):   # autocast would cast the weight, which can't be
         return F.linear(x.to(m.weight.dtype), m.weight, m.bias).to(torch.get_autocast_dtype(x.device.type))
 
+# %% ../../nbs/engine/05_semi_structured.ipynb #e7246628
 class _Layer24:
     "What layers with a 2:4 weight have in common; `dense_form` is the class, shape and requires_grad to go back to"
     def train(self, mode=True):
@@ -161,10 +168,12 @@ class _Layer24:
         new.__dict__.update(deepcopy(self.__dict__, memo))
         return new
 
+# %% ../../nbs/engine/05_semi_structured.ipynb #32884d1f
 class Linear24(_Layer24, nn.Linear):
     "A Linear layer whose weight is a 2:4 tensor"
     def forward(self, input): return _matmul(input, self)
 
+# %% ../../nbs/engine/05_semi_structured.ipynb #28af0937
 class Conv24(_Layer24, nn.Conv2d):
     "A 1×1 convolution whose weight is a 2:4 tensor of outputs × inputs: a matmul over the positions"
     def forward(self, input): return _matmul(input.movedim(-3, -1), self).movedim(-1, -3)
@@ -174,6 +183,7 @@ def _sharing(m):
     "A copy of `m` that shares its tensors"
     return deepcopy(m, {id(t): t for t in (*m.parameters(), *m.buffers())})
 
+# %% ../../nbs/engine/05_semi_structured.ipynb #743d04ad
 def _hold(m, sparse):
     "The layer `m` with the 2:4 tensor `sparse` for its weight"
     m.dense_form = type(m), m.weight.shape, m.weight.requires_grad
@@ -181,6 +191,7 @@ def _hold(m, sparse):
     m.weight = nn.Parameter(sparse, requires_grad=False)
     return m
 
+# %% ../../nbs/engine/05_semi_structured.ipynb #077bc28d
 def to_dense(
     model:nn.Module, # Of `accelerate_cuda`
 ):
@@ -201,6 +212,7 @@ def _ms(f, n):
     end.synchronize()
     return start.elapsed_time(end)/n
 
+# %% ../../nbs/engine/05_semi_structured.ipynb #50cc37b3
 def cuda_race(
     *fs, # Functions without arguments
     rounds=5,
@@ -264,8 +276,10 @@ class _Trial:
         return dict(layer=name, kind=type(self.dense).__name__, sparsity=_sparsity(self.dense), dense_ms=self.ms('dense'),
                     sparse_ms=self.ms(self.best), form=f'2:4, {self.best}' if self.wins else 'dense', note=self.note)
 
+# %% ../../nbs/engine/05_semi_structured.ipynb #41e4aa50
 def _sparsity(m): return float('nan') if unmaskable(m) else 100*(1-m.weight.count_nonzero().item()/max(m.weight.numel(), 1))
 
+# %% ../../nbs/engine/05_semi_structured.ipynb #98a8a381
 @contextmanager
 def _watched(trials):
     "Inside the block each call of a layer is seen by its trial"
@@ -282,6 +296,7 @@ def _tied(model):
     n = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     return {p for p,k in n.items() if k > 1}
 
+# %% ../../nbs/engine/05_semi_structured.ipynb #c1056709
 def _trials(model, backends, whys, race):
     "Name -> `_Trial` of each layer; `whys` says which backends do not run here"
     trials, tied = {n: _Trial(m, race) for n,m in model.named_modules() if isinstance(m, _kinds)}, _tied(model)
@@ -290,12 +305,14 @@ def _trials(model, backends, whys, race):
         for b in sorted(backends, key=lambda b: bool(whys[b.BACKEND])): t.enter(b, shared or whys[b.BACKEND])
     return trials
 
+# %% ../../nbs/engine/05_semi_structured.ipynb #9ec70c07
 def _unfit(model):
     "Why no layer of `model` can run as 2:4 anywhere, or ''"
     devices, types = ({f(p) for p in model.parameters()} for f in (lambda p: str(p.device), lambda p: p.dtype))
     if len(devices) != 1: return f'its parameters are on {", ".join(sorted(devices)) or "no device"}, not on one GPU'
     return min(map(_no_type, types))   # '' if one is half
 
+# %% ../../nbs/engine/05_semi_structured.ipynb #bb324c56
 def _fast(dense, trials, x, race):
     "(the copy of `dense` with the layers that win, milliseconds of both and a note), checked with the arguments `x`"
     tried = [t for t in trials.values() if t.twins]
@@ -312,6 +329,7 @@ def _fast(dense, trials, x, race):
     slower = '' if sparse_ms < dense_ms else f'the model is quicker as it is: {dense_ms:.2f} ms, and {sparse_ms:.2f} as 2:4'
     return fast, dict(dense_ms=dense_ms, sparse_ms=sparse_ms, note=slower)
 
+# %% ../../nbs/engine/05_semi_structured.ipynb #8fff8a9f
 def accelerate_cuda(
     model:nn.Module, # In half or bfloat16, on one GPU; its weights are taken as they are now
     *example_inputs, # A batch: the arguments of `forward`

@@ -47,9 +47,13 @@ class _Tracer(fx.Tracer):
         x = m.norm1(x + attend(x))
         return m.norm2(x + feed(x))
 
+# %% ../../nbs/engine/02_trace.ipynb #caa22ef7
 def _version(t): return None if t.is_inference() else t._version   # grows with each change in place, through any view
+
+# %% ../../nbs/engine/02_trace.ipynb #3bab01fc
 def _memory(t): return t.untyped_storage().data_ptr() if t.layout is torch.strided else id(t)
 
+# %% ../../nbs/engine/02_trace.ipynb #1943673e
 _depends = DataDependentOutputException, DynamicOutputShapeException
 
 class _Unvalued(FakeTensorProp):
@@ -58,6 +62,7 @@ class _Unvalued(FakeTensorProp):
         try: return super().call_module(target, args, kwargs)
         except _depends as e: raise NotImplementedError(str(e)) from None
 
+# %% ../../nbs/engine/02_trace.ipynb #a837a6a0
 class _Shapes(fx.Interpreter):
     "Remembers the size of each float32 tensor, values that are none, which inputs a node changes in place, and which it shares memory with"
     def run_node(self, n):
@@ -77,10 +82,12 @@ class Packed:
     node:object
     form:str
 
+# %% ../../nbs/engine/02_trace.ipynb #c5e6f0f9
 class Inner:
     "A value between layers that come from one node"
     def __init__(self, name, size): self.name, self.size = name, size
 
+# %% ../../nbs/engine/02_trace.ipynb #474e18f7
 class Layer:
     "What the engine does by itself: `kind` is conv, pool, mean, add, scale, cat, norm or attention; it reads the values of `inputs` (and `residual`) and gives `out`"
     def __init__(self, kind, out, inputs, form, **kwargs):
@@ -90,6 +97,7 @@ class Layer:
     @property
     def reads(self): return [*self.inputs, *[self.residual]*(self.residual is not None)]
 
+# %% ../../nbs/engine/02_trace.ipynb #9bc72e9d
 _act_modules = {nn.ReLU: 'relu', nn.ReLU6: 'relu6', nn.SiLU: 'silu', nn.Hardswish: 'hardswish', nn.Sigmoid: 'sigmoid', nn.Tanh: 'tanh', nn.Hardsigmoid: 'hardsigmoid'}
 _act_functions = {F.relu: 'relu', torch.relu: 'relu', F.relu6: 'relu6', F.silu: 'silu', F.hardswish: 'hardswish', 'relu': 'relu', 'relu_': 'relu', torch.sigmoid: 'sigmoid', F.sigmoid: 'sigmoid', 'sigmoid': 'sigmoid',
                   torch.tanh: 'tanh', F.tanh: 'tanh', 'tanh': 'tanh', F.hardsigmoid: 'hardsigmoid'}
@@ -102,13 +110,23 @@ def _permutation(n):
     "The dimensions that a call names, from 0 on; none where they are not plain"
     given = n.args[1] if len(n.args) == 2 and isinstance(n.args[1], (tuple,list)) else n.args[1:]
     return tuple(d % 4 for d in given) if all(isinstance(d, int) for d in given) else ()
+
+# %% ../../nbs/engine/02_trace.ipynb #6539c60b
 def _two(v, first=0): return (first, v) if isinstance(v, int) else (first, *v) if len(v) == 1 else tuple(v)
+
+# %% ../../nbs/engine/02_trace.ipynb #e8060ebb
 def _pair(v): return (v, v) if isinstance(v, int) else tuple(v)
+
+# %% ../../nbs/engine/02_trace.ipynb #1947f5dd
 def _dims(size, form):
     if len(size) == 2: return (*size, 1, 1)
     if form == 'last': return (size[0], size[-1], 1, size[1]) if len(size) == 3 else (size[0], size[3], size[1], size[2])
     return (size[0], size[1], 1, size[2]) if len(size) == 3 else size
+
+# %% ../../nbs/engine/02_trace.ipynb #91f12882
 def _sparsity(w): return 100*(1 - w.count_nonzero().item()/max(w.numel(), 1))
+
+# %% ../../nbs/engine/02_trace.ipynb #5414120c
 def _worth(w): return _sparsity(w.detach()) >= 50   # below that zeros cost more to skip than to multiply
 
 # %% ../../nbs/engine/02_trace.ipynb #1b4a6ba7
@@ -188,6 +206,7 @@ class Graph:
 # %% ../../nbs/engine/02_trace.ipynb #eae4fa2f
 from fastcore.basics import patch
 
+# %% ../../nbs/engine/02_trace.ipynb #e982d6d9
 @patch
 def match(self:Graph, n):
     "Whether `n` became a layer, or is only another name"
@@ -200,6 +219,7 @@ def match(self:Graph, n):
         if kind(n, m, size): return True
     return False
 
+# %% ../../nbs/engine/02_trace.ipynb #0324aaa4
 @patch
 def is_alias(self:Graph, n, m):
     "Dropout, what makes features of one position flat, and a permutation of what the engine has"
@@ -213,29 +233,34 @@ def is_alias(self:Graph, n, m):
         if _permutation(n) == {'first': (0,2,3,1), 'last': (0,3,1,2)}[form]: return self.rename(n, x, True)
     return False
 
+# %% ../../nbs/engine/02_trace.ipynb #833a2052
 @patch
 def rename(self:Graph, n, x, turned=False):
     self.alias[n] = x, turned
     return True
 
+# %% ../../nbs/engine/02_trace.ipynb #22487e04
 @patch
 def take(self:Graph, l, node):
     "Have the layer give what `node` would"
     l.out = node
     self.done.add(node)
 
+# %% ../../nbs/engine/02_trace.ipynb #eb9cf420
 @patch
 def act(self:Graph, n):
     m = self.module(n)
     if isinstance(m, nn.GELU) or n.target in (F.gelu,): return 'gelu_tanh' if (m.approximate if m else n.kwargs.get('approximate', 'none')) == 'tanh' else 'gelu'
     return _act_modules.get(type(m)) if m is not None else _act_functions.get(n.target) if n.op in ('call_function', 'call_method') else None
 
+# %% ../../nbs/engine/02_trace.ipynb #08d3db3c
 @patch
 def next_user(self:Graph, l):
     "The only node that reads what `l` gives, if there is one"
     while (u := self.user(l.out)) is not None and isinstance(self.module(u), _same): self.take(l, u)
     return u
 
+# %% ../../nbs/engine/02_trace.ipynb #02deb625
 @patch
 def with_act(self:Graph, l):
     u = self.next_user(l)
@@ -244,12 +269,14 @@ def with_act(self:Graph, l):
         self.take(l, u)
     return l
 
+# %% ../../nbs/engine/02_trace.ipynb #001895d1
 @patch
 def summands(self:Graph, n, ops=_adds):
     "Both nodes that `n` adds, of its own size"
     if n.op not in ('call_function', 'call_method') or n.target not in ops or len(n.args) != 2 or n.kwargs: return
     return n.args if all(isinstance(a, fx.Node) for a in n.args) and (ops is not _adds or all(self.size(a) == self.size(n) for a in n.args)) else None
 
+# %% ../../nbs/engine/02_trace.ipynb #8d9ea45a
 @patch
 def with_sum(self:Graph, l, n):
     "Add what is there already, and an activation"
@@ -277,6 +304,7 @@ def conv(self:Graph, n, m, size):
         self.take(l, u)
     return self.add(self.with_sum(l, n))
 
+# %% ../../nbs/engine/02_trace.ipynb #21f7c70e
 @patch
 def unpadded(self:Graph, x):
     "What `x` puts zeros around, and how many above and to the left"
@@ -286,6 +314,7 @@ def unpadded(self:Graph, x):
     if not amount or len(amount) != 4 or min(amount) < 0 or self.size(x.args[0]) is None: return x, (0, 0)
     return x.args[0], (amount[2], amount[0])
 
+# %% ../../nbs/engine/02_trace.ipynb #24153b91
 @patch
 def batchnorm(self:Graph, n):
     "Factor and summand of each channel, in float64"
@@ -294,6 +323,7 @@ def batchnorm(self:Graph, n):
     scale = (m.weight if m.affine else torch.ones(m.num_features)).detach().double()/(m.running_var.double() + m.eps).sqrt()
     return scale, (m.bias.detach().double() if m.affine else 0) - m.running_mean.double()*scale
 
+# %% ../../nbs/engine/02_trace.ipynb #7b7f0807
 @patch
 def dense(self:Graph, n, x, w, b, name, **kwargs):
     "A Linear layer on the value `x`"
@@ -302,6 +332,7 @@ def dense(self:Graph, n, x, w, b, name, **kwargs):
         kwargs['module'].weight, kwargs['module'].bias = (None if t is None else nn.Parameter(t.detach(), requires_grad=False) for t in (w, b))
     return Layer('conv', n, [x], 'last', name=name, weight=w.detach()[:,:,None,None], bias=torch.zeros(len(w)) if b is None else b.detach(), groups=1, stride=(1,1), dilation=(1,1), before=[0, 0], **kwargs)
 
+# %% ../../nbs/engine/02_trace.ipynb #f6eadbf4
 @patch
 def linear(self:Graph, n, m, size):
     "A Linear layer that is sparse, or reads what the engine has: to turn tokens into channels costs too much for a dense one"
@@ -314,6 +345,7 @@ def linear(self:Graph, n, m, size):
     if not 2 <= len(size) <= 4 or w.dtype != torch.float32 or not (self.has(n.args[0], 'last') or _worth(w)): return False
     return self.add(self.with_sum(self.dense(n, self.taken(n.args[0], 'last'), w, b, name, module=m), n))
 
+# %% ../../nbs/engine/02_trace.ipynb #12cc2bc4
 @patch
 def pool(self:Graph, n, m, size):
     if len(size) != 4: return False
@@ -329,6 +361,7 @@ def pool(self:Graph, n, m, size):
         return self.add(self.with_act(l))
     return False
 
+# %% ../../nbs/engine/02_trace.ipynb #9d9eb9d8
 @patch
 def mean(self:Graph, n, m, size):
     if not isinstance(n.args[0], fx.Node): return False
@@ -358,6 +391,7 @@ def norm(self:Graph, n, m, size):
     w, b = (torch.full((size[-1],), v) if t is None else t.detach() for t,v in ((w, 1.), (b, 0.)))
     return self.add(Layer('norm', n, [self.taken(n.args[0], 'last')], 'last', weight=w, bias=b, eps=eps))
 
+# %% ../../nbs/engine/02_trace.ipynb #0b798f13
 @patch
 def self_attention(self:Graph, n, m):
     "nn.MultiheadAttention of one value with itself, as two Linear layers with the attention between them"
@@ -375,6 +409,7 @@ def self_attention(self:Graph, n, m):
     self.done |= {n, *outs}
     return self.add(self.with_sum(self.dense(out, heads, m.out_proj.weight, m.out_proj.bias, f'{n.target}.out_proj', module=m.out_proj), n))
 
+# %% ../../nbs/engine/02_trace.ipynb #9f23f906
 _swaps = ('transpose', torch.transpose, 'swapaxes')
 
 @patch
@@ -394,6 +429,7 @@ def attention(self:Graph, n, m, size):
     self.done |= {n, *chain}
     return self.add(Layer('attention', u, sources, 'last', heads=heads, scale=scale, causal=n.kwargs.get('is_causal', False), parts=[None]*3))
 
+# %% ../../nbs/engine/02_trace.ipynb #1ffd86bd
 @patch
 def headed(self:Graph, a, size):
     "The tokens × channels, of the engine's, that the heads `a` come from"
@@ -409,14 +445,17 @@ def cat(self:Graph, n, m, size):
     if (n.args[1] if len(n.args) > 1 else n.kwargs.get('dim', 0)) not in (1, -3) or size[2:] == (1, 1): return False
     return self.add(Layer('cat', n, [self.taken(a, 'first') for a in n.args[0]], 'first'))
 
+# %% ../../nbs/engine/02_trace.ipynb #db06fb4b
 def _form(graph, nodes): return next((f for a in nodes for f in [graph.source(a)[1]] if f), None)
 
+# %% ../../nbs/engine/02_trace.ipynb #62576b5d
 @patch
 def added(self:Graph, n, m, size):
     both = self.summands(n)
     form = _form(self, both or ())
     return form is not None and 2 <= len(size) <= 4 and self.add(self.with_act(Layer('add', n, [self.taken(a, form) for a in both], form, name=n.name)))
 
+# %% ../../nbs/engine/02_trace.ipynb #2ac5aa37
 @patch
 def scaled(self:Graph, n, m, size):
     "Channels of each image times a factor"
@@ -426,6 +465,7 @@ def scaled(self:Graph, n, m, size):
     if self.size(x) != size or self.size(s) != (*size[:2], 1, 1) or size[2:] == (1, 1) or not self.has(x, 'first') or not self.has(s, 'first'): return False
     return self.add(Layer('scale', n, [self.taken(x, 'first'), self.taken(s, 'first')], 'first'))
 
+# %% ../../nbs/engine/02_trace.ipynb #e4df9ce1
 @patch
 def activation(self:Graph, n, m, size):
     act, form = self.act(n), _form(self, [a for a in n.args[:1] if isinstance(a, fx.Node)])

@@ -16,8 +16,10 @@ def conv_taps(kernel, stride, dilation, before):
     at = [k*dilation - before for k in range(kernel)]
     return [(a % stride, a // stride) for a in at]
 
+# %% ../../nbs/engine/01_weights.ipynb #a9ae8aa0
 def _term(size): return np.dtype([('w', np.float32, (size,)), ('at', np.int32)])
 
+# %% ../../nbs/engine/01_weights.ipynb #6072c34e
 def _starts(row, parts, rows):
     "Where the terms of each row begin and end, parts × (rows+1), from the row of each"
     starts = np.zeros((parts, rows+1), np.int32)
@@ -25,6 +27,7 @@ def _starts(row, parts, rows):
     starts[1:,0] = starts[:-1,-1]
     return starts
 
+# %% ../../nbs/engine/01_weights.ipynb #b9b755ec
 class Terms:
     "The weights of a layer that are not zero and where their inputs lie in the `Flat` `x`: `weight` is outputs × inputs in a group (× kernel)"
     def __init__(self, weight, x, groups=1, stride=(1,1), dilation=(1,1), before=(0,0), rests=((0,0),)):

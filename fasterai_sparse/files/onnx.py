@@ -23,6 +23,7 @@ from ..core.report import maskable_weights
 def _need(*names):
     if lacking := [n for n in names if find_spec(n) is None]: raise ImportError(f"export_onnx needs {' and '.join(lacking)}: pip install {' '.join(lacking)}")
 
+# %% ../../nbs/files/01_onnx.ipynb #b70aabdb
 def _weight_axes(graph):
     "Name of an initializer -> (operator, dimension of the inputs) that uses it as a weight, through transpositions too"
     known, seen, axes = {i.name: len(i.dims) for i in graph.initializer}, {}, {}
@@ -36,17 +37,20 @@ def _weight_axes(graph):
             if known.get(name, 0) > 1: axes.setdefault(name, (node.op_type, perm[axis] if perm else axis % known[name]))
     return axes
 
+# %% ../../nbs/files/01_onnx.ipynb #d585b39e
 def _input_axes(op, attrs):
     "(number of an operand, its dimension that holds the inputs) of an operator that has weights"
     if op == 'Gemm': return (1, 1 if attrs.get('transB') else 0), (0, 0 if attrs.get('transA') else 1)
     return {'Conv': [(1,1)], 'ConvTranspose': [(1,0)], 'MatMul': [(1,-2), (0,-1)], **dict.fromkeys(('LSTM', 'GRU', 'RNN'), [(1,2), (2,2)])}.get(op, [])
 
+# %% ../../nbs/files/01_onnx.ipynb #4a361cd9
 def _pattern_of(a, axis, n, m):
     "What `verify_nm` would say of the array `a`"
     if a.all(): return 'dense'
     if a.shape[axis] % m: return 'no'
     return f'{n}:{m}' if np.count_nonzero(np.moveaxis(a, axis, -1).reshape(-1, m), axis=1).max(initial=0) <= n else 'no'
 
+# %% ../../nbs/files/01_onnx.ipynb #29c3849d
 def _initializers(graph, n, m):
     "A row for each initializer of `graph`"
     from onnx import numpy_helper
@@ -70,19 +74,23 @@ def _check_zeros(model, df):
         for (n,name),z in zip(sorted(have), found[-len(have):]):
             if z < n: raise ValueError(f"The export would lose zeros: the weight of {name!r}, of shape {k}, has {n:,d} and the file {z:,d}")
 
+# %% ../../nbs/files/01_onnx.ipynb #80dc52e7
 def _check_opset(model, opset):
     "Raise `ValueError` where the exported `model` isn't of the version `opset`, to which PyTorch only tries to convert it"
     found = next(o.version for o in model.opset_import if o.domain in ('', 'ai.onnx'))
     if opset not in (None, found): raise ValueError(f"PyTorch can't export {opset=} here: the file would have {found}")
 
+# %% ../../nbs/files/01_onnx.ipynb #9dfbf316
 def _tensors(tree): return [t for t in tree_leaves(tree) if torch.is_tensor(t)]
 
+# %% ../../nbs/files/01_onnx.ipynb #3974cedf
 def _by_name(names, model, args, kwargs, input_names):
     "`names` of the file's inputs -> tensors, by the names of what `forward` takes; in their order where it has others. The older exporter leaves out what isn't used"
     leaves = _tensors((args, kwargs))
     known = {**inspect.signature(model.forward).bind(*args, **kwargs).arguments, **dict(zip(input_names, leaves))}
     return {n: known[n] for n in names} if all(torch.is_tensor(known.get(n)) for n in names) else dict(zip(names, leaves))
 
+# %% ../../nbs/files/01_onnx.ipynb #b748be97
 def _run_onnx(path, model, args, kwargs, input_names):
     "What ONNX Runtime computes from the file; raises `ValueError` where it can't"
     import onnxruntime
@@ -92,11 +100,13 @@ def _run_onnx(path, model, args, kwargs, input_names):
         return session.run(None, {n: t.detach().cpu().numpy() for n,t in given.items()})
     except Exception as e: raise ValueError(f"ONNX Runtime can't run the export, so that nothing can be checked (it has most operators for float32): {e}") from e
 
+# %% ../../nbs/files/01_onnx.ipynb #b145a729
 def _difference(a, b):
     "The largest difference between `a` and `b`, none where they are infinite or NaN alike; and the largest finite number in `b`"
     same, finite = (a == b) | a.isnan() & b.isnan(), b[b.isfinite()]
     return (a-b).abs().masked_fill(same, 0).max() if b.numel() else 0, finite.abs().max() if len(finite) else 0
 
+# %% ../../nbs/files/01_onnx.ipynb #e0a5dec1
 def _check_outputs(found, outputs):
     "Raise `ValueError` where the arrays `found` are others than the tensors `outputs`"
     for i,(a,b) in enumerate(zip(found, outputs, strict=True)):

@@ -28,6 +28,7 @@ _dtype_names = {d: n for n,d in _dtypes.items()}
 
 def _words(n): return -(-n//64)*8   # bytes for `n` bits, as whole words: what follows stays aligned
 
+# %% ../../nbs/files/00_safetensors.ipynb #051c1cee
 @dataclass
 class _Stored:
     "How a tensor lies in the file"
@@ -73,8 +74,10 @@ class _Stored:
             parts = dict(values=(self.dtype, kept), indices=('U8', [_words(math.prod(kept)*n_bits)]))
         return {f'{self.name}.{k}': p for k,p in parts.items()}
 
+# %% ../../nbs/files/00_safetensors.ipynb #7feaa933
 def _n_bytes(dtype, shape): return math.prod(shape)*_dtypes[dtype].itemsize
 
+# %% ../../nbs/files/00_safetensors.ipynb #f88f6a62
 _patterns = {f'{n}:{m}': (n, m, b) for m,b in ((2,1), (4,2), (8,3), (16,4)) for n in range(1, m//b+1) if n < m}   # b: bits of an index, n*b <= m
 
 # %% ../../nbs/files/00_safetensors.ipynb #bc3d18c6
@@ -86,12 +89,15 @@ def _bits(t):
     if not t.is_cpu or t.is_conj() or t.is_neg(): t = torch.empty(t.shape, dtype=t.dtype).copy_(t)
     return np.ascontiguousarray(t.view({1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}[t.element_size()]).numpy()).reshape(-1)
 
+# %% ../../nbs/files/00_safetensors.ipynb #9c6dfce9
 def _pieces(u): return (u[i:i+_piece] for i in range(0, len(u), _piece))
 
+# %% ../../nbs/files/00_safetensors.ipynb #53147464
 def _rows(u, s):
     "Pieces of the weight whose bits are `u`, with its inputs as the last dimension; all but the last hold eight groups of the pattern, or a multiple"
     return _split(np.moveaxis(u.reshape(s.shape), s.axis, -1), 8*s.nm[1])
 
+# %% ../../nbs/files/00_safetensors.ipynb #545ebd2f
 def _split(v, unit):
     "Pieces of the array `v`, by eight of its rows or more; within a row where that is long and a multiple of `unit`"
     row = math.prod(v.shape[1:])
@@ -99,11 +105,13 @@ def _split(v, unit):
     n = max(_piece//max(row, 1)//8, 1)*8
     return (v[i:i+n] for i in range(0, len(v), n))
 
+# %% ../../nbs/files/00_safetensors.ipynb #f791c229
 def _fits(u, s):
     "Whether no group of the weight whose bits are `u` keeps more than the pattern of `s`"
     n, m, _ = s.nm
     return all(np.count_nonzero(v.reshape(-1, m), axis=1).max(initial=0) <= n for v in _rows(u, s))
 
+# %% ../../nbs/files/00_safetensors.ipynb #534397d3
 def _smallest(u, s):
     "`s` with the kind that takes the fewest bytes for the bits `u`, or with a pattern that takes hardly more"
     n_live = int(sum(np.count_nonzero(s.live(p)) for p in _pieces(u)))
@@ -120,15 +128,18 @@ def _packed(pieces, n):
     for p in pieces: yield np.packbits(p, bitorder='little')
     yield bytes(_words(n) - -(-n//8))
 
+# %% ../../nbs/files/00_safetensors.ipynb #50323dd8
 def _unpacked(packed, n):
     "Bools in pieces, of the first `n` bits"
     for i in range(0, n, _piece): yield np.unpackbits(packed[i//8:(i+_piece)//8], count=min(_piece, n-i), bitorder='little').view(bool)
 
+# %% ../../nbs/files/00_safetensors.ipynb #457891a5
 def _at(v, n, m):
     "(groups, indices of their first `n` live weights, filled up with others)"
     groups = v.reshape(-1, m)
     return groups, np.argsort(groups == 0, axis=1, kind='stable')[:,:n]
 
+# %% ../../nbs/files/00_safetensors.ipynb #7b870ef2
 def _encoded(u, s):
     "Yield the bytes of what `s.parts()` names"
     if s.kind == 'dense': yield u
@@ -141,6 +152,7 @@ def _encoded(u, s):
         yield from (np.take_along_axis(*_at(v, n, m), 1) for v in _rows(u, s))
         yield from _packed(((_at(v, n, m)[1][...,None] >> np.arange(n_bits)) & 1 for v in _rows(u, s)), len(u)//m*n*n_bits)
 
+# %% ../../nbs/files/00_safetensors.ipynb #721620dc
 def _decoded(s, parts):
     "The tensor of which the file holds `parts`"
     t = torch.zeros(s.shape, dtype=_dtypes[s.dtype])
@@ -151,6 +163,7 @@ def _decoded(s, parts):
     else: _put_groups(u, s, values, parts[1])
     return t
 
+# %% ../../nbs/files/00_safetensors.ipynb #d88f0e8b
 def _put_live(u, values, bitmask, signs=None):
     at = 0
     for p,live in zip(_pieces(u), _unpacked(bitmask, len(u))):
@@ -158,6 +171,7 @@ def _put_live(u, values, bitmask, signs=None):
         p[live], at = values[at:at+n], at+n
     for p,minus in zip(_pieces(u), () if signs is None else _unpacked(signs, len(u))): p[minus] = 1 << 8*u.itemsize-1
 
+# %% ../../nbs/files/00_safetensors.ipynb #28c88088
 def _put_groups(u, s, values, indices):
     n, m, n_bits = s.nm
     at = 0
@@ -172,6 +186,7 @@ _version = '1'
 
 def _in_order(stored): return sorted(stored, key=lambda s: -s.itemsize)   # the widest first: all are aligned
 
+# %% ../../nbs/files/00_safetensors.ipynb #5a6e2f92
 def _layout(stored):
     "The header's entries for `stored`"
     header, at = {}, 0
@@ -181,18 +196,22 @@ def _layout(stored):
             header[part] = dict(dtype=dtype, shape=list(shape), data_offsets=[at, at := at+_n_bytes(dtype, shape)])
     return header
 
+# %% ../../nbs/files/00_safetensors.ipynb #ad1f56a6
 def _sparsity(stored):
     n = sum(s.numel for s in stored)
     return sum(s.zeros for s in stored)/n if n else 0.
 
+# %% ../../nbs/files/00_safetensors.ipynb #5473596e
 def _metadata(stored):
     layers = [s for s in stored if s.layer]
     entries = [{f.name: v for f in fields(s) if (v := getattr(s, f.name)) != f.default} for s in stored]
     return dict(format='pt', format_version=_version, sparsity=f'{_sparsity(layers):.6f}',
                 layers=json.dumps({s.layer: round(_sparsity([s]), 6) for s in layers}), tensors=json.dumps(entries))
 
+# %% ../../nbs/files/00_safetensors.ipynb #c239694f
 def _check_of(header): return f'{zlib.crc32(json.dumps(header, sort_keys=True).encode()):08x}'
 
+# %% ../../nbs/files/00_safetensors.ipynb #ba580eac
 def _header_bytes(stored):
     header = {'__metadata__': _metadata(stored), **_layout(stored)}
     header['__metadata__']['checksum'] = _check_of(header)
@@ -200,6 +219,7 @@ def _header_bytes(stored):
     text += b' '*(-len(text) % 8)
     return len(text).to_bytes(8, 'little') + text
 
+# %% ../../nbs/files/00_safetensors.ipynb #5c481e1f
 def _write(f, stored, state):
     "Write the tensors of `state`, one after the other, and their checksums"
     f.write(_header_bytes(stored))
@@ -221,6 +241,7 @@ def _unstorable(t):
     if t.layout != torch.strided or t.dtype not in _dtype_names or is_traceable_wrapper_subclass(t):
         return f'is a {type(t).__name__} of {t.dtype}, {t.layout}: use a dense one of {list(_dtypes)}'
 
+# %% ../../nbs/files/00_safetensors.ipynb #6218c1b6
 def _state(model):
     "The state of `model`; raises `ValueError` where a file can't hold it"
     state = model.state_dict(keep_vars=True)
@@ -228,8 +249,10 @@ def _state(model):
     if why: raise ValueError(f"The state of {type(model).__name__} can be neither saved nor loaded: " + '; '.join(why))
     return state
 
+# %% ../../nbs/files/00_safetensors.ipynb #704b3d7e
 def _where(t): return (t.device, t.dtype, t.data_ptr(), t.shape, t.stride(), t.is_conj(), t.is_neg()) if t.numel() else id(t)
 
+# %% ../../nbs/files/00_safetensors.ipynb #d1f81d51
 def _plan(model, state):
     "How to store each tensor of `state`; what is tied, once"
     layers = {id(m._parameters.get(p)): (name, out_in_axes(m)[1]) for name,m,p in maskable_weights(model)}
@@ -241,6 +264,7 @@ def _plan(model, state):
         stored[k] = _smallest(_bits(t), replace(s, layer=layer, crc32='0'*8)) if owner == k else replace(s, same_as=owner, zeros=stored[owner].zeros)
     return list(stored.values())
 
+# %% ../../nbs/files/00_safetensors.ipynb #84e2aeae
 def _contents(stored):
     rows = [dict(tensor=s.name, layer=s.layer, shape=tuple(s.shape), dtype=s.dtype, sparsity=100*_sparsity([s]), stored=f'as {s.same_as}' if s.same_as else s.kind,
                  bytes=s.nbytes, dense_bytes=0 if s.same_as else _n_bytes(s.dtype, s.shape)) for s in stored]
@@ -248,6 +272,7 @@ def _contents(stored):
     df.attrs['sparsity'] = 100*_sparsity([s for s in stored if s.layer])
     return df
 
+# %% ../../nbs/files/00_safetensors.ipynb #87b5ca19
 def save_sparse(
     model:nn.Module, # A model, with masks (which stay, and are applied) or baked
     path, # File to write, by custom `.safetensors`
@@ -278,6 +303,7 @@ def _parsed(f, path):
     if meta.pop('checksum', None) != _check_of(header): raise ValueError(f"{path} has a damaged header")
     return header, 8+n, size
 
+# %% ../../nbs/files/00_safetensors.ipynb #4f93e45e
 def _read_header(f, path):
     "What the file `f` stores, and where: entries, and name of a part -> (offset, bytes)"
     header, start, size = _parsed(f, path)
@@ -292,8 +318,10 @@ def _read_header(f, path):
     if size > (end := max((sum(p) for p in at.values()), default=start)): raise ValueError(f"{path} has {size-end} bytes after its last tensor")
     return stored, at
 
+# %% ../../nbs/files/00_safetensors.ipynb #895887a5
 def _parts(f, s, at): return [np.memmap(f, np.uint8, 'r', *at[p]) if at[p][1] else np.empty(0, np.uint8) for p in s.parts()]
 
+# %% ../../nbs/files/00_safetensors.ipynb #528e3ced
 def _check(f, s, at, path):
     "Raise `ValueError` where the bytes of a tensor are not those that were written, or don't make one"
     crc, parts = 0, _parts(f, s, at)
@@ -302,11 +330,13 @@ def _check(f, s, at, path):
     if s.kind == 'bitmask' and (n := sum(np.count_nonzero(b) for b in _unpacked(parts[1], s.numel))) != s.numel-s.zeros:
         raise ValueError(f"{path} is damaged: the tensor {s.name!r} has {s.numel-s.zeros} values and a bitmask for {n}")
 
+# %% ../../nbs/files/00_safetensors.ipynb #8370a4c9
 def _unfillable(t):
     "Why nothing can be written into `t`, or None"
     if any(n > 1 and step == 0 for n,step in zip(t.shape, t.stride())): return 'is expanded: its elements share their memory'
     if t.is_inference() and not torch.is_inference_mode_enabled(): return 'was made in inference mode'
 
+# %% ../../nbs/files/00_safetensors.ipynb #90d7b389
 def _check_fit(model, stored, path):
     "Raise `ValueError` where keys or shapes of `model` are others, or nothing can be written into it; masks that are saved with it needn't be in the file: they follow"
     own, keys = _state(model), {s.name for s in stored}
@@ -317,6 +347,7 @@ def _check_fit(model, stored, path):
     if shapes: raise ValueError(f"{path} does not fit {type(model).__name__}: {'; '.join(shapes)}")
     if stuck := [f'{k} {why}' for k,t in own.items() if (why := _unfillable(t))]: raise ValueError(f"{path} can't be loaded into {type(model).__name__}: {'; '.join(stuck)}")
 
+# %% ../../nbs/files/00_safetensors.ipynb #ffe38786
 def _fill(model, tensors):
     "Have `model` hold `tensors`, (key, tensor), which are made one after the other; then what hangs on a load happens"
     own = model.state_dict()
@@ -330,6 +361,7 @@ def _fill(model, tensors):
             if k.endswith('_mask'): own[k].copy_(own[k.removesuffix('_mask')] != 0)
     model.load_state_dict(own)
 
+# %% ../../nbs/files/00_safetensors.ipynb #03490cbf
 def load_sparse(
     path, # A file that `save_sparse` has written
     model:nn.Module=None, # Model to load into, sparse or dense
@@ -348,6 +380,7 @@ def load_sparse(
         else: state = {s.name: read(s) for s in stored if not s.same_as}
     return {s.name: state[s.same_as or s.name] for s in stored} if model is None else model
 
+# %% ../../nbs/files/00_safetensors.ipynb #ccc0f08f
 def sparse_contents(
     path, # A file that `save_sparse` has written
 )->pd.DataFrame:

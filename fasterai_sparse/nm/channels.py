@@ -50,6 +50,7 @@ def tensors_in(x, seen=None):
         seen.add(id(x))
         for v in x.values() if isinstance(x, Mapping) else x if isinstance(x, (list,tuple)) else vars(x).values(): yield from tensors_in(v, seen)
 
+# %% ../../nbs/nm/02_channels.ipynb #73d5a8eb
 def _replaced(x, f):
     "`x` with `f` of each tensor in its lists and tuples"
     if torch.is_tensor(x): return f(x)
@@ -58,21 +59,26 @@ def _replaced(x, f):
 # %% ../../nbs/nm/02_channels.ipynb #949b0d42
 def _unlabelled(size): return torch.tensor(-1).expand(size)
 
+# %% ../../nbs/nm/02_channels.ipynb #3b709902
 def _varies(labels, dim):
     "Whether `labels` change along `dim`"
     if labels.shape[dim] < 2 or labels.stride(dim) == 0: return False
     return bool((labels.narrow(dim, 0, labels.shape[dim]-1) != labels.narrow(dim, 1, labels.shape[dim]-1)).any())
 
+# %% ../../nbs/nm/02_channels.ipynb #80c4099d
 def _varying(labels): return {d for d in range(labels.dim()) if _varies(labels, d)}
 
+# %% ../../nbs/nm/02_channels.ipynb #4b73dc6f
 def _thin(labels, dims):
     "`labels` with one element in each dimension but those in `dims`"
     return labels[tuple(slice(None) if d in dims else slice(0, 1) for d in range(labels.dim()))]
 
+# %% ../../nbs/nm/02_channels.ipynb #1df2a505
 def _spread(labels, dim, size):
     "Labels of a value of `size` that are `labels` along `dim`"
     return labels.view([-1 if d == dim % len(size) else 1 for d in range(len(size))]).expand(size)
 
+# %% ../../nbs/nm/02_channels.ipynb #235d1743
 def _is_uniform(t, dims, size):
     "Whether the values of `t`, as part of a value of `size`, are the same along all `dims`"
     known, t = hasattr(t, '_labels'), t.expand(size)
@@ -102,12 +108,14 @@ def _name(func):
     if name == '__get__': name = getattr(func.__self__, '__name__', '')
     return name.strip('_')
 
+# %% ../../nbs/nm/02_channels.ipynb #4e44b98d
 def _exact(func, args, kwargs):
     "What `func` gives without dropout, and in float64 even where a model asks for less"
     if _name(func) in _dropouts: return args[0] if args else kwargs['input']
     out = func(*args, **kwargs)
     return out.double() if torch.is_tensor(out) and out.dtype in (torch.float32, torch.float16, torch.bfloat16) else out
 
+# %% ../../nbs/nm/02_channels.ipynb #91eed35e
 class _NoDropout(TorchFunctionMode):
     "Nothing is dropped, so that a model in training mode gives the same again when its channels have moved"
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -210,6 +218,7 @@ class _Watch(_NoDropout):
         for t,l in zip(outs, labels + [None]*len(outs)): self.set(t, l, why if l is None or not bool((l >= 0).any()) else None)
         if name not in _copies: self.seen([*ins, *outs])
 
+# %% ../../nbs/nm/02_channels.ipynb #57170719
 class _Unknown(Exception): "There is no rule for a value"
 
 # %% ../../nbs/nm/02_channels.ipynb #87a8f2b2
@@ -229,6 +238,7 @@ def rule(self:_Watch, name, func, args, kwargs, out, ins):
     if name in _convs: return self.convolution(name, *args, **kwargs, out=out)
     raise _Unknown(f'{name} is not known')
 
+# %% ../../nbs/nm/02_channels.ipynb #e1f73f68
 @patch
 def move(self:_Watch, name, func, args, kwargs, out):
     "The same is done to the labels"
@@ -240,6 +250,7 @@ def move(self:_Watch, name, func, args, kwargs, out):
     kwargs = {k: _replaced(v, own) if k in ('input', 'tensors') else v for k,v in kwargs.items()}
     return func(*(_replaced(a, own) if i == 0 else _replaced(a, torch.Tensor.cpu) for i,a in enumerate(args)), **kwargs)   # labels are on the CPU, indices perhaps not
 
+# %% ../../nbs/nm/02_channels.ipynb #af2d0388
 @patch
 def elementwise(self:_Watch, name, ins, out):
     "Channels that meet are the same"
@@ -257,6 +268,7 @@ def elementwise(self:_Watch, name, ins, out):
         elif bool((l >= 0).any()): self.join(result[l >= 0], l[l >= 0])
     return result.expand(size)
 
+# %% ../../nbs/nm/02_channels.ipynb #47115bd9
 @patch
 def reduce(self:_Watch, name, x, args, kwargs, out):
     "What sums over channels does not mind their order"
@@ -271,6 +283,7 @@ def reduce(self:_Watch, name, x, args, kwargs, out):
         return _unlabelled(next(iter(tensors_in(out))).shape)
     return _thin(labels, set(range(n))-over).reshape(out.shape) if out.dim() else _unlabelled(())
 
+# %% ../../nbs/nm/02_channels.ipynb #3d69e009
 @patch
 def over_one(self:_Watch, name, x, args, kwargs):
     labels = self.labels(x)
@@ -280,12 +293,14 @@ def over_one(self:_Watch, name, x, args, kwargs):
     if dim % x.dim() in varying: self.stay_within(labels, varying-{dim % x.dim()})
     return labels
 
+# %% ../../nbs/nm/02_channels.ipynb #d3a80334
 @patch
 def spatial(self:_Watch, name, x, n, out):
     "Each channel by itself"
     labels = self.labels(x)
     return self.only(labels, range(x.dim()-n)).expand(out.shape)
 
+# %% ../../nbs/nm/02_channels.ipynb #2f7b807f
 @patch
 def channelwise(self:_Watch, name, x, params):
     "Parameters that go along with the channels, which are dimension 1"
@@ -308,11 +323,15 @@ def linear(self:_Watch, x, w, b, out, k_in=1):
     self.join(reads, self.along(labels, last), getattr(x, '_why', 'belongs to its position'))
     return _spread(gives, last, out.shape)
 
+# %% ../../nbs/nm/02_channels.ipynb #112d3ee0
 @patch
 def of_linear(self:_Watch, input, weight, bias=None, *, out): return self.linear(input, weight, bias, out)
+
+# %% ../../nbs/nm/02_channels.ipynb #8caa9166
 @patch
 def of_addmm(self:_Watch, input, mat1, mat2, *, beta=1, alpha=1, out): return self.linear(mat1, mat2, input, out, k_in=0)
 
+# %% ../../nbs/nm/02_channels.ipynb #09df9ec3
 @patch
 def convolution(self:_Watch, name, input, weight, bias=None, stride=1, padding=0, *rest, out, **kwargs):
     transposed = 'transpose' in name
@@ -337,15 +356,18 @@ def convolution(self:_Watch, name, input, weight, bias=None, stride=1, padding=0
     if bias is not None: self.join(self.labels(bias), gives)
     return _spread(gives, 1, out.shape)
 
+# %% ../../nbs/nm/02_channels.ipynb #275cf45c
 @patch
 def of_embedding(self:_Watch, input, weight, *args, out, **kwargs):
     if self.param(weight) is None: raise _Unknown('an embedding is computed')
     self.hold(self.weight(weight, 0), 'is looked up by number')
     return _spread(self.weight(weight, 1), -1, out.shape)
 
+# %% ../../nbs/nm/02_channels.ipynb #c23af8cd
 @patch
 def of_prelu(self:_Watch, input, weight, *, out): return self.labels(input) if weight.numel() == 1 else self.channelwise('prelu', input, [weight])
 
+# %% ../../nbs/nm/02_channels.ipynb #87a843e0
 @patch
 def of_layer_norm(self:_Watch, input, normalized_shape, weight=None, bias=None, eps=1e-5, *, out):
     labels, lead = self.labels(input), input.dim()-len(normalized_shape)
@@ -356,9 +378,11 @@ def of_layer_norm(self:_Watch, input, normalized_shape, weight=None, bias=None, 
     self.stay_within(labels, {d for d in varying if d < lead})
     return labels
 
+# %% ../../nbs/nm/02_channels.ipynb #c4d558e7
 @patch
 def of_rms_norm(self:_Watch, input, normalized_shape, weight=None, eps=None, *, out): return self.of_layer_norm(input, normalized_shape, weight, out=out)
 
+# %% ../../nbs/nm/02_channels.ipynb #1fba4a06
 @patch
 def of_group_norm(self:_Watch, input, num_groups, weight=None, bias=None, eps=1e-5, *, out):
     labels = self.channelwise('group_norm', input, [p for p in (weight, bias) if p is not None])
@@ -366,12 +390,14 @@ def of_group_norm(self:_Watch, input, num_groups, weight=None, bias=None, eps=1e
     self.cells.append((c, torch.arange(len(c))//(len(c)//num_groups)))
     return labels
 
+# %% ../../nbs/nm/02_channels.ipynb #6b4daa63
 @patch
 def of_glu(self:_Watch, input, dim=-1, *, out):
     a, b = self.labels(input).chunk(2, dim)
     self.join(a, b)
     return a
 
+# %% ../../nbs/nm/02_channels.ipynb #fbc9d22e
 @patch
 def of_pad(self:_Watch, input, pad, mode='constant', value=None, *, out):
     labels, varying = self.labels(input), _varying(self.labels(input))
@@ -405,6 +431,7 @@ def contract(self:_Watch, a, a_dims, b, b_dims, out_dims, size):
     l = _thin(l, at(vary)).permute([dims.index(d) for d in out_dims] + [dims.index(d) for d in dims if d in summed])
     return l[(...,)+(0,)*len(summed)].expand([size[d] for d in out_dims]) if summed else l.expand([size[d] for d in out_dims])
 
+# %% ../../nbs/nm/02_channels.ipynb #1416e02c
 @patch
 def of_matmul(self:_Watch, input, other, *, out):
     if min(input.dim(), other.dim()) < 2: raise _Unknown('a product with a vector is not known')
@@ -414,11 +441,15 @@ def of_matmul(self:_Watch, input, other, *, out):
     full = lambda t: self.labels(t).expand(*out.shape[:-2], *t.shape[-2:])
     return self.contract(full(input), batch+'nk', full(other), batch+'km', batch+'nm', size)
 
+# %% ../../nbs/nm/02_channels.ipynb #ad70ae82
 @patch
 def of_bmm(self:_Watch, input, mat2, *, out): return self.of_matmul(input, mat2, out=out)
+
+# %% ../../nbs/nm/02_channels.ipynb #b7ca5252
 @patch
 def of_mm(self:_Watch, input, mat2, *, out): return self.of_matmul(input, mat2, out=out)
 
+# %% ../../nbs/nm/02_channels.ipynb #9dab1c3b
 @patch
 def of_einsum(self:_Watch, equation, *operands, out):
     if len(operands) == 1 and isinstance(operands[0], (list,tuple)): operands = operands[0]
@@ -428,6 +459,7 @@ def of_einsum(self:_Watch, equation, *operands, out):
     size = {d: n for t,o in zip(terms, operands) for d,n in zip(t, o.shape)}
     return self.contract(self.labels(operands[0]), terms[0], self.labels(operands[1]), terms[1], result, size)
 
+# %% ../../nbs/nm/02_channels.ipynb #8870479c
 @patch
 def of_scaled_dot_product_attention(self:_Watch, query, key, value, attn_mask=None, *args, out, **kwargs):
     q, k, v = (self.labels(t) for t in (query, key, value))
@@ -439,6 +471,7 @@ def of_scaled_dot_product_attention(self:_Watch, query, key, value, attn_mask=No
     self.contract(q, batch+'nk', k, batch+'mk', batch+'nm', size)
     return self.contract(_unlabelled([size[d] for d in batch+'nm']), batch+'nm', v, batch+'mv', batch+'nv', size)
 
+# %% ../../nbs/nm/02_channels.ipynb #833443e3
 @patch
 def of_multi_head_attention_forward(self:_Watch, query, key, value, embed_dim_to_check, num_heads, in_proj_weight, in_proj_bias, bias_k, bias_v, add_zero_attn, dropout_p,
         out_proj_weight, out_proj_bias, *args, out, q_proj_weight=None, k_proj_weight=None, v_proj_weight=None, use_separate_proj_weight=False, **kwargs):
@@ -478,6 +511,7 @@ def recurrent(self:_Watch, *args, out, **kwargs):
     outs = list(tensors_in(out))
     return [_spread(reads, -1, outs[0].shape)] + [torch.stack(hidden)[:,None].expand(o.shape) for o in outs[1:]]
 
+# %% ../../nbs/nm/02_channels.ipynb #868f42bf
 for _kind in ('lstm', 'gru', 'rnn_tanh', 'rnn_relu'): setattr(_Watch, f'of_{_kind}', _Watch.recurrent)
 
 # %% ../../nbs/nm/02_channels.ipynb #1657e08a
@@ -489,6 +523,7 @@ class Channels:
     why:np.ndarray # By channel: why it stays, or ''
     seen:frozenset # Names of all parameters and buffers that were read
 
+# %% ../../nbs/nm/02_channels.ipynb #cd5ea010
 @patch
 def found(self:_Watch):
     pairs = np.concatenate([np.empty((2,0), int), *self.pairs], 1)
@@ -505,28 +540,33 @@ def found(self:_Watch):
     kinds[whys != ''] = -1
     return Channels(places, kinds, whys, frozenset({p.name for p in places} | set(self.refused)))
 
+# %% ../../nbs/nm/02_channels.ipynb #3a4f4b97
 @patch
 def _twice(self:_Watch, place):
     "What is wrong where a parameter is read in two ways that do not go together, or None"
     for p in self.places:
         if p.name == place.name and p != place and (None in (p.axis, place.axis) or p.axis == place.axis and None in (p.rows, place.rows)): return 'is read in different ways'
 
+# %% ../../nbs/nm/02_channels.ipynb #ec351071
 def _doubled(x):
     "A copy of the tensors in `x`, plain and in float64 where they have a point"
     if torch.is_tensor(x): return (x.to(torch.float64, copy=True) if x.is_floating_point() else x.clone()).as_subclass(torch.Tensor)
     if isinstance(x, Mapping): return {k: _doubled(v) for k,v in x.items()}
     return type(x)(_doubled(v) for v in x) if type(x) in (list,tuple) else x
 
+# %% ../../nbs/nm/02_channels.ipynb #cf9bf0d7
 def copied(model):
     "A copy, of tensors that autograd has made too"
     held = [v for m in model.modules() for v in vars(m).values()]
     return deepcopy(model, {id(t): t.detach().clone() for t in tensors_in(held) if t.grad_fn is not None})
 
+# %% ../../nbs/nm/02_channels.ipynb #0cff754b
 def _overlapping(model):
     "Names of the parameters and buffers that share memory with others"
     spans = sorted((t.data_ptr(), t.data_ptr() + t.element_size()*(1 + sum((n-1)*s for n,s in zip(t.shape, t.stride()))), n) for n,t in (*model.named_parameters(), *model.named_buffers()) if t.numel())
     return {n for (_,end,a),(start,_,b) in zip(spans, spans[1:]) if start < end for n in (a, b)}
 
+# %% ../../nbs/nm/02_channels.ipynb #527d849a
 def _run(model, x, training, mode):
     "What `model` returns for `x`; no random state outside is touched"
     fast, python, numpy = torch.backends.mha.get_fastpath_enabled(), random.getstate(), np.random.get_state()
@@ -541,6 +581,7 @@ def _run(model, x, training, mode):
         random.setstate(python)
         np.random.set_state(numpy)
 
+# %% ../../nbs/nm/02_channels.ipynb #82019eab
 def outputs_of(
     model:nn.Module,
     example_input, # A batch (tensor, or tuple or dict of the arguments of `forward`)
@@ -563,6 +604,7 @@ def outputs_of(
         if watch: [mode.hold(t._labels, 'an output of the model') for out in outs for t in out if hasattr(t, '_labels')]
     return outs, ''
 
+# %% ../../nbs/nm/02_channels.ipynb #b87113ad
 def follow_channels(
     model:nn.Module,
     example_input, # A batch (tensor, or tuple or dict of the arguments of `forward`)

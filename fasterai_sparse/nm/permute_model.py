@@ -35,6 +35,7 @@ class _Read:
 
     def bound(self, n, m): return self.scores.topk(len(self.scores)*n//m, 0).values.double().sum().item()
 
+# %% ../../nbs/nm/03_permute_model.ipynb #98c83ae0
 def _ranked(at):
     "Positions sorted by the channel of each in `at`; where each channel begins there; and the how-manieth of its channel each position is"
     by_channel = at.argsort(kind='stable')
@@ -43,6 +44,7 @@ def _ranked(at):
     rank[by_channel] = np.arange(len(at)) - begin[at[by_channel]]
     return by_channel, begin, rank
 
+# %% ../../nbs/nm/03_permute_model.ipynb #78a6cfeb
 def _sources(at, source):
     "For each position, whose channel is in `at`, the position of what takes its place"
     by_channel, begin, rank = _ranked(at)
@@ -51,6 +53,7 @@ def _sources(at, source):
 # %% ../../nbs/nm/03_permute_model.ipynb #29a23c8b
 def _can_have_pattern(m): return not isinstance(m, (nn.Embedding, nn.EmbeddingBag))   # an embedding reads numbers, not channels
 
+# %% ../../nbs/nm/03_permute_model.ipynb #f334559e
 def _reads(model, channels, m, score_of):
     "The `_Read`s of all layers, and of those that can't have the pattern, name -> why"
     names, by_weight, reads, not_ = {id(p): n for n,p in model.named_parameters()}, defaultdict(list), [], {}
@@ -78,6 +81,7 @@ def _stripes(reads, kinds, m):
             if len(set(own)) == len(own): seen[tuple(sorted(own))].append((r, s))
     return seen
 
+# %% ../../nbs/nm/03_permute_model.ipynb #c8fe4141
 def _agreed(seen, reads):
     "Those of the stripes `seen` that have no channel in common, the weightiest first"
     taken, agreed = set(), []
@@ -88,6 +92,7 @@ def _agreed(seen, reads):
             taken.update(own)
     return agreed
 
+# %% ../../nbs/nm/03_permute_model.ipynb #3e260756
 def _problems(stripes, kinds):
     "Lists of `stripes` that can exchange channels"
     problem_of, problems = {}, {}
@@ -99,6 +104,7 @@ def _problems(stripes, kinds):
         problems.setdefault(len(problems), [])   # so that the next number is free
     return [p for p in problems.values() if len(p) > 1]
 
+# %% ../../nbs/nm/03_permute_model.ipynb #e24c3de8
 def _matrix(stripes, seen, reads, kinds, m):
     "The scores of a problem, rows × channels in the order of its `stripes`, the channel of each column (-1: it stays) and the kind"
     channel = np.array([c for own in stripes for c in (*own, *[-1]*(m-len(own)))])
@@ -128,6 +134,7 @@ def _readers(reads):
         for c in np.unique(r.at): readers[c].append(i)
     return readers
 
+# %% ../../nbs/nm/03_permute_model.ipynb #8cea23f4
 def _solved(problem, seen, reads, readers, channels, n, m, kwargs):
     "For each channel, the one that takes its place (None where nothing is gained), and which channels could have moved"
     x, channel, kinds = _matrix(problem, seen, reads, channels.kinds, m)
@@ -157,12 +164,14 @@ def _companions(model, opt=None, copies=(), along=()):
     for p,t in along: tensors[names[id(p)]].append(t)
     return {n: list({id(t): t for t in ts}.values()) for n,ts in tensors.items()}
 
+# %% ../../nbs/nm/03_permute_model.ipynb #37f5f019
 @torch.no_grad()
 def _move(channels, tensors, source):
     for place,at in channels.places.items():
         if (source[at] == at).all(): continue
         for t in tensors[place.name]: place.permute_(t.data, _sources(at, source))
 
+# %% ../../nbs/nm/03_permute_model.ipynb #fdb74c51
 def _differ(a, b, tolerance=1e-10):
     "Whether outputs differ, by more than `tolerance` of the largest that is not the same"
     for x,y in zip((t for outs in a for t in outs), (t for outs in b for t in outs), strict=True):
@@ -171,6 +180,7 @@ def _differ(a, b, tolerance=1e-10):
         if bool(other.any()) and not bool((x-y)[other].abs().max() <= tolerance*x[other].abs().max() + 1e-13): return True
     return False
 
+# %% ../../nbs/nm/03_permute_model.ipynb #3b944ecb
 @torch.no_grad()
 def _stirred(model):
     "A copy of `model` in float64 with a little noise on each value, so that no channel is hidden behind a zero, and no two are alike"
@@ -179,6 +189,7 @@ def _stirred(model):
         if t.is_floating_point() and t.numel(): t += (torch.rand(t.shape, generator=rng, dtype=t.dtype)*.1*(t.abs().mean().cpu()+.1)).to(t.device)
     return twin
 
+# %% ../../nbs/nm/03_permute_model.ipynb #b5fca3ec
 def _proven(twin, before, example_input, channels, sources):
     "Those of `sources` after which a stirred copy of the model still gives what it gave `before`: all together, or else one after the other"
     good, tensors = [], _companions(twin)
@@ -223,6 +234,7 @@ def permute_model(
     _move(channels, _companions(model, opt, copies, along), total)
     return _report(model, reads, channels, not_, n, m, total)
 
+# %% ../../nbs/nm/03_permute_model.ipynb #6623ee89
 def _check_companions(model, opt, copies):
     params = dict(model.named_parameters())
     if any({n: p.shape for n,p in c.named_parameters()} != {n: p.shape for n,p in params.items()} for c in copies): raise ValueError("copies are models with the same parameters, these have others")
@@ -231,12 +243,14 @@ def _check_companions(model, opt, copies):
     kept = {n: [k for k,t in state_of(opt, p).items() if torch.is_tensor(t) and t.numel() > 1 and t.shape != p.shape] for n,p in params.items()}
     if odd := next((f'{k!r} of {n}' for n,ks in kept.items() for k in ks), None): raise ValueError(f"{type(opt).__name__} keeps {odd}, which is not of the weight's shape and can't move along: permute with a new optimizer")
 
+# %% ../../nbs/nm/03_permute_model.ipynb #d9593511
 def _together(sources, channels):
     "All of `sources` in one"
     together = np.arange(len(channels.kinds))
     for s in sources: together[s != np.arange(len(s))] = s[s != np.arange(len(s))]
     return together
 
+# %% ../../nbs/nm/03_permute_model.ipynb #ca29d89d
 def _note(read, channels):
     "Why some of the channels that `read` reads stay"
     if read.place is None: return 'no call of it was seen'
@@ -245,6 +259,7 @@ def _note(read, channels):
     several = len(np.unique(read.at)) < len(read.at)
     return 'each channel is several neighbours here, as after Flatten: not searched' if several else 'they have nothing to change places with' if not read.searched.any() else 'some have nothing to change places with'
 
+# %% ../../nbs/nm/03_permute_model.ipynb #2be7be12
 def _report(model, reads, channels, not_, n, m, source):
     weights = {layer: module._parameters[p].numel() for layer,module,p in maskable_weights(model) if module._parameters.get(p) is not None}
     rows = {layer: dict(layer=layer, weights=weights.get(layer, 0), note=why) for layer,why in not_.items()}

@@ -24,10 +24,12 @@ def _descending(x):
     most, a, c, least = np.maximum(a, c), np.minimum(a, c), np.maximum(b, d), np.minimum(b, d)
     return np.stack([most, np.maximum(a, c), np.minimum(a, c), least], 1)
 
+# %% ../../nbs/nm/00_search.ipynb #63de3a5b
 def _apart(a, b):
     "Whether places of the groups `a` and those of `b` may not exchange their columns"
     return (a[:,None] != b) | (a < 0)[:,None]
 
+# %% ../../nbs/nm/00_search.ipynb #5ec9e1d2
 class NumpyMap:
     "The hole×column map of `columns` (C×rows) for n:m, in the main memory, by the compiled `sum_max`"
     def __init__(self, columns, n, m, device=None):
@@ -67,6 +69,7 @@ class NumpyMap:
 
     def exchange(self, order, holes): return self.values[holes].take(order[holes], 1)   # what the stripe of each hole keeps with the column of each other hole
 
+# %% ../../nbs/nm/00_search.ipynb #dba99df7
 class TorchMap:
     "The same in torch, on any device: the specification of the others"
     def __init__(self, columns, n, m, device='cpu'):
@@ -211,6 +214,7 @@ class Permutation:
         "How much of the way from `naive` to `row_bound` it goes, in percent (Pool & Yu 2021)"
         return 100*(self.kept-self.naive)/(self.row_bound-self.naive) if self.row_bound > self.naive else 100.
 
+# %% ../../nbs/nm/00_search.ipynb #961af1b8
 # Name -> why it can't be used, and its search; later notebooks add theirs
 _backends = {'native': (lambda: native_library()[1], lambda *args: _found(NumpyMap, *args)), 'torch': (lambda: '', lambda *args: _found(TorchMap, *args))}
 
@@ -218,6 +222,7 @@ def permutation_backends():
     "Name of each back end -> '' where it can be used, or why it can't"
     return {name: why() for name,(why,_) in _backends.items()}
 
+# %% ../../nbs/nm/00_search.ipynb #3927cf4c
 def _backend(name, device):
     fastest = {'cpu': 'native'}.get(device.type, device.type)
     if name == 'auto': return fastest if fastest in _backends and not _backends[fastest][0]() else 'torch'
@@ -225,6 +230,7 @@ def _backend(name, device):
     if why := _backends[name][0](): raise RuntimeError(f"The back end {name!r} is not there: {why}")
     return name
 
+# %% ../../nbs/nm/00_search.ipynb #99fa2348
 def _check_scores(s, n, m):
     if not isinstance(s, torch.Tensor): s = torch.as_tensor(np.asarray(s))
     if s.dim() != 2 or not s.numel(): raise ValueError(f"scores are a matrix, rows × input channels, not of shape {tuple(s.shape)}")
@@ -234,18 +240,22 @@ def _check_scores(s, n, m):
     if bool((s < 0).any()): raise ValueError(f"scores must not be negative, as {s.min().item():g} is: take their absolute value")
     return s
 
+# %% ../../nbs/nm/00_search.ipynb #a3cf337d
 def _as_groups(groups, n_columns):
     if groups is None: return
     groups = np.asarray(groups)
     if groups.shape != (n_columns,) or groups.dtype.kind not in 'iu': raise ValueError(f"groups has a whole number for each of {n_columns} columns, not shape {groups.shape} of {groups.dtype}")
     return groups.astype(np.int64)
 
+# %% ../../nbs/nm/00_search.ipynb #6a1a5eab
 def _largest(s, k): return s.flatten().topk(k, sorted=False).values.sum(dtype=torch.double).item() if k else 0.
 
+# %% ../../nbs/nm/00_search.ipynb #977ae1e7
 def _worth(s, n, m):
     "What n:m keeps of each whole stripe of `s`"
     return s.reshape(len(s), -1, m).topk(n, sorted=False).values.sum(dtype=torch.double).item()
 
+# %% ../../nbs/nm/00_search.ipynb #4e136c6d
 def search_permutation(
     scores, # Non-negative importance of each weight (|w|, Wanda's, Taylor's …), rows × input channels; of a convolution, (outputs · kernel) × inputs
     n=2, # How many are kept
@@ -268,6 +278,7 @@ def search_permutation(
     return Permutation(order, *((_worth(s, n, m), _worth(s[:,order[:n_columns].to(s.device)], n, m)) if n_columns else (0., 0.)), s.topk(per_row, sorted=False).values.sum(dtype=torch.double).item() if per_row else 0.,
                        _largest(s, per_row*len(s)), time.perf_counter()-start, backend)
 
+# %% ../../nbs/nm/00_search.ipynb #a7fc9977
 def _found(hole_map, s, n, m, time_budget, seed, start, groups=None):
     "The order of the columns of `s` after a search by `hole_map`"
     x = s.T.contiguous()

@@ -30,6 +30,7 @@ def _nvrtc_files():
     files = [f for d in folders for f in sorted(search(d)) if 'builtins' not in f.name and '.alt.' not in f.name]
     return [f'libnvrtc.so.{major}'] + sorted(map(str, files), key=lambda f: f'.so.{major}' not in f)
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #6edc0072
 @lru_cache(None)
 def nvrtc_library():
     "NVRTC and '', or None and why there is none"
@@ -38,6 +39,7 @@ def nvrtc_library():
         except OSError: continue
     return None, "no NVRTC: it comes with CUDA builds of torch and with NVIDIA's package nvidia-cuda-nvrtc"
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #b3a6acc9
 def _nvrtc_bytes(lib, what, program):
     size = ctypes.c_size_t()
     getattr(lib, f'nvrtcGet{what}Size')(program, ctypes.byref(size))
@@ -45,6 +47,7 @@ def _nvrtc_bytes(lib, what, program):
     getattr(lib, f'nvrtcGet{what}')(program, res)
     return res.raw
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #eb7412b3
 def _architectures(lib):
     n = ctypes.c_int()
     lib.nvrtcGetNumSupportedArchs(ctypes.byref(n))
@@ -52,6 +55,7 @@ def _architectures(lib):
     lib.nvrtcGetSupportedArchs(res)
     return [f'sm_{a}' for a in res]
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #77c97f86
 @lru_cache(None)
 def compile_cubin(
     source, # CUDA C++
@@ -70,12 +74,14 @@ def compile_cubin(
         return _nvrtc_bytes(lib, 'CUBIN', program)
     finally: lib.nvrtcDestroyProgram(ctypes.byref(program))
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #ef8bc8d7
 def _source(): return (Path(fasterai_sparse.__file__).parent/'csrc'/'permutation.cu').read_text()
 
 # %% ../../nbs/nm/01_search_cuda.ipynb #4c6eea8b
 @lru_cache(None)
 def _driver(): return ctypes.CDLL('nvcuda.dll' if os.name == 'nt' else 'libcuda.so.1')
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #77c25333
 def _call(name, *args):
     code = getattr(_driver(), name)(*args)
     if not code: return
@@ -83,6 +89,7 @@ def _call(name, *args):
     _driver().cuGetErrorString(code, ctypes.byref(text))
     raise RuntimeError(f"{name}: {(text.value or b'unknown error').decode()} ({code})")
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #cf1df62c
 @lru_cache(None)
 def _loaded(index):
     "The context that torch uses on device `index`, and the kernels there"
@@ -94,18 +101,21 @@ def _loaded(index):
     _call('cuModuleLoadData', ctypes.byref(module), compile_cubin(_source(), 'sm_{}{}'.format(*torch.cuda.get_device_capability(index))))
     return context, module
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #9b2d2adf
 @lru_cache(None)
 def _kernel(index, name):
     kernel = ctypes.c_void_p()
     _call('cuModuleGetFunction', ctypes.byref(kernel), _loaded(index)[1], name.encode())
     return kernel
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #a7fabe22
 def _arguments(args):
     "`args` as C values, to be kept alive, and pointers to them"
     assert all(a.is_contiguous() for a in args if isinstance(a, torch.Tensor))
     values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_int(a) for a in args]
     return values, (ctypes.c_void_p*len(values))(*map(ctypes.addressof, values))
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #27896cf1
 def _launch(name, grid, block, *args):
     "Start kernel `name` where its first tensor is, on `grid` (up to 3 numbers) blocks of `block` threads"
     index = next(a.device.index for a in args if isinstance(a, torch.Tensor))
@@ -116,10 +126,12 @@ def _launch(name, grid, block, *args):
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         _call('cuLaunchKernel', kernel, *(*grid, 1, 1)[:3], block, 1, 1, 0, stream, pointers, None)
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #573e7d63
 def _no_device():
     if torch.version.cuda is None: return 'torch is built without CUDA'
     return '' if torch.cuda.is_available() else 'no CUDA device'
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #ab835a3a
 def _no_cuda():
     "'', or why there are no kernels of ours"
     return _no_device() or nvrtc_library()[1]
@@ -127,6 +139,7 @@ def _no_cuda():
 # %% ../../nbs/nm/01_search_cuda.ipynb #f3d7b56f
 def _up(a, b): return -(-a//b)
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #749996ab
 def _sum_max_into(out, at, h, x, u, v):
     "Put `sum_max` of `h` and `x` into the rows `at` of `out`; `u` and `v` are added to its rows and columns: half the row sums of `h` and `x`, and what the caller likes"
     (a, k), b = h.shape, len(x)
@@ -139,6 +152,7 @@ def _sum_max_into(out, at, h, x, u, v):
     _launch(kernel, (tiles[1], tiles[0], n), 128, h, x, parts, a, b, k, step)
     _launch('add_parts', (_up(b, 256), min(a, 65535)), 256, parts, n, a, b, u, v, at, out)
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #367b6b45
 def sum_max_cuda(
     h, # Tensor on a CUDA device, a×k, float32
     x, # Tensor there, b×k
@@ -151,6 +165,7 @@ def sum_max_cuda(
     if out.numel(): _sum_max_into(out, torch.arange(len(h), device=h.device), h, x, *(.5*y.sum(1) for y in (h, x)))
     return out
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #3be4d565
 class CudaMap(TorchMap):
     "The hole×column map by kernels of our own; columns and map stay on the device"
     def __init__(self, columns, n, m, device='cuda'):
@@ -177,12 +192,14 @@ class CudaMap(TorchMap):
 # %% ../../nbs/nm/01_search_cuda.ipynb #ccbc3384
 def _two_of_four(a, b, c, d): return np.maximum(np.maximum(a+b, c+d), np.maximum(a, b) + np.maximum(c, d))
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #6ca197c8
 def _swap_deals():
     "The permutations of two stripes that swap two columns, at 1 + 4·i + j, after the one that leaves them"
     res = np.tile(np.arange(8, dtype=np.uint32), (17, 1))
     for k in range(16): res[1+k, [k//4, 4+k%4]] = 4+k%4, k//4
     return res
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #8b43b27e
 class _NumpyKernels:
     def total(self, mat, start, end, blocks, threads): return _two_of_four(*np.abs(mat[:,start:end]).reshape(len(mat), -1, 4).transpose(2,0,1)).sum(dtype=np.float64)
 
@@ -212,6 +229,7 @@ class _NumpyKernels:
         kept = self.deals(mat.reshape(rows, cols), stripe_pairs.reshape(-1, 2), _swap_deals())
         out[:] = (kept[:,1:] - kept[:,:1]).ravel()
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #bac471c1
 class _CudaKernels(_NumpyKernels):
     def __init__(self, device='cuda'): self.device = device
     def on(self, a): return torch.from_numpy(np.array(a, order='C').view(np.int32 if a.dtype == np.uint32 else a.dtype)).to(self.device)   # torch has hardly any uint32
@@ -248,26 +266,31 @@ class _ApexKernels:
     def _check(self, width):
         if width > 4: raise ValueError(f"Apex's kernels deal up to 4 stripes at once, not {width}")
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #4c351eb6
 def _no_apex():
     try: importlib.import_module('permutation_search_cuda')
     except ImportError as e: return f"Apex's permutation search can't be imported: {e}"
     return _no_device()   # without one Apex ends the process
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #937ec177
 def asp_kernels():
     "Name of each implementation of ASP's functions -> '' where it can be used, or why it can't"
     return {'numpy': '', 'cuda': _no_cuda(), 'apex': _no_apex()}
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #7aab7923
 def _array(name, a, dtype, size):
     "`a` as one row, of which what is written shows in `a`"
     if isinstance(a, np.ndarray) and a.dtype == dtype and a.flags.c_contiguous and a.size == size: return a.reshape(-1)
     is_ = f'{a.dtype}, {a.shape}, strides {a.strides}' if isinstance(a, np.ndarray) else type(a).__name__
     raise ValueError(f"{name} is a contiguous numpy array of {size} {np.dtype(dtype)}, not {is_}")
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #222f1233
 def _indices(name, a, size, limit):
     a = _array(name, a, np.uint32, size)
     if a.size and a.max() >= limit: raise ValueError(f"{name} holds numbers below {limit}, not {a.max()}")
     return a
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #a8783841
 class ASPKernels:
     """ASP's four functions in their calling convention, by `kernels`, a name of `asp_kernels()`. Arrays are row by row, float32 or uint32;
     since compiled code takes their address, one of another kind, size or layout is a `ValueError`, and so is a stripe or column that isn't there."""
@@ -314,9 +337,11 @@ def _splits(columns):
     for others in combinations(columns[1:], 3):
         for rest in _splits([c for c in columns[1:] if c not in others]): yield columns[0], *others, *rest
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #8ddc2327
 @lru_cache(None)
 def _deals(size): return np.array(list(_splits(list(range(size)))), np.uint32)
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #654dfbe6
 class _Exhaustive:
     def __init__(self, kernels, size): self.kernels, self.width, self.deals = kernels, size//4, _deals(size)
     def gains(self, x, groups):
@@ -324,6 +349,7 @@ class _Exhaustive:
         self.kernels.build_permute_map(x, *x.shape, groups, *groups.shape, self.deals, self.deals.shape[1], gain, which)
         return gain, which
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #16f66a6b
 class _ChannelSwap:
     def __init__(self, kernels): self.kernels, self.width, self.deals = kernels, 2, _swap_deals()[1:]
     def gains(self, x, groups):
@@ -331,6 +357,7 @@ class _ChannelSwap:
         self.kernels.build_swap_map(x, *x.shape, groups, gain)
         return gain.max(1), gain.argmax(1)
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #ef23b624
 def _asp_order(x, strategy, kernels, escapes, rng):
     "The best order of the columns of `x` (rows × columns) that greedy deals and `escapes` random swaps come by"
     n_stripes, total = x.shape[1]//4, np.empty(1, np.float32)
@@ -357,6 +384,7 @@ def _asp_order(x, strategy, kernels, escapes, rng):
         deal(groups[rng.integers(len(groups))], swap)
         escapes -= 1
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #ede5794a
 def _exhaustive_order(x, kernels, size, escapes, rng):
     c = x.shape[1]
     if size == 12 and c > 512:
@@ -365,6 +393,7 @@ def _exhaustive_order(x, kernels, size, escapes, rng):
         return order[_exhaustive_order(np.ascontiguousarray(x[:,order]), kernels, 8, 10*max(escapes, 100), rng)]
     return _asp_order(x, _Exhaustive(kernels, min(size, c)), kernels, escapes, rng)
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #bfe6ce37
 def asp_search(
     scores, # As for `search_permutation`
     strategy='exhaustive', # Or 'channel_swap'
@@ -395,5 +424,6 @@ def _apex_order(s, n, m, time_budget, seed, start, groups=None):
         raise ValueError(f"The back end 'apex' searches for 2:4, without a time_budget and without groups, not for {n}:{m} in {time_budget} s")
     return asp_search(s, kernels='apex', seed=seed).order.numpy()
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #afb6e225
 _backends['cuda'] = _no_cuda, lambda s, *args: _found(CudaMap, s if s.is_cuda else s.cuda(), *args)
 _backends['apex'] = _no_apex, _apex_order

@@ -25,6 +25,7 @@ def _groups(m, p, nm):
     "Live weights in each group of `nm` of the weight, a plane for each of its places"
     return group_weights(m, nm).planes(m._parameters[p].detach() != 0)
 
+# %% ../../nbs/nm/04_verify.ipynb #48d19ba2
 def _verified(name, m, p, nm):
     w, why = m._parameters.get(p), unmaskable(m, p)
     row = dict(layer=name, type=type(m).__name__, shape=(), groups=0, broken=0, pattern='no', masked=get_mask(m, p) is not None, note=why or '')
@@ -38,6 +39,7 @@ def _verified(name, m, p, nm):
     if bool((n_live == nm.m).all()): return dict(row, pattern='dense')
     return dict(row, note=f'{broken:,d} of {n_live.numel():,d} groups keep more than {nm.n}')
 
+# %% ../../nbs/nm/04_verify.ipynb #667bdccb
 def verify_nm(
     model, # A model or a Learner
     n=2, # How many of `m` neighbours along the inputs may be other than zero

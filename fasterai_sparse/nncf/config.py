@@ -41,15 +41,18 @@ def _read(source):
     try: return hjson.loads(text.lstrip('\ufeff'), object_pairs_hook=_no_twins)
     except hjson.HjsonDecodeError as e: raise ValueError(f"{where} can't be read: {e.msg}, line {e.lineno}, column {e.colno}") from e
 
+# %% ../../nbs/nncf/05_config.ipynb #10161f21
 def _no_twins(pairs):
     "A dict of `pairs`, none of which is there twice"
     d = dict(pairs)
     if len(d) < len(pairs): raise ValueError(f"The key {next(k for i,(k,_) in enumerate(pairs) if k in dict(pairs[:i]))!r} is there twice")
     return d
 
+# %% ../../nbs/nncf/05_config.ipynb #e442a7b0
 def _one_of(where, key, allowed):
     if key not in allowed: raise ValueError(f"{where} has no key {key!r}; it may have {list(allowed)}")
 
+# %% ../../nbs/nncf/05_config.ipynb #ea95ddd2
 @dataclass(frozen=True)
 class SparsityAlgorithm:
     "One algorithm of a configuration, as it is written there; raises `ValueError` naming the key, the value and what is allowed"
@@ -106,8 +109,10 @@ class SparsityAlgorithm:
         if self.sparsity_init and params['schedule'] != 'multistep': params['sparsity_init'] = self.sparsity_init
         return epoch_schedule(**params)
 
+# %% ../../nbs/nncf/05_config.ipynb #f7645cea
 def _is_number(v): return isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v)
 
+# %% ../../nbs/nncf/05_config.ipynb #ce9f9e79
 def _algorithm(d):
     if not isinstance(d, dict): raise ValueError(f"An algorithm is a dict with the key 'algorithm', not {d!r}")
     if not isinstance(d.get('algorithm'), str) or d['algorithm'] not in ALGORITHMS: raise ValueError(f"algorithm is one of {list(ALGORITHMS)}, not {d.get('algorithm')!r}")
@@ -116,6 +121,7 @@ def _algorithm(d):
         if not isinstance(d.get(k, {}), dict): raise ValueError(f"{k} is a dict, not {d[k]!r}")
     return SparsityAlgorithm(**d)
 
+# %% ../../nbs/nncf/05_config.ipynb #48dae7a9
 @dataclass(frozen=True)
 class SparsityConfig:
     "The algorithms of a configuration, in order"
@@ -148,12 +154,14 @@ def layer_scope(
         parts.append(f"{'NNCF' if not list(here.children()) else ''}{type(here).__name__}[{n}]")
     return '/'.join([*parts, f'{type(here).__name__.lower()}_0'])
 
+# %% ../../nbs/nncf/05_config.ipynb #4072fde2
 def _fits(scope, names):
     "Whether the `scope` fits one of the `names` of a layer"
     if '{re}' in scope: return any(re.search(scope.replace('{re}', ''), n) for n in names)
     brackets = re.findall(r'\[([^\]]*)\]', scope)
     return scope in names or bool(brackets) and '.'.join(brackets) in names
 
+# %% ../../nbs/nncf/05_config.ipynb #a336c975
 def scoped_layers(
     a:SparsityAlgorithm,
     model, # The whole model
@@ -182,6 +190,7 @@ def callbacks_from_config(
             taken[n] = a.algorithm
     return [_callback(a, names, mask_lr) for a,names in zip(cfg.algorithms, layers)]
 
+# %% ../../nbs/nncf/05_config.ipynb #ac42b64d
 def _callback(a, layers, mask_lr):
     if a.algorithm == 'const_sparsity': return ConstSparsityCallback(layers=layers if a.ignored_scopes or a.target_scopes is not None else None)
     if not layers: raise ValueError(f"The scopes of {a.algorithm} leave no layer to sparsify")

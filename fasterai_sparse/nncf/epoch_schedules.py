@@ -20,6 +20,7 @@ class Level:
     level:float # Sparsity, a fraction
     n_reached:int = 0 # Epochs since the last rise for which it has been reached
 
+# %% ../../nbs/nncf/00_epoch_schedules.ipynb #623001e4
 @dataclass(frozen=True)
 class EpochSchedule:
     "What NNCF's schedules have in common; raises `ValueError` for what is out of range, naming it"
@@ -62,6 +63,7 @@ class EpochSchedule:
         if max(levels) > self.sparsity_target: raise ValueError(f"As a share of its target, {self.sparsity_target}, a schedule can't be above it, and this one is at {max(levels)}")
         return Schedule(_Steps(tuple(l/self.sparsity_target if self.sparsity_target else 0. for l in levels)))
 
+# %% ../../nbs/nncf/00_epoch_schedules.ipynb #88b6e2e7
 @dataclass(frozen=True)
 class _Steps:
     "`f(start, end, pos)` with one of `shares` in each of as many equal parts of training"
@@ -102,6 +104,7 @@ class Polynomial(EpochSchedule):
         if not self.update_per_optimizer_step: return super().over(n_epochs)
         return Schedule(_Moving(self, n_epochs))
 
+# %% ../../nbs/nncf/00_epoch_schedules.ipynb #79546b17
 @dataclass(frozen=True)
 class _Moving:
     "`f(start, end, pos)` along the levels of `schedule`, which may change with each step"
@@ -112,6 +115,7 @@ class _Moving:
         epoch = min(pos*self.n_epochs, s.sparsity_freeze_epoch)
         return start + (end-start)*min(s.level(epoch)/max(s.sparsity_target, 1e-12), 1.)
 
+# %% ../../nbs/nncf/00_epoch_schedules.ipynb #2f139406
 @dataclass(frozen=True)
 class Exponential(EpochSchedule):
     "The density falls by the same factor each epoch, from that of `sparsity_init` to that of `sparsity_target`"
@@ -129,6 +133,7 @@ class Exponential(EpochSchedule):
         density = 1 - self.sparsity_init
         return min(1 - density*((1-self.sparsity_target)/density)**(epoch/self.sparsity_target_epoch), self.sparsity_target)
 
+# %% ../../nbs/nncf/00_epoch_schedules.ipynb #4264d814
 @dataclass(frozen=True)
 class Adaptive(EpochSchedule):
     "One `step` further each time that the level has been reached for `patience` epochs"
@@ -147,6 +152,7 @@ class Adaptive(EpochSchedule):
         n = state.n_reached + reached
         return Level(min(state.level + self.step, self.sparsity_target)) if n >= self.patience else Level(state.level, n)
 
+# %% ../../nbs/nncf/00_epoch_schedules.ipynb #c122d0e3
 @dataclass(frozen=True)
 class Multistep(EpochSchedule):
     "One of the levels after another; the last is the target, whatever `sparsity_target` says"

@@ -93,6 +93,7 @@ class SoftMasks:
         for h in self.hooks: h.remove()
         self.hooks, self.masks, self.below, self.above, self.on = [], {}, {}, {}, False
 
+# %% ../../nbs/nncf/01_soft_masks.ipynb #3959c664
 def _alike(a, b): return (a.device, a.dtype, a.shape) == (b.device, b.dtype, b.shape)
 
 # %% ../../nbs/nncf/01_soft_masks.ipynb #0959501f
@@ -201,6 +202,7 @@ def _unbake(self:SoftMaskCallback):
         else: now.copy_(before)
     self.baked = {n: mask for n,mask in self.baked.items() if n not in self.owners}
 
+# %% ../../nbs/nncf/01_soft_masks.ipynb #bff131d7
 @patch
 def _see_hard(self:SoftMaskCallback):
     "Note what hard masks drop, of others in this fit or before it: that stays dropped"
@@ -208,11 +210,13 @@ def _see_hard(self:SoftMaskCallback):
     self.found_in = {n: n_true(~mask)/mask.numel() for n,mask in self.hard.items()}
     self.found = sum(f*self.hard[n].numel() for n,f in self.found_in.items())/sum(p.numel() for p in self.params.values())
 
+# %% ../../nbs/nncf/01_soft_masks.ipynb #efd6521b
 def _unfit(m):
     "Why `m` can't have a soft mask, or ''"
     if getattr(m, 'max_norm', None) is not None: return 'cuts its norm in the forward pass, so it can not have a soft mask'
     return 'has sparse gradients, so it can not have a soft mask' if getattr(m, 'sparse', False) else ''
 
+# %% ../../nbs/nncf/01_soft_masks.ipynb #e6142055
 @patch
 def _find_layers(self:SoftMaskCallback):
     "The weights to sparsify by name, and where each is"
@@ -224,6 +228,7 @@ def _find_layers(self:SoftMaskCallback):
     if not found: raise ValueError(f"No layer to sparsify in {type(unwrapped(self.model)).__name__}")
     return trained, {n: found[n] for n in trained}
 
+# %% ../../nbs/nncf/01_soft_masks.ipynb #792f5a5b
 @patch
 def _level(self:SoftMaskCallback):
     "The level of this epoch, a fraction"
@@ -234,23 +239,28 @@ def _level(self:SoftMaskCallback):
     self.state = self.schedule.next(self.state, self.n_epochs, measured)
     return self.state.level
 
+# %% ../../nbs/nncf/01_soft_masks.ipynb #8dca21f1
 @patch
 def _to(self:SoftMaskCallback, level):
     "Have masks of `level`, or of what was there at the start if that is more"
     self.level = self._at_least(level)
     self.new_masks(self.level)
 
+# %% ../../nbs/nncf/01_soft_masks.ipynb #169aff8c
 @patch
 def _at_least(self:SoftMaskCallback, level): return level if self.context == 'local' else max(level, self.found)
 
+# %% ../../nbs/nncf/01_soft_masks.ipynb #f6f6416e
 @patch
 def _note(self:SoftMaskCallback, measured): self.noted.append((self.n_epochs+self.into, 100*self.level, 100*measured))
 
+# %% ../../nbs/nncf/01_soft_masks.ipynb #8154f4bc
 @patch(as_prop=True)
 def log(self:SoftMaskCallback):
     "A `DataFrame` of `epoch`, `asked` and `sparsity` (both in percent): a row for each drawing of masks, of RB for each batch"
     return pd.DataFrame(getattr(self, 'noted', []), columns=['epoch', 'asked', 'sparsity'])
 
+# %% ../../nbs/nncf/01_soft_masks.ipynb #458be832
 @patch
 def plot(self:SoftMaskCallback, ax=None):
     "The sparsity of the layers over the fit, and what was asked for; returns the axes"
@@ -263,6 +273,7 @@ def plot(self:SoftMaskCallback, ax=None):
     ax.legend()
     return ax
 
+# %% ../../nbs/nncf/01_soft_masks.ipynb #2d386a5e
 @patch
 def _within_epoch(self:SoftMaskCallback):
     "What changes from batch to batch: the level where the schedule has one for each, and whether masks are to stay"
@@ -275,10 +286,12 @@ def _within_epoch(self:SoftMaskCallback):
             self.soft.lift()
             self._to(level)
 
+# %% ../../nbs/nncf/01_soft_masks.ipynb #2df92a55
 @patch
 def _freeze(self:SoftMaskCallback):
     if not self.frozen: self.bake()
 
+# %% ../../nbs/nncf/01_soft_masks.ipynb #00be2777
 @patch
 def _measured(self:SoftMaskCallback):
     "Share of the layers' weights that is zero under the masks of now"
@@ -287,6 +300,7 @@ def _measured(self:SoftMaskCallback):
     masks = {n: self.soft.masks.get(n) if not self.frozen else get_mask(*self.owners[n]) for n in self.params}
     return sum(n_true(~mask.bool()) for mask in masks.values() if mask is not None)/n
 
+# %% ../../nbs/nncf/01_soft_masks.ipynb #c6ec247a
 @patch
 def bake(self:SoftMaskCallback):
     "Make the masks hard: what they drop is zero from here on, and the learner keeps it so"
@@ -304,11 +318,13 @@ def bake(self:SoftMaskCallback):
     watch_loads(unwrapped(self.model))
     self.keep_masks()
 
+# %% ../../nbs/nncf/01_soft_masks.ipynb #a6435ba3
 @patch
 def _end(self:SoftMaskCallback):
     if self.started: self.soft.end()
     self.started = False
 
+# %% ../../nbs/nncf/01_soft_masks.ipynb #af961883
 @patch
 def report(self:SoftMaskCallback):
     """The `sparsity_report` of the layers that are sparsified, with the `level` that was asked for (%) and, for magnitudes, the `threshold`, the greatest importance that
@@ -324,6 +340,7 @@ def report(self:SoftMaskCallback):
 # %% ../../nbs/nncf/01_soft_masks.ipynb #de0407fd
 def _by_norm(scores): return torch.where(scores > 0, scores/torch.linalg.vector_norm(scores), 0)
 
+# %% ../../nbs/nncf/01_soft_masks.ipynb #f161d299
 weight_importances = {'normed_abs': Criteria(large_final, normalizer=_by_norm), 'abs': Criteria(large_final)}
 
 class MagnitudeSparsityCallback(SoftMaskCallback):
@@ -398,6 +415,7 @@ def _parts(*tensors, n=2**18):
     if all(t.is_cpu and t.is_contiguous() for t in tensors): return zip(*(t.view(-1).split(n) for t in tensors))
     return [tensors]
 
+# %% ../../nbs/nncf/01_soft_masks.ipynb #75d9862c
 class _Drawn(SoftMasks):
     "Masks drawn anew from logits; gradients of the masked weights become those of the logits too"
     def __init__(self, params, seed):
@@ -448,6 +466,7 @@ class _Drawn(SoftMasks):
         super().end()
         self.slopes = {}
 
+# %% ../../nbs/nncf/01_soft_masks.ipynb #e5c6b34e
 class RBSparsityCallback(SoftMaskCallback):
     "NNCF's regularization-based sparsity: masks are learned, with the level they are to have as a part of the loss"
     def __init__(self, sparsity=None, schedule=None,
@@ -544,6 +563,7 @@ class RBSparsityCallback(SoftMaskCallback):
         super().after_validate()
         if hasattr(self.learn, 'recorder'): fill_column(self.learn.recorder, self.loss_column, round(sum(self.losses)/max(len(self.losses), 1), 4))
 
+# %% ../../nbs/nncf/01_soft_masks.ipynb #0337271e
 @patch
 def _gaps(self:RBSparsityCallback):
     "Density less the one that is asked for, by layer, and the density of all"
@@ -552,6 +572,7 @@ def _gaps(self:RBSparsityCallback):
     if self.context == 'local': return {k: kept[k]/n[k] - (1-max(self.level, self.found_in.get(k, 0.))) for k in n}, density
     return dict.fromkeys(n, density - (1-self.level)), density
 
+# %% ../../nbs/nncf/01_soft_masks.ipynb #7575ce10
 @patch
 @torch.no_grad()
 def _step_logits(self:RBSparsityCallback):

@@ -22,6 +22,7 @@ from ..core.masks import unwrapped
 # %% ../../nbs/train/01_bn_adaptation.ipynb #51ff1525
 def _adaptable(model): return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m.running_mean is not None]
 
+# %% ../../nbs/train/01_bn_adaptation.ipynb #936e82bf
 def _parts_of(dl):
     "`dl` with the loaders and samplers inside it"
     found = []
@@ -32,6 +33,7 @@ def _parts_of(dl):
     look(dl)
     return found
 
+# %% ../../nbs/train/01_bn_adaptation.ipynb #25ded524
 @contextmanager
 def undisturbed(
     dl, # A `DataLoader`, fastai's or torch's
@@ -48,21 +50,25 @@ def undisturbed(
             if isinstance(idxs := getattr(getattr(p, 'items', None), 'idxs', None), L): stack.callback(setattr, p.items, 'idxs', L(list(idxs)))   # text, which is shuffled in place
         yield dl
 
+# %% ../../nbs/train/01_bn_adaptation.ipynb #ea28a393
 @contextmanager
 def _training(modules):
     for m in modules: m.train()
     yield
 
+# %% ../../nbs/train/01_bn_adaptation.ipynb #37710f6d
 def _inputs(b, n_inp):
     "The first `n_inp` of the batch `b`, or all but the last"
     if not isinstance(b, (tuple,list)): return b
     return b[:n_inp or -1] or b
 
+# %% ../../nbs/train/01_bn_adaptation.ipynb #17e546fa
 def _n_rows(b):
     "How many samples the batch `b` has"
     b = next(iter(b.values())) if isinstance(b, dict) else b
     return _n_rows(b[0]) if isinstance(b, (tuple,list)) else len(b)
 
+# %% ../../nbs/train/01_bn_adaptation.ipynb #5f3c30f2
 def _first(dl, n_samples):
     "Batches of `dl` until there are `n_samples`"
     seen, batches = 0, iter(dl)
@@ -70,10 +76,12 @@ def _first(dl, n_samples):
         seen += _n_rows(b)
         yield b
 
+# %% ../../nbs/train/01_bn_adaptation.ipynb #078a47ba
 def check_n_samples(n):
     "Raise `ValueError` for what is no number of samples"
     if isinstance(n, bool) or not isinstance(n, Integral) or n < 0: raise ValueError(f"n_samples is a whole number from 0, not {n!r}")
 
+# %% ../../nbs/train/01_bn_adaptation.ipynb #72bbfa0d
 def adapt_batchnorm(
     m, # A model, or a learner
     dl=None, # Training data; None: the learner's

@@ -52,6 +52,7 @@ class KeepMasks(Callback):
 
     def after_fit(self): apply_masks(self.model)
 
+# %% ../../nbs/train/02_keep_masks.ipynb #d09367fd
 def _spare_broadcast(model):
     "Have `DistributedDataParallel`, which wraps the model after this or has done so, leave masks out of what it sends at each batch: ranks agree on them anyway"
     masks = {id(mask) for *_,mask in masked_params(model)}
@@ -60,6 +61,7 @@ def _spare_broadcast(model):
     if isinstance(model, nn.parallel.DistributedDataParallel): model.modules_buffers = [b for b in model.modules_buffers if id(b) not in masks]
     else: model._ddp_params_and_buffers_to_ignore = sorted(ignored | names)
 
+# %% ../../nbs/train/02_keep_masks.ipynb #4b70ba85
 def _share_masks(model, cbs):
     "Where ranks train one model together, have all go by the masks of the first, as they go by its weights"
     together = isinstance(model, nn.parallel.DistributedDataParallel) or any(type(cb).__name__ == 'DistributedTrainer' for cb in cbs)
@@ -69,10 +71,12 @@ def _share_masks(model, cbs):
         torch.distributed.broadcast(sent, 0)
         mask.copy_(sent)
 
+# %% ../../nbs/train/02_keep_masks.ipynb #b11b9708
 def _is_layerwise(opt):
     "Whether `opt` scales its step by the norm of a layer's gradient"
     return any(getattr(f, '__name__', '') in ('larc_layer_lr', 'larc_step', 'lamb_step') for o in optimizers_in(opt) for f in getattr(o, 'cbs', []))
 
+# %% ../../nbs/train/02_keep_masks.ipynb #e20bd7c8
 class MaskUpdates(Callback):
     "Base of the callbacks that change masks: nothing happens while the learner validates or predicts (it holds its lock then) or looks for a learning rate"
     run_valid = False
@@ -103,6 +107,7 @@ class MaskUpdates(Callback):
             kept[0].before_fit()
         return kept[0]
 
+# %% ../../nbs/train/02_keep_masks.ipynb #775e4a8f
 def bake_masks(
     m, # A model or a Learner
 ):
@@ -125,6 +130,7 @@ def add_column(
     names.items.insert(len(names) - bool(recorder.add_time) - n_own, name)   # behind the columns that others have added
     return name
 
+# %% ../../nbs/train/02_keep_masks.ipynb #5c45fe54
 def fill_column(
     recorder, # The learner's `Recorder`, after its own `after_validate`
     name, # What `add_column` returned

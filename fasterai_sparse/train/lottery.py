@@ -21,6 +21,7 @@ def _own_tensors(model):
     masks = {id(mask) for *_,mask in masked_params(model)}
     return {n: t for n,t in model.state_dict(keep_vars=True).items() if torch.is_tensor(t) and id(t) not in masks}
 
+# %% ../../nbs/train/05_lottery.ipynb #17d58fdd
 class RewindPoint:
     "All weights and statistics of `model` at the time of creation, to go back to under the masks of another time"
     def __init__(self,

@@ -15,17 +15,20 @@ def optimizers_in(opt):
     "`opt` and the optimizers it wraps, outermost first"
     while opt is not None: yield opt; opt = opt.__dict__.get('opt')
 
+# %% ../../nbs/train/00_opt_state.ipynb #24c7124b
 def state_of(opt, p):
     "The innermost optimizer's state of the parameter `p`, a dict"
     *_,inner = optimizers_in(opt)
     return inner.state.get(p, {})
 
+# %% ../../nbs/train/00_opt_state.ipynb #c1bed9e3
 def params_of(opt):
     "All parameters that `opt` steps, which may be fastai's or torch's"
     *_,inner = optimizers_in(opt)
     groups = inner.param_lists if hasattr(inner, 'param_lists') else [g['params'] for g in inner.param_groups]
     return [p for g in groups for p in g]
 
+# %% ../../nbs/train/00_opt_state.ipynb #e01df410
 def past_of(opt, p):
     "All that the optimizers keep of each element of `p`: tensors of its shape"
     for s in state_of(opt, p).values():
@@ -35,6 +38,7 @@ def past_of(opt, p):
             for s,f in zip(slow, fast):
                 if f is p: yield s
 
+# %% ../../nbs/train/00_opt_state.ipynb #23991f10
 def reset_opt_state(
     opt, # The learner's optimizer: fastai's, wrapped or not
     p, # A parameter
@@ -45,6 +49,7 @@ def reset_opt_state(
     if p in inner.state: inner.state[p] = kept
     for s in past_of(opt, p): s.copy_(p)   # what is left are slow weights
 
+# %% ../../nbs/train/00_opt_state.ipynb #a3100f13
 @torch.no_grad()
 def clear_opt_state(
     opt, # The learner's optimizer: fastai's, wrapped or not

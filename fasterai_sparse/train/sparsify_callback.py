@@ -30,6 +30,7 @@ def _one_of(**given):
     if len(there) != 1: raise ValueError(f"Give {' or '.join(f'{n}=' for n in given)}" + (", not both" if there else ""))
     return next(iter(there.values()))
 
+# %% ../../nbs/train/06_sparsify_callback.ipynb #73a61ca5
 class _LastWord(MaskUpdates):
     "Ends the fit for `cb`"
     order = 65   # after SaveModelCallback (61), and all other trackers
@@ -37,6 +38,7 @@ class _LastWord(MaskUpdates):
     def after_fit(self):
         if self.cb.started and self.cb.learn is self.learn: self.cb._finish()
 
+# %% ../../nbs/train/06_sparsify_callback.ipynb #faa8d869
 class SparsifyCallback(MaskUpdates):
     "Make the model sparse along a `schedule` while it trains, and leave it so"
     order = Recorder.order + 1
@@ -121,21 +123,25 @@ class SparsifyCallback(MaskUpdates):
 @patch
 def _names(self:SparsifyCallback): return list(self.targets if isinstance(self.targets, dict) else self.sparsifier.layers)
 
+# %% ../../nbs/train/06_sparsify_callback.ipynb #0ddc10b7
 @patch
 def _target_of(self:SparsifyCallback, name): return self.targets[name] if isinstance(self.targets, dict) else self.targets
 
+# %% ../../nbs/train/06_sparsify_callback.ipynb #c1a5e0e9
 @patch
 def _asked(self:SparsifyCallback):
     "The target as it is printed"
     percent = {n: 100*float(self._target_of(n)) for n in self._names()}
     return f'{ {n: int(p) if p==int(p) else p for n,p in percent.items()} }%' if isinstance(self.targets, dict) else f'{self.sparsity:g}%'
 
+# %% ../../nbs/train/06_sparsify_callback.ipynb #c7be04e0
 def _share(start, sparsity):
     "`start` percent as a share of the target"
     if isinstance(sparsity, dict): raise ValueError("start_sparsity needs one number for sparsity; for a dict, give the share of each target: Schedule(..., start_val=.2)")
     if as_fraction(start) > as_fraction(sparsity): raise ValueError(f"start_sparsity must not be above the target of {sparsity:g} %, and is {start:g}")
     return float(as_fraction(start)/as_fraction(sparsity)) if sparsity else 0.
 
+# %% ../../nbs/train/06_sparsify_callback.ipynb #a4eeb9f1
 @patch
 def _windowed(self:SparsifyCallback):
     "The schedule of this fit, its window where `start_epoch` and `end_epoch` say"
@@ -145,6 +151,7 @@ def _windowed(self:SparsifyCallback):
     if not 0 <= first < last <= self.n_epoch: raise ValueError(f"The schedule needs 0 <= start_epoch < end_epoch <= {self.n_epoch} (epochs of this fit), not {first:g} to {last:g}")
     return replace(s, start_pct=first/self.n_epoch, end_pct=last/self.n_epoch)
 
+# %% ../../nbs/train/06_sparsify_callback.ipynb #e031323b
 @patch
 def _check_rewinds(self:SparsifyCallback):
     "Raise `ValueError` where the weights to go back to, or to compare with, would not be there"
@@ -155,9 +162,11 @@ def _check_rewinds(self:SparsifyCallback):
     if self.rewind_epoch and self.sched.progress(self.rewind_epoch/self.n_epoch) > 0:
         raise ValueError(f"rewind_epoch={self.rewind_epoch} must come before the schedule's first step, which is taken by the end of epoch {self.rewind_epoch-1}")
 
+# %% ../../nbs/train/06_sparsify_callback.ipynb #4bcf9902
 @patch
 def _rewinds(self:SparsifyCallback): return self.lth or self.reset_end or bool(self.save_tickets)
 
+# %% ../../nbs/train/06_sparsify_callback.ipynb #49c1c444
 @patch
 def _set_up(self:SparsifyCallback):
     "Prepare a fit; whether there is anything to do in it"
@@ -181,17 +190,20 @@ def _set_up(self:SparsifyCallback):
     if self.speaks: print(f'Pruning of {self.sparsifier.granularity} until a sparsity of {self._asked()}')
     return True
 
+# %% ../../nbs/train/06_sparsify_callback.ipynb #d6ab312a
 @patch
 def _permute(self:SparsifyCallback):
     "Put the channels into order, on the first batch of the data"
     self.sparsifier.permute(to_device(next(iter(self.dls.train)), self.dls.device), self.opt)
     if self.speaks and (df := self.sparsifier.permutation) is not None: print(f'Channels permuted: {self.sparsifier.granularity} keeps {df.kept.sum()/df.total.sum():.2%} of the scores, {df.naive.sum()/df.total.sum():.2%} in the order that was there')
 
+# %% ../../nbs/train/06_sparsify_callback.ipynb #1481a622
 def _from_first_rank(norms):
     "What the first rank has measured: BatchNorm has other statistics on each"
     for t in norms.values(): torch.distributed.broadcast(t, 0)
     return norms
 
+# %% ../../nbs/train/06_sparsify_callback.ipynb #fe303e6d
 @patch
 def _leave_frozen(self:SparsifyCallback):
     "Take frozen layers out; whether any other is left"
@@ -202,6 +214,7 @@ def _leave_frozen(self:SparsifyCallback):
     if not left and self.speaks: print('All layers to sparsify are frozen: waiting for a fit in which they train')
     return left
 
+# %% ../../nbs/train/06_sparsify_callback.ipynb #a5e25cce
 @patch
 def _measured(self:SparsifyCallback):
     "How much of the target the masks reach now, 1 for all of it, in groups of the callback's own granularity"
@@ -210,6 +223,7 @@ def _measured(self:SparsifyCallback):
     dropped = sum(n_true(~live)*s.groups[n].size(s.param(n).shape) for n in names if (live := s.live(n)) is not None)
     return float(dropped/target) if target else 1.
 
+# %% ../../nbs/train/06_sparsify_callback.ipynb #c2e38683
 @patch
 def _start_from_here(self:SparsifyCallback):
     "Remember how sparse the fit found the model, or each layer where each goes its own way, as what the schedule has to reach first"
@@ -219,10 +233,12 @@ def _start_from_here(self:SparsifyCallback):
     self.found = {n: min(Fraction(n_true(~l), l.numel()), self._target_of(n)) for n,l in live.items() if l is not None}
     if self.found: s.allocation = partial(_not_below, self.found)
 
+# %% ../../nbs/train/06_sparsify_callback.ipynb #932a950d
 def _not_below(found, params, model_sparsity, *, names, **kwargs):
     "The same sparsity in every layer, but in those of `found` that have more"
     return [max(model_sparsity, found.get(n, 0)) for n in names]
 
+# %% ../../nbs/train/06_sparsify_callback.ipynb #96443a5d
 @patch
 def _due_targets(self:SparsifyCallback, progress):
     "What the masks should be at `progress` of the target; what a layer had is forgotten when the schedule passes it"
@@ -239,6 +255,7 @@ def _progress(self:SparsifyCallback):
     if p >= self.floor: self.floor = 0.
     return max(p, self.floor)
 
+# %% ../../nbs/train/06_sparsify_callback.ipynb #632d0d9d
 @patch
 def _due(self:SparsifyCallback, progress):
     "Whether the masks are to follow `progress` now"
@@ -250,6 +267,7 @@ def _due(self:SparsifyCallback, progress):
     moved, live = abs(progress-self.level)*self.reach, 1 - self.level*self.reach
     return edge or self.n_since >= 32 or moved >= .01*live and self.n_since >= 4
 
+# %% ../../nbs/train/06_sparsify_callback.ipynb #d83efe3a
 @patch
 def _update(self:SparsifyCallback):
     "Let the masks follow the schedule, if that is due"
@@ -262,12 +280,14 @@ def _update(self:SparsifyCallback):
         if self.changed and self.rewind_point is not None: self._after_update()
     self.last_position = self.position()
 
+# %% ../../nbs/train/06_sparsify_callback.ipynb #24af3942
 @patch
 def _forget(self:SparsifyCallback, p, changed):
     "The optimizer forgets what it knew of the weights of `p` that come or go"
     self.changed = self.changed or bool(changed.any())
     clear_opt_state(self.opt, p, changed)
 
+# %% ../../nbs/train/06_sparsify_callback.ipynb #f0fcdb01
 @patch
 def _blind(self:SparsifyCallback):
     "Whether there is nothing to go by on any rank: the loss is no number, or gradients that the criterion reads are none, not there or all zero"
@@ -277,6 +297,7 @@ def _blind(self:SparsifyCallback):
     torch.distributed.all_reduce(blind)   # ranks that disagreed would go on with different masks
     return bool(blind)
 
+# %% ../../nbs/train/06_sparsify_callback.ipynb #1473f97e
 @patch
 def _blind_here(self:SparsifyCallback):
     if not self.loss.isfinite().all(): return True
@@ -292,20 +313,25 @@ def _sparsities(self:SparsifyCallback):
     if isinstance(self.targets, dict): return {n: _percent_zero([p]) for n,p in params.items()}
     return _percent_zero(params.values())
 
+# %% ../../nbs/train/06_sparsify_callback.ipynb #32bdabc5
 def _percent_zero(params):
     params = list(params)
     return 100*sum(p.numel()-n_true(p != 0) for p in params)/max(sum(p.numel() for p in params), 1)
 
+# %% ../../nbs/train/06_sparsify_callback.ipynb #9b04004a
 @patch
 def _now(self:SparsifyCallback):
     "`_sparsities`, measured once for an epoch's end"
     if self.measured is None: self.measured = self._sparsities()
     return self.measured
 
+# %% ../../nbs/train/06_sparsify_callback.ipynb #482bdcc4
 def _mean(s): return sum(s.values())/len(s) if isinstance(s, dict) else s
 
+# %% ../../nbs/train/06_sparsify_callback.ipynb #5789434c
 def _average(s): return f'avg={_mean(s):.2f}%' if isinstance(s, dict) else f'{s:.2f}%'
 
+# %% ../../nbs/train/06_sparsify_callback.ipynb #1620fc36
 @patch
 def _shortfall(self:SparsifyCallback, measured):
     "Why the model is not as sparse as was asked, or None where it is"
@@ -318,6 +344,7 @@ def _shortfall(self:SparsifyCallback, measured):
     if self.level != due/100: return 'The target was not reached: the last batches had no finite loss, or no gradients for the criterion'
     return f'This is not the target of {self._asked()}: groups are dropped as a whole, the context shares it otherwise, or other weights have been loaded'
 
+# %% ../../nbs/train/06_sparsify_callback.ipynb #af0ea7a2
 @patch
 def _last_word(self:SparsifyCallback, measured):
     rounded = {n: round(float(s), 2) for n,s in measured.items()} if isinstance(measured, dict) else f'{measured:.2f}%'
@@ -335,6 +362,7 @@ def _remember(self:SparsifyCallback):
     if self.speaks: print(f'Saving Weights at epoch {self.n_epochs}')
     self.rewind_point = RewindPoint(self.sparsifier.model)
 
+# %% ../../nbs/train/06_sparsify_callback.ipynb #f58297f4
 @patch
 @torch.no_grad()
 def _rewind(self:SparsifyCallback):
@@ -343,6 +371,7 @@ def _rewind(self:SparsifyCallback):
     for n in self.sparsifier.prev.keys() & self.sparsifier.layers.keys(): self.sparsifier.prev[n].copy_(self.sparsifier.param(n))
     for p in self.sparsifier.model.parameters(): reset_opt_state(self.opt, p)
 
+# %% ../../nbs/train/06_sparsify_callback.ipynb #07c04ce9
 @patch
 def _save_ticket(self:SparsifyCallback, which):
     if self.speaks: print(f'Saving {which} Ticket')
@@ -351,11 +380,13 @@ def _save_ticket(self:SparsifyCallback, which):
     folder = self.learn.path/self.learn.model_dir if self.save_tickets is True else self.save_tickets
     save_ticket(self.rewind_point.ticket(self.model), [keys[id(self.sparsifier.param(n))] for n in self._names()], folder)
 
+# %% ../../nbs/train/06_sparsify_callback.ipynb #47dbc97f
 @patch
 def _after_update(self:SparsifyCallback):
     if self.lth: self._rewind()
     if self.save_tickets: self._save_ticket('Intermediate')
 
+# %% ../../nbs/train/06_sparsify_callback.ipynb #78e7cb2b
 @patch
 def _finish(self:SparsifyCallback):
     "The last word of a fit, when all other callbacks had theirs"

@@ -26,6 +26,7 @@ def native_library():
     lib.fs_sum_max.argtypes, lib.fs_sum_max.restype = [ctypes.c_void_p]*3 + [ctypes.c_int64]*3 + [ctypes.c_int]*2, None
     return lib, ''
 
+# %% ../../nbs/utils/06_native.ipynb #2651c7ae
 def instruction_sets():
     "Names of those that the library has kernels for and this processor can run, the best first; empty where there is no library"
     lib, _ = native_library()
@@ -41,6 +42,7 @@ def sum_max_torch(
     "`out[i,j] = sum(max(h[i], x[j]))`, a×b"
     return (h.sum(1)[:,None] + x.sum(1) + torch.cdist(h, x, p=1))/2
 
+# %% ../../nbs/utils/06_native.ipynb #95a4c008
 def sum_max(
     h, # Array, a×k, float32; k is a multiple of 16, to be filled up with zeros
     x, # Array, b×k

@@ -15,8 +15,9 @@ from torch import nn
 
 from fasterai_sparse.core.allocation import erdos_renyi_sparsity
 from fasterai_sparse.core.criteria import large_final
+from fasterai_sparse.core.layers import maskable_weights
 from fasterai_sparse.core.masks import get_mask
-from fasterai_sparse.core.report import maskable_weights, sparsity_report, weight_uses
+from fasterai_sparse.core.report import sparsity_report, weight_uses
 from fasterai_sparse.core.schedules import agp, Schedule
 from fasterai_sparse.train.keep_masks import KeepMasks
 from fasterai_sparse.train.sparsify_callback import SparsifyCallback

@@ -15,7 +15,7 @@ from fastai.basics import Callback, CancelValidException, CrossEntropyLossFlat, 
 from torch import nn
 
 from engine import engines, race
-from fasterai_sparse.core.granularity import block
+from fasterai_sparse.core.patterns import block
 from fasterai_sparse.core.report import sparsity_report
 from fasterai_sparse.core.schedules import agp
 from fasterai_sparse.train.sparsify_callback import SparsifyCallback

@@ -62,7 +62,7 @@ class Similarities(SentenceEncoder):
 def stirred(model):
     "`model` with BatchNorm that has seen something and without parameters that are all zero, so that a channel in the wrong place changes the output"
     for m in model.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.running_mean.normal_(), m.running_var.uniform_(.5, 2), m.weight.uniform_(.5, 2), m.bias.normal_()
+        if isinstance(m, nn.modules.batchnorm.BatchNorm): m.running_mean.normal_(), m.running_var.uniform_(.5, 2), m.weight.uniform_(.5, 2), m.bias.normal_()
     for p in model.parameters():
         if not p.any(): p.normal_(std=.02)
     return model

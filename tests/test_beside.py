@@ -38,11 +38,13 @@ from callback_helpers import (
 from fastai.basics import (
     accuracy, Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, nn, partial, set_seed, torch)
 from fasterai_sparse.core.criteria import grad_crit, large_final, movement, random_criteria, updating_movement, wanda
-from fasterai_sparse.core.masks import masked_params, n_zeros
+from fasterai_sparse.core.masks import masked_params
 from fasterai_sparse.core.schedules import agp, dsd, lin, one_shot
+from fasterai_sparse.core.select import n_zeros
 from fasterai_sparse.core.sparsifier import masks_from_zeros
-from fasterai_sparse.train.keep_masks import bake_masks, KeepMasks
+from fasterai_sparse.train.keep_masks import KeepMasks
 from fasterai_sparse.train.sparsify_callback import SparsifyCallback
+from fasterai_sparse.train.updates import bake_masks
 
 OPTIMIZERS = dict(ranger=ranger, lamb=Lamb, larc=Larc, radam=RAdam,
                   lookahead=lambda ps, **kw: Lookahead(RAdam(ps, **kw), k=3),

@@ -17,11 +17,13 @@ from fastai.basics import Callback, DataLoader, DataLoaders, nn, partial, torch
 from fasterai_sparse.core.criteria import (
     grad_crit, large_final, large_init_large_final, magnitude_increase, movement, movmag, random_criteria,
     small_final, updating_movement, updating_movmag, wanda)
-from fasterai_sparse.core.masks import as_ratio, get_mask, masked_params, n_zeros, top_k_mask
+from fasterai_sparse.core.masks import get_mask, masked_params
 from fasterai_sparse.core.schedules import agp, cos, dsd, iterative, lin, one_cycle, one_shot, Schedule
+from fasterai_sparse.core.select import as_ratio, n_zeros, top_k_mask
 from fasterai_sparse.core.sparsifier import masks_from_zeros, Sparsifier
-from fasterai_sparse.train.keep_masks import bake_masks, KeepMasks
+from fasterai_sparse.train.keep_masks import KeepMasks
 from fasterai_sparse.train.sparsify_callback import SparsifyCallback
+from fasterai_sparse.train.updates import bake_masks
 
 SCHEDULES = dict(one_shot=one_shot, iterative=iterative, agp=agp, one_cycle=one_cycle, cos=cos, lin=lin,
                  iterative5=partial(iterative, n_steps=5), sched_cos=SchedCos(0, 1), power=lambda pos: pos**2)

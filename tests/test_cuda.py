@@ -4,9 +4,10 @@ from copy import deepcopy
 import pytest, torch
 from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, math
 from fasterai_sparse.core.criteria import grad_crit, large_final, movement, random_criteria, small_final, wanda
-from fasterai_sparse.core.granularity import block
-from fasterai_sparse.core.masks import mask_sparsity, masked_params, n_zeros, top_k_mask
+from fasterai_sparse.core.masks import mask_sparsity, masked_params
+from fasterai_sparse.core.patterns import block
 from fasterai_sparse.core.schedules import agp, lin
+from fasterai_sparse.core.select import n_zeros, top_k_mask
 from fasterai_sparse.core.sparsifier import Sparsifier
 from fasterai_sparse.train.sparsify_callback import SparsifyCallback
 from fasterai_sparse.nm.permute_model import permute_model

@@ -13,9 +13,11 @@ from callback_helpers import (
     said, same, snapshot, sparse, weights, zeros)
 from fastai.basics import nn, torch
 from fasterai_sparse.core.criteria import random_criteria
-from fasterai_sparse.core.masks import masked_params, n_zeros
+from fasterai_sparse.core.masks import masked_params
 from fasterai_sparse.core.schedules import agp, iterative, one_cycle, one_shot
-from fasterai_sparse.train.keep_masks import bake_masks, copy_masks
+from fasterai_sparse.core.select import n_zeros
+from fasterai_sparse.train.keep_masks import copy_masks
+from fasterai_sparse.train.updates import bake_masks
 
 pytestmark = [pytest.mark.filterwarnings(f'ignore:{w}') for w in ('numpy.core is deprecated', 'The loaded weights')]
 

@@ -6,7 +6,7 @@ import pytest, torch.distributed as dist
 
 from callback_helpers import N
 from fasterai_sparse.core import criteria
-from fasterai_sparse.core.masks import n_zeros
+from fasterai_sparse.core.select import n_zeros
 
 available = dist.is_available() and dist.is_gloo_available()
 pytestmark = pytest.mark.skipif(not available, reason='needs torch.distributed with gloo')

@@ -8,9 +8,9 @@ from callback_helpers import loaders, said
 from fastai.basics import CrossEntropyLossFlat, Learner, nn, partial, torch
 from fasterai_sparse.core.allocation import erdos_renyi_sparsity, first_layer_dense_uniform, uniform_sparsity
 from fasterai_sparse.core.criteria import large_final
-from fasterai_sparse.core.masks import n_zeros
 from fasterai_sparse.core.report import weight_uses
 from fasterai_sparse.core.schedules import lin
+from fasterai_sparse.core.select import n_zeros
 from fasterai_sparse.core.sparsifier import Sparsifier
 from fasterai_sparse.train.sparsify_callback import SparsifyCallback
 from fasterai_sparse.dynamic.random_masks import sparsify_model

@@ -21,11 +21,12 @@ from fastai.basics import (
 from fasterai_sparse.core.allocation import (
     erdos_renyi_sparsity, first_layer_dense_uniform, global_sparsity, uniform_sparsity)
 from fasterai_sparse.core.criteria import large_final, movement, wanda
-from fasterai_sparse.core.granularity import block, NM
 from fasterai_sparse.core.masks import (
-    apply_masks, get_mask, mask_sparsity, masked_params, masks_off, n_zeros, remove_masks, set_mask)
+    apply_masks, get_mask, mask_sparsity, masked_params, masks_off, remove_masks, set_mask)
+from fasterai_sparse.core.patterns import block, NM
+from fasterai_sparse.core.select import n_zeros
 from fasterai_sparse.core.sparsifier import Sparsifier
-from fasterai_sparse.train.keep_masks import bake_masks
+from fasterai_sparse.train.updates import bake_masks
 from fasterai_sparse.dynamic.callback import (
     DynamicSparseTrainingCallback, GraNet_presets, ITOP_presets, MEST_presets, RigL_presets, SET_presets,
     SNFS_presets)

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fasterai_sparse.core.criteria import large_final
-from fasterai_sparse.core.granularity import block, NM
 from fasterai_sparse.core.masks import remove_masks
+from fasterai_sparse.core.patterns import block, NM
 from fasterai_sparse.core.sparsifier import Sparsifier
 from fasterai_sparse.engine.accelerate import accelerate
 from fasterai_sparse.engine.modules import Accelerated

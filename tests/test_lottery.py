@@ -13,9 +13,11 @@ from callback_helpers import (
     all_same, at, at_batch, collect, convnet, copied_by, fit, follows_masks, kept, learner, loaders, masks, N,
     raising, said, same, snapshot, sparse, Spy, weights, zeros)
 from fastai.basics import Callback, nn, partial, torch
+from fasterai_sparse.utils.modes import unwrapped
 from fasterai_sparse.core.criteria import grad_crit, large_init, movement, random_criteria, updating_movement
-from fasterai_sparse.core.masks import masked_params, n_zeros, set_mask, unwrapped
+from fasterai_sparse.core.masks import masked_params, set_mask
 from fasterai_sparse.core.schedules import agp, as_schedule, cos, dsd, iterative, lin, one_cycle, one_shot, Schedule
+from fasterai_sparse.core.select import n_zeros
 from fasterai_sparse.core.sparsifier import masks_from_zeros, Sparsifier
 from fasterai_sparse.train.keep_masks import KeepMasks
 from fasterai_sparse.train.lottery import RewindPoint, takes_steps

@@ -7,9 +7,10 @@ import pytest, torch
 from torch import nn
 
 from fasterai_sparse.core.criteria import grad_crit, large_final, movement, random_criteria, wanda
-from fasterai_sparse.core.granularity import block, out_in_axes
+from fasterai_sparse.core.layers import maskable_weights, out_in_axes
 from fasterai_sparse.core.masks import apply_masks, get_mask, masked_params
-from fasterai_sparse.core.report import maskable_weights, sparsity_report
+from fasterai_sparse.core.patterns import block
+from fasterai_sparse.core.report import sparsity_report
 from fasterai_sparse.core.sparsifier import Sparsifier
 
 def resnet18():

@@ -9,12 +9,12 @@ from torch import nn
 from callback_helpers import at, fit, learner, loaders, sparse
 from fastai.basics import CrossEntropyLossFlat, set_seed
 from fasterai_sparse.core.criteria import large_final, movement, wanda
+from fasterai_sparse.core.layers import maskable_weights
 from fasterai_sparse.core.masks import get_mask, masked_params, remove_masks
-from fasterai_sparse.core.report import maskable_weights
 from fasterai_sparse.core.schedules import agp, lin, one_shot
 from fasterai_sparse.core.sparsifier import Sparsifier
-from fasterai_sparse.train.keep_masks import bake_masks
-from fasterai_sparse.train.opt_state import past_of
+from fasterai_sparse.train.opt_state import elementwise_state
+from fasterai_sparse.train.updates import bake_masks
 from fasterai_sparse.nm.verify import prune_trained_model, verify_nm
 
 def net():
@@ -62,7 +62,7 @@ def test_prune_trained_model_keeps_the_pattern(permute, n, m):
     df = prune_trained_model(learn, n, m, permute=permute)
     assert (df.pattern == f'{n}:{m}').tolist() == [False] + [True]*4 and broken(learn.model, n, m) == 0
     for *_,p,mask in masked_params(learn.model):
-        past = list(past_of(learn.opt, p))
+        past = list(elementwise_state(learn.opt, p))
         assert past and not any(bool(s[~mask].any()) for s in past)
     dead = {n_: m_.weight == 0 for n_,m_ in learn.model.named_modules() if isinstance(m_, (nn.Conv2d, nn.Linear))}
     fit(fit(learn), how='fit_one_cycle')

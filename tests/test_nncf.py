@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from fasterai_sparse.core.masks import as_ratio, get_mask, n_zeros
+from fasterai_sparse.core.masks import get_mask
+from fasterai_sparse.core.select import as_ratio, n_zeros
 from fasterai_sparse.core.sparsifier import Sparsifier
 from fasterai_sparse.train.bn_adaptation import adapt_batchnorm
 from fasterai_sparse.nncf.config import _fits, SparsityConfig

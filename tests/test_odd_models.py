@@ -9,9 +9,10 @@ from torch.nn.utils import parametrizations, parametrize, prune, remove_weight_n
 from fasterai_sparse.core.criteria import (
     grad_crit, large_final, magnitude_increase, movement, movmag, random_criteria, small_final, squared_final,
     updating_movement)
-from fasterai_sparse.core.granularity import block
-from fasterai_sparse.core.masks import apply_masks, get_mask, masked_params, remove_masks, set_mask, top_k_mask
+from fasterai_sparse.core.masks import apply_masks, get_mask, masked_params, remove_masks, set_mask
+from fasterai_sparse.core.patterns import block
 from fasterai_sparse.core.report import format_report, sparsity_report
+from fasterai_sparse.core.select import top_k_mask
 from fasterai_sparse.core.sparsifier import Sparsifier
 
 contexts = pytest.mark.parametrize('context', ['local', 'global'])

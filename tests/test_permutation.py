@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np, pytest, torch
 
 from fasterai_sparse.utils.native import instruction_sets, sum_max
-from fasterai_sparse.core.granularity import NM
+from fasterai_sparse.core.patterns import NM
 from fasterai_sparse.nm.search import NumpyMap, permutation_backends, search_permutation, TorchMap
 
 BACKENDS = [b for b,why in permutation_backends().items() if not why and b != 'apex']   # which does less

@@ -8,8 +8,10 @@ from torch import nn
 
 from fasterai_sparse.core.allocation import _drop_counted, _drop_ranked, _drop_sorted, largest_remainder
 from fasterai_sparse.core.criteria import large_final, random_criteria
-from fasterai_sparse.core.granularity import Granularities, out_in_axes
-from fasterai_sparse.core.masks import get_mask, kth_largest, masked_params, top_k_mask
+from fasterai_sparse.core.granularity import Granularities
+from fasterai_sparse.core.layers import out_in_axes
+from fasterai_sparse.core.masks import get_mask, masked_params
+from fasterai_sparse.core.select import kth_largest, top_k_mask
 from fasterai_sparse.core.sparsifier import Sparsifier
 
 contexts = pytest.mark.parametrize('context', ['local', 'global'])

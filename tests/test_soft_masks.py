@@ -20,12 +20,15 @@ from callback_helpers import (
 from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, nn, partial, set_seed, torch
 from fasterai_sparse.core.allocation import erdos_renyi_sparsity
 from fasterai_sparse.core.criteria import large_final
-from fasterai_sparse.core.masks import get_mask, mask_sparsity, masked_params, n_zeros
-from fasterai_sparse.core.report import format_report, maskable_weights, sparsity_report
+from fasterai_sparse.core.layers import maskable_weights
+from fasterai_sparse.core.masks import get_mask, mask_sparsity, masked_params
+from fasterai_sparse.core.report import format_report, sparsity_report
 from fasterai_sparse.core.schedules import agp, cos, lin, sched_one_shot, Schedule
+from fasterai_sparse.core.select import n_zeros
 from fasterai_sparse.core.sparsifier import masks_from_zeros, Sparsifier
 from fasterai_sparse.train.bn_adaptation import adapt_batchnorm
-from fasterai_sparse.train.keep_masks import bake_masks, KeepMasks
+from fasterai_sparse.train.keep_masks import KeepMasks
+from fasterai_sparse.train.updates import bake_masks
 from fasterai_sparse.dynamic.callback import DynamicSparseTrainingCallback, RigL_presets, SET_presets
 from fasterai_sparse.dynamic.random_masks import sparsify_model
 from fasterai_sparse.nncf.config import callbacks_from_config, SparsityConfig

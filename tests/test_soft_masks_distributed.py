@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest, torch.distributed as dist
 
-from fasterai_sparse.core.masks import n_zeros
+from fasterai_sparse.core.select import n_zeros
 from fasterai_sparse.nncf.epoch_schedules import Polynomial
 
 available = dist.is_available() and dist.is_gloo_available()

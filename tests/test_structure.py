@@ -8,9 +8,12 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
 
 from fasterai_sparse.core.criteria import Criteria, input_norms, large_final, Normalizer, Reducer, squared_input, wanda
-from fasterai_sparse.core.granularity import block, Granularities, group_weights, out_in_axes
-from fasterai_sparse.core.masks import get_mask, masked_params, top_k_mask
+from fasterai_sparse.core.granularity import Granularities
+from fasterai_sparse.core.layers import group_weights, out_in_axes
+from fasterai_sparse.core.masks import get_mask, masked_params
+from fasterai_sparse.core.patterns import block
 from fasterai_sparse.core.report import sparsity_report
+from fasterai_sparse.core.select import top_k_mask
 from fasterai_sparse.core.sparsifier import Sparsifier
 
 contexts = pytest.mark.parametrize('context', ['local', 'global'])

@@ -9,9 +9,10 @@ __all__ = ['traced_parts', 'n_outputs', 'batchnorms_after']
 from collections import defaultdict
 
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from .granularity import Granularities, out_in_axes
+from ..utils.compat import BatchNorm
+from .granularity import Granularities
+from .layers import out_in_axes
 
 # %% ../../nbs/core/09_batchnorms.ipynb #7b9f8eaa
 class _Tracer(fx.Tracer):
@@ -55,14 +56,14 @@ def batchnorms_after(
     model:nn.Module,
 ):
     "Layer -> the BatchNorms that see its output and no other, and the set of layers of which this can't be known"
-    if not any(isinstance(m, _BatchNorm) for m in model.modules()): return {}, set()
+    if not any(isinstance(m, BatchNorm) for m in model.modules()): return {}, set()
     sources, seen = defaultdict(set), set()
     for _,part,graph in traced_parts(model):
         modules = dict(part.named_modules())
         calls = [n for n in graph.nodes if n.op=='call_module']
         seen |= {modules[n.target] for n in calls}
         for n in calls:
-            if isinstance(modules[n.target], _BatchNorm): sources[modules[n.target]].add(_source(_first(n), modules))
+            if isinstance(modules[n.target], BatchNorm): sources[modules[n.target]].add(_source(_first(n), modules))
     after = defaultdict(list)
     for bn,ms in sources.items():
         m = next(iter(ms))

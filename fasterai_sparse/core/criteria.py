@@ -21,7 +21,8 @@ from torch import nn
 import torch.nn.functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from .granularity import out_in_axes, Spanning
+from .granularity import Spanning
+from .layers import out_in_axes
 
 # %% ../../nbs/core/05_criteria.ipynb #e982e765
 def random_criteria(p, generator=None, **kwargs):

@@ -13,18 +13,20 @@ from numbers import Real
 import numpy as np, pandas as pd, torch
 from fastai.basics import CancelStepException, ifnone, partial, patch, Recorder, store_attr
 from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.schedule import sched_cos, sched_no
+from fastai.callback.schedule import sched_cos
 from torch import nn
 
-from ..core.allocation import as_allocation, takes, wants
-from ..core.granularity import Granularities, out_in_axes
-from ..core.masks import (
-    as_ratio, get_mask, masked_params, n_true, set_mask, unmaskable, unwrapped, write_masked)
-from ..core.report import maskable_weights
+from ..utils.checks import check_whole
+from ..utils.modes import unwrapped
+from ..core.allocation import accepted_by, accepts, as_allocation
+from ..core.granularity import Granularities
+from ..core.layers import maskable_weights, out_in_axes
+from ..core.masks import get_mask, masked_params, set_mask, unmaskable, write_masked
 from ..core.schedules import as_schedule, sched_agp
-from ..core.sparsifier import as_fraction, check_whole
-from ..train.keep_masks import add_column, fill_column, MaskUpdates
+from ..core.select import as_ratio, n_true
+from ..core.targets import as_fraction
 from ..train.opt_state import clear_opt_state, state_of
+from ..train.updates import MaskUpdates
 from fasterai_sparse.dynamic.drop_grow import (
     check_drop_grow, DropGrow, gradient_magnitude, gradient_momentum, magnitude_and_gradient, mean_momentum,
     random_score, weight_magnitude)
@@ -88,19 +90,15 @@ class DynamicSparseTrainingCallback(MaskUpdates):
         store_attr('batches_per_update,initial_drop_grow_pct,stop_pct,keep_score_f,grow_score_f,epochs_per_update,start_pct,'
                    'redistribute,replace_step,sparsity,context,granularity,seed')
 
-    def name_columns(self):
-        if self.learn.cbs.items.count(self) == 1 and hasattr(self.learn, 'recorder'): self.column = add_column(self.learn.recorder, 'live_weights')
+    columns = ('live_weights',)
+    def column_values(self): return [self._n_live()]
 
     def before_fit(self):
-        if self.learn.cbs.items.count(self) > 1: return self.learn.cbs.remove(self)   # it was given twice; the other call sets up
         self.started = False
         self._set_up()
 
     def after_batch(self):
         if self.started and self.position() == 1 and self._lacks_last(): self._finish()   # the last batches took no step
-
-    def after_validate(self):
-        if hasattr(self.learn, 'recorder'): fill_column(self.learn.recorder, self.column, self._n_live())
 
     def after_fit(self):
         if self.started and self.sparsity is not None: self._check_reached()
@@ -137,7 +135,7 @@ def _checked_sparsifier(self:DynamicSparseTrainingCallback):
             for take_back in self._open_masks(): undo.append(take_back)
         context = None if self.sparsity is None else ifnone(self.context, 'global')
         s = DropGrow(unwrapped(self.model), self.keep_score_f, self.grow_score_f, self.redistribute, self.granularity, context, self.sparse_modules, self.seed)
-        if not wants(s.allocation, 'scores'): s.allocation([s.param(n) for n in s.layers], ifnone(self.asked, 0), **takes(s.allocation, names=list(s.layers)))
+        if not accepts(s.allocation, 'scores'): s.allocation([s.param(n) for n in s.layers], ifnone(self.asked, 0), **accepted_by(s.allocation, names=list(s.layers)))
         return s
     except Exception:
         for take_back in undo: take_back()

@@ -14,10 +14,13 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..core.allocation import largest_remainder, wants
+from ..core.allocation import accepts, largest_remainder
 from ..core.criteria import as_criteria, large_final, random_criteria, STATE
-from ..core.granularity import drops_outputs, Granularities, group_weights, NM, Spanning
-from ..core.masks import get_mask, masked_params, n_true, n_zeros, top_k_mask, true_places, values_at
+from ..core.granularity import Granularities, Spanning
+from ..core.layers import drops_outputs, group_weights
+from ..core.masks import get_mask, masked_params
+from ..core.patterns import NM
+from ..core.select import n_true, n_zeros, top_k_mask, true_places, values_at
 from ..core.sparsifier import Sparsifier
 from ..train.opt_state import state_of
 
@@ -129,7 +132,7 @@ class DropGrow(Sparsifier):
         self.forget()
         check_drop_grow(keep, grow, granularity, redistribute)
         super().__init__(model, granularity, self.as_it_is if context is None else context, keep, layer_type=None, seed=seed)
-        shares = {k for k in STATE if redistribute and wants(redistribute, k)}
+        shares = {k for k in STATE if redistribute and accepts(redistribute, k)}
         self.needs, self.keeps_grads = self.criteria.needs | self.grow.needs | shares, 'grad' in self.criteria.needs | shares
 
     def as_it_is(self, params, model_sparsity, *, names, **kwargs):
@@ -201,7 +204,7 @@ def _n_left(self:DropGrow, n):
 def _weight_of(self:DropGrow, name):
     "What the layer called `name` counts when growth is shared out"
     get = dict(live=lambda: get_mask(*self.layers[name]).bool(), grad=lambda: self._grad(name), opt=lambda: self._opt_state(name))
-    weight = float(self.redistribute(self.param(name), **{k: f() for k,f in get.items() if wants(self.redistribute, k)}))
+    weight = float(self.redistribute(self.param(name), **{k: f() for k,f in get.items() if accepts(self.redistribute, k)}))
     if not 0 <= weight < math.inf: raise ValueError(f"redistribute gives {name} {weight}: what a layer counts is a number from 0")
     return weight
 
@@ -232,7 +235,7 @@ def _redistributed(self:DropGrow, plan):
 @patch
 def scores(self:DropGrow, name, norms):
     "Keep scores, or None where those of the live weights will do"
-    alone = self.criteria.is_elementwise and self.groups[name] == Spanning() and not wants(self.allocation, 'scores')
+    alone = self.criteria.is_elementwise and self.groups[name] == Spanning() and not accepts(self.allocation, 'scores')
     return None if alone else super(DropGrow, self).scores(name, norms)
 
 # %% ../../nbs/dynamic/01_drop_grow.ipynb #bc7c23e6

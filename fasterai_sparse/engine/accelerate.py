@@ -15,30 +15,21 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import nn
 
+from ..utils.modes import unwrapped
 from ..utils.native import native_library
-from ..core.masks import masks_off, unwrapped
+from ..utils.timing import least_ms
+from ..core.masks import masks_off
 from .modules import _same, Accelerated, Layerwise, SparseConv2d, SparseLinear
 from .ops import engine_sets
 from .semi_structured import accelerate_cuda
-from .trace import _sparsity, _worth
+from .trace import _worth_skipping, _zero_percent
 
-# %% ../../nbs/engine/06_accelerate.ipynb #77154585
+# %% ../../nbs/engine/06_accelerate.ipynb #9751dd92
 _kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-
-def _race(*fs, seconds=.5):
-    "The least milliseconds of each function, in turn"
-    best, start = [float('inf')]*len(fs), time.perf_counter()
-    with torch.no_grad():
-        while min(best) == float('inf') or time.perf_counter()-start < seconds:
-            for i,f in enumerate(fs):
-                begin = time.perf_counter()
-                f()
-                best[i] = min(best[i], 1000*(time.perf_counter()-begin))
-    return best
 
 # %% ../../nbs/engine/06_accelerate.ipynb #4f67f1bd
 def _row(name, m, kind=None, note=''):
-    return dict(layer=name, kind=kind or type(m).__name__, sparsity=_sparsity(m.weight.detach()), dense_ms=float('nan'), sparse_ms=float('nan'), form='torch', note=note)
+    return dict(layer=name, kind=kind or type(m).__name__, sparsity=_zero_percent(m.weight.detach()), dense_ms=float('nan'), sparse_ms=float('nan'), form='torch', note=note)
 
 # %% ../../nbs/engine/06_accelerate.ipynb #b6e4d8fd
 def _form(choice):
@@ -63,7 +54,7 @@ def _dense_ms(l):
     "Milliseconds that torch takes for `l`"
     n, c, h, w = l.dims
     x = torch.randn(n*h*w, c) if isinstance(l.module, nn.Linear) else torch.randn(n, c, w) if isinstance(l.module, nn.Conv1d) else torch.randn(n, c, h, w)
-    return _race(lambda: l.module(x), seconds=.01)[0]
+    return least_ms(lambda: l.module(x), seconds=.01)[0]
 
 # %% ../../nbs/engine/06_accelerate.ipynb #3f853c22
 def _rows(model, plan, x):
@@ -89,13 +80,13 @@ def _layer_by_layer(model, call, threads, cache, why):
     rows, fast, made = [], deepcopy(model), {}
     for name,xs in _record(model, call).items():
         m = model.get_submodule(name)
-        row = _row(name, m, note=f'{why}; {_sparsity(m.weight.detach()):.0f} % sparse')
+        row = _row(name, m, note=f'{why}; {_zero_percent(m.weight.detach()):.0f} % sparse')
         rows.append(row)
-        if not _worth(m.weight) or m.weight.dtype != torch.float32 or not xs[0].is_cpu: continue
+        if not _worth_skipping(m.weight) or m.weight.dtype != torch.float32 or not xs[0].is_cpu: continue
         sparse = (SparseLinear if isinstance(m, nn.Linear) else SparseConv2d)(m, threads, cache)
         try: same = all(_same(m(x), sparse(x)) for x in xs)
         except ValueError: continue
-        row['dense_ms'], row['sparse_ms'] = _race(lambda: [m(x) for x in xs], lambda: [sparse(x) for x in xs], seconds=.05)
+        row['dense_ms'], row['sparse_ms'] = least_ms(lambda: [m(x) for x in xs], lambda: [sparse(x) for x in xs], seconds=.05)
         if not same or row['sparse_ms'] > row['dense_ms']:
             row['note'] = f'{why}; {"dense wins" if same else "the engine computes something else"}'
             continue
@@ -142,7 +133,7 @@ def accelerate(
         attrs = dict(tuning_s=time.perf_counter()-start, how=f'{why}: layer by layer')
     want, got = _call(copy, args, kwargs), _call(fast, args, kwargs)
     if not _same(want, got): return told(model, rows, note='the engine computes something else than the model', **attrs)
-    dense_ms, sparse_ms = _race(lambda: copy(*args, **kwargs), lambda: fast(*args, **kwargs))
+    dense_ms, sparse_ms = least_ms(lambda: copy(*args, **kwargs), lambda: fast(*args, **kwargs))
     quicker = sparse_ms < dense_ms
     return told(fast if quicker else model, rows, dense_ms=dense_ms, sparse_ms=sparse_ms, **attrs, **{} if quicker else dict(note=f'the model is quicker as it is: {dense_ms:.2f} ms, and {sparse_ms:.2f} in the engine'))
 
@@ -156,7 +147,7 @@ def _whole(fasts, args, kwargs, start):
     if kwargs: raise ValueError('arguments with names')
     for fast in fasts: _call(fast, args, {})
     tuning_s = time.perf_counter()-start
-    ms = _race(*(partial(f, *args) for f in fasts), seconds=.2*len(fasts))
+    ms = least_ms(*(partial(f, *args) for f in fasts), seconds=.2*len(fasts))
     fast = fasts[ms.index(min(ms))]
     at_once = fast.n_at_once(args)
     x = tuple(t[:at_once] for t in args) if len(args[0]) > at_once else args

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..nm.channels import tensors_in
+from ..utils.batches import tensors_in
 from .ops import all_finite
 from .plan import Choices, choices_file, Plan
 

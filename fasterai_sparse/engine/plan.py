@@ -13,7 +13,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 from torch import fx
 
-from ..core.sparsifier import replacing
+from ..utils.files import atomic_write
 from fasterai_sparse.engine.ops import (
     Added, Attention, engine_sets, Flat, Grid, Largest, Means, Memory, Norms, Parts, Products, Program, Scaled, Sums,
     Turned)
@@ -44,7 +44,7 @@ class Choices:
         if not self.path: return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self.path) as f: f.write(json.dumps(Choices(self.path).found | self.found, indent=0).encode())
+            with atomic_write(self.path) as f: f.write(json.dumps(Choices(self.path).found | self.found, indent=0).encode())
         except OSError: pass
 
 # %% ../../nbs/engine/03_plan.ipynb #a369d62a

@@ -19,11 +19,13 @@ import pandas as pd, torch
 import torch.nn.functional as F
 from torch import nn
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
-from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
-from ..core.granularity import NM
-from ..core.masks import masks_off, n_true, unmaskable, unwrapped
-from ..nm.channels import tensors_in
+from ..utils.batches import tensors_in
+from ..utils.compat import sparse_semi_structured_from_dense_cutlass
+from ..utils.modes import unwrapped
+from ..core.masks import masks_off, unmaskable
+from ..core.patterns import NM
+from ..core.select import n_true
 
 # %% ../../nbs/engine/05_semi_structured.ipynb #97644080
 backends_24 = (SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS)   # the less particular about shapes first

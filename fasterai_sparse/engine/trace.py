@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from ..nm.channels import tensors_in
+from ..utils.batches import tensors_in
+from ..utils.compat import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 # %% ../../nbs/engine/02_trace.ipynb #0a4d7b9a
 _tracing = threading.Lock()
@@ -124,10 +124,10 @@ def _dims(size, form):
     return (size[0], size[1], 1, size[2]) if len(size) == 3 else size
 
 # %% ../../nbs/engine/02_trace.ipynb #91f12882
-def _sparsity(w): return 100*(1 - w.count_nonzero().item()/max(w.numel(), 1))
+def _zero_percent(w): return 100*(1 - w.count_nonzero().item()/max(w.numel(), 1))
 
 # %% ../../nbs/engine/02_trace.ipynb #5414120c
-def _worth(w): return _sparsity(w.detach()) >= 50   # below that zeros cost more to skip than to multiply
+def _worth_skipping(w): return _zero_percent(w.detach()) >= 50   # below that zeros cost more to skip than to multiply
 
 # %% ../../nbs/engine/02_trace.ipynb #1b4a6ba7
 class Graph:
@@ -342,7 +342,7 @@ def linear(self:Graph, n, m, size):
         if any(getattr(a, 'op', None) != 'get_attr' for a in given): return False
         (w, b), name = [*map(self.tensor, given), None][:2], n.args[1].target.removesuffix('.weight')
     else: return False
-    if not 2 <= len(size) <= 4 or w.dtype != torch.float32 or not (self.has(n.args[0], 'last') or _worth(w)): return False
+    if not 2 <= len(size) <= 4 or w.dtype != torch.float32 or not (self.has(n.args[0], 'last') or _worth_skipping(w)): return False
     return self.add(self.with_sum(self.dense(n, self.taken(n.args[0], 'last'), w, b, name, module=m), n))
 
 # %% ../../nbs/engine/02_trace.ipynb #12cc2bc4
@@ -401,7 +401,7 @@ def self_attention(self:Graph, n, m):
     x, size = a['query'], self.size(a['query'])
     plain = m.batch_first and m._qkv_same_embed_dim and m.bias_k is None and not m.add_zero_attn and a['key'] is x and a['value'] is x and a.get('key_padding_mask') is None and a.get('attn_mask') is None
     if not plain or size is None or len(size) != 3 or len(outs) < len(n.users) or any(i != 0 and u.users for u,i in outs.items()): return False
-    if not self.has(x, 'last') and not any(map(_worth, (m.in_proj_weight, m.out_proj.weight))): return False
+    if not self.has(x, 'last') and not any(map(_worth_skipping, (m.in_proj_weight, m.out_proj.weight))): return False
     out = next(u for u,i in outs.items() if i == 0)
     qkv, heads = Inner(f'{n.name}_qkv', (*size[:2], 3*size[2])), Inner(f'{n.name}_heads', size)
     self.add(self.dense(qkv, self.taken(x, 'last'), m.in_proj_weight, m.in_proj_bias, f'{n.target}.in_proj'))

@@ -6,7 +6,7 @@
 __all__ = ['conv_taps', 'Terms']
 
 # %% ../../nbs/engine/01_weights.ipynb #af4800c8
-import numpy as np, torch
+import numpy as np
 
 from .ops import Memory
 

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
-from ..core.criteria import call_with, evaluating
-from ..core.granularity import NM
-from ..core.masks import masks_off, unwrapped
-from ..core.report import maskable_weights
+from ..utils.batches import call_with
+from ..utils.compat import tree_leaves
+from ..utils.modes import evaluating, unwrapped
+from ..core.layers import maskable_weights
+from ..core.masks import masks_off
+from ..core.patterns import NM
 
 # %% ../../nbs/files/01_onnx.ipynb #31af74f3
 def _need(*names):

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastai.basics import Learner, nn, patch, rank_distrib
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..core.granularity import out_in_axes
-from ..core.masks import masks_off, unwrapped
-from ..core.report import maskable_weights
-from ..core.sparsifier import replacing
+from ..utils.compat import is_traceable_wrapper_subclass
+from ..utils.files import atomic_write
+from ..utils.modes import unwrapped
+from ..core.layers import maskable_weights, out_in_axes
+from ..core.masks import masks_off
 
 # %% ../../nbs/files/00_safetensors.ipynb #bd9f5278
 _dtypes = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'F8_E4M3': torch.float8_e4m3fn, 'F8_E5M2': torch.float8_e5m2,
@@ -286,7 +286,7 @@ def save_sparse(
     with masks_off(model) as plain:
         state = _state(plain)
         stored = _plan(plain, state)
-        with replacing(path) as f: _write(f, stored, state)
+        with atomic_write(path) as f: _write(f, stored, state)
     return _contents(stored)
 
 # %% ../../nbs/files/00_safetensors.ipynb #512f9c24

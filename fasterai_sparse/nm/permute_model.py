@@ -12,11 +12,11 @@ from collections import defaultdict
 import numpy as np, pandas as pd, torch
 from torch import nn
 
+from ..utils.modes import unwrapped
 from ..core.criteria import large_final
-from ..core.granularity import out_in_axes
-from ..core.masks import masked_params, unmaskable, unwrapped
-from ..core.report import maskable_weights
-from ..train.opt_state import params_of, past_of, state_of
+from ..core.layers import maskable_weights, out_in_axes
+from ..core.masks import masked_params, unmaskable
+from ..train.opt_state import elementwise_state, params_of, state_of
 from .channels import copied, follow_channels, outputs_of, Place
 from .search import search_permutation
 
@@ -160,7 +160,7 @@ def _companions(model, opt=None, copies=(), along=()):
     names = {id(p): n for one in (model, *copies) for n,p in one.named_parameters()}
     for one in (model, *copies):
         for _,_,p,mask in masked_params(one): tensors[names[id(p)]].append(mask)
-    for n,p in model.named_parameters(): tensors[n] += ([] if p.grad is None else [p.grad]) + ([] if opt is None else list(past_of(opt, p)))
+    for n,p in model.named_parameters(): tensors[n] += ([] if p.grad is None else [p.grad]) + ([] if opt is None else list(elementwise_state(opt, p)))
     for p,t in along: tensors[names[id(p)]].append(t)
     return {n: list({id(t): t for t in ts}.values()) for n,ts in tensors.items()}
 

@@ -8,14 +8,16 @@ __all__ = ['verify_nm', 'prune_trained_model']
 # %% ../../nbs/nm/04_verify.ipynb #f0b42659
 import math
 
-import pandas as pd, torch
+import pandas as pd
 from fastai.basics import Learner, to_device
 from torch import nn
 
+from ..utils.modes import unwrapped
 from ..core.criteria import large_final
-from ..core.granularity import group_weights, NM
-from ..core.masks import get_mask, masked_params, n_true, unmaskable, unwrapped
-from ..core.report import maskable_weights
+from ..core.layers import group_weights, maskable_weights
+from ..core.masks import get_mask, masked_params, unmaskable
+from ..core.patterns import NM
+from ..core.select import n_true
 from ..core.sparsifier import Sparsifier
 from ..train.keep_masks import KeepMasks
 from ..train.opt_state import clear_opt_state

@@ -15,8 +15,8 @@ from pathlib import Path
 import hjson
 from fastai.basics import ifnone
 
-from ..core.masks import unwrapped
-from ..core.report import maskable_weights
+from ..utils.modes import unwrapped
+from ..core.layers import maskable_weights
 from .epoch_schedules import epoch_schedule
 from .soft_masks import (
     ConstSparsityCallback, CONV_AND_LINEAR, MagnitudeSparsityCallback, RBSparsityCallback, weight_importances)

@@ -15,21 +15,23 @@ import numpy as np, torch
 from fastai.basics import ifnone, noop, partial, patch, pd, rank_distrib, Recorder, store_attr
 from fastai.callback.fp16 import MixedPrecision
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..utils.compat import BatchNorm, ConvNd
+from ..utils.modes import unwrapped
 from ..core.allocation import as_allocation
 from ..core.criteria import Criteria, large_final
-from ..core.masks import (
-    as_ratio, get_mask, n_true, set_mask, times_mask, unmaskable, unwrapped, watch_loads, zero_masked)
-from ..core.report import maskable_weights, sparsity_report
+from ..core.layers import maskable_weights
+from ..core.masks import get_mask, set_mask, times_mask, unmaskable, watch_loads, zero_masked
+from ..core.report import sparsity_report
 from ..core.schedules import as_schedule, lin, Schedule
-from ..core.sparsifier import as_fraction, masks_from_zeros, Sparsifier
+from ..core.select import as_ratio, n_true
+from ..core.sparsifier import masks_from_zeros, Sparsifier
+from ..core.targets import as_fraction
 from ..train.bn_adaptation import adapt_batchnorm, check_n_samples
-from ..train.keep_masks import add_column, fill_column, MaskUpdates
 from ..train.opt_state import clear_opt_state
+from ..train.updates import MaskUpdates
 from .epoch_schedules import EpochSchedule
 
 # %% ../../nbs/nncf/01_soft_masks.ipynb #6377e5d0
@@ -97,7 +99,7 @@ class SoftMasks:
 def _alike(a, b): return (a.device, a.dtype, a.shape) == (b.device, b.dtype, b.shape)
 
 # %% ../../nbs/nncf/01_soft_masks.ipynb #0959501f
-CONV_AND_LINEAR = (nn.Linear, _ConvNd)
+CONV_AND_LINEAR = (nn.Linear, ConvNd)
 
 class SoftMaskCallback(MaskUpdates):
     "Base of the callbacks with soft masks: `new_masks` says what they are in an epoch of a certain level"
@@ -123,11 +125,10 @@ class SoftMaskCallback(MaskUpdates):
         store_attr('sparsity,layer_type,layers,freeze_pct')
         self.baked = {}   # name -> hard mask that has been made of a soft one, and the one that was there before
 
-    def name_columns(self):
-        if self.learn.cbs.items.count(self) == 1 and hasattr(self.learn, 'recorder'): self.column = add_column(self.learn.recorder, 'sparsity')
+    columns = ('sparsity',)
+    def column_values(self): return [round(100*self._measured(), 2)]
 
     def before_fit(self):
-        if self.learn.cbs.items.count(self) > 1: return self.learn.cbs.remove(self)
         self._end()   # of a fit that was interrupted
         self.net, self.waits = unwrapped(self.model), True
         self.params, self.owners = self._find_layers()
@@ -171,9 +172,6 @@ class SoftMaskCallback(MaskUpdates):
         self.soft.lay()
     def after_cancel_epoch(self): self.after_train()
     def after_cancel_train(self): self.after_train()
-
-    def after_validate(self):
-        if hasattr(self.learn, 'recorder'): fill_column(self.learn.recorder, self.column, round(100*self._measured(), 2))
 
     def after_fit(self):
         if not self.started: return
@@ -386,11 +384,7 @@ class ConstSparsityCallback(MaskUpdates):
         layers = [layers] if isinstance(layers, str) else layers
         store_attr()
 
-    def name_columns(self):
-        if self.learn.cbs.items.count(self) == 1 and hasattr(self.learn, 'recorder'): self.column = add_column(self.learn.recorder, 'sparsity')
-
     def before_fit(self):
-        if self.learn.cbs.items.count(self) > 1: return self.learn.cbs.remove(self)
         there = [n for n,*_ in maskable_weights(unwrapped(self.model), self.layer_type)]
         if missing := [n for n in self.layers or () if n not in there]: raise ValueError(f"No layer {missing[0]!r}; there are {there}")
         masks_from_zeros(unwrapped(self.model), self.layer_type, self.layers)
@@ -403,8 +397,8 @@ class ConstSparsityCallback(MaskUpdates):
         if self.layers is not None: df = df[df.layer.isin(self.layers)]
         return 100*df.zeros.sum()/max(df.params.sum(), 1)
 
-    def after_validate(self):
-        if hasattr(self.learn, 'recorder'): fill_column(self.learn.recorder, self.column, round(self._measured(), 2))
+    columns = ('sparsity',)
+    def column_values(self): return [round(self._measured(), 2)]
 
 # %% ../../nbs/nncf/01_soft_masks.ipynb #1224a624
 _START = math.log(.99/.01)
@@ -482,9 +476,8 @@ class RBSparsityCallback(SoftMaskCallback):
         if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0: raise ValueError(f"seed is a whole number from 0, not {seed!r}")
         store_attr('context,mask_lr,p,seed')
 
-    def name_columns(self):
-        super().name_columns()
-        if hasattr(self, 'learn') and hasattr(self.learn, 'recorder') and self.learn.cbs.items.count(self) == 1: self.loss_column = add_column(self.learn.recorder, 'rb_loss')
+    columns = ('sparsity', 'rb_loss')
+    def column_values(self): return [*super().column_values(), round(sum(self.losses)/max(len(self.losses), 1), 4)]
 
     @property
     def logits(self): return getattr(getattr(self, 'soft', None), 'logits', {})   # by name of the layer, what has been learned so far
@@ -511,7 +504,7 @@ class RBSparsityCallback(SoftMaskCallback):
             if n in self.logits and self.started: self.logits[n].masked_fill_(~mask, -math.inf)   # never kept, and without a gradient
 
     def begin(self):
-        if not any(isinstance(m, _BatchNorm) for m in self.model.modules()): warnings.warn("RB sparsity draws masks anew in each step, and needs BatchNorm to train steadily; this model has none")
+        if not any(isinstance(m, BatchNorm) for m in self.model.modules()): warnings.warn("RB sparsity draws masks anew in each step, and needs BatchNorm to train steadily; this model has none")
         self.mask_opt = torch.optim.Adam(list(self.soft.logits.values()), lr=self.mask_lr, betas=(.9,.95), eps=1e-12, fused=True)
         self.losses, self.accumulates = [], False
 
@@ -558,10 +551,6 @@ class RBSparsityCallback(SoftMaskCallback):
 
     def after_cancel_step(self):
         if self.started and not self.frozen: self.mask_opt.zero_grad(set_to_none=False)
-
-    def after_validate(self):
-        super().after_validate()
-        if hasattr(self.learn, 'recorder'): fill_column(self.learn.recorder, self.loss_column, round(sum(self.losses)/max(len(self.losses), 1), 4))
 
 # %% ../../nbs/nncf/01_soft_masks.ipynb #0337271e
 @patch

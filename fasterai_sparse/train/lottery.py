@@ -9,11 +9,11 @@ __all__ = ['RewindPoint', 'save_ticket', 'takes_steps']
 from pathlib import Path
 
 import torch
-from fastcore.basics import store_attr
 from torch import nn
 
-from ..core.masks import masked_params, unwrapped, write_masked
-from ..core.sparsifier import replacing
+from ..utils.files import atomic_write
+from ..utils.modes import unwrapped
+from ..core.masks import masked_params, write_masked
 
 # %% ../../nbs/train/05_lottery.ipynb #8032b4e0
 def _own_tensors(model):
@@ -60,7 +60,7 @@ def save_ticket(
     zeros, total = sum(int((ticket[n]==0).sum()) for n in weights), sum(ticket[n].numel() for n in weights)
     path = Path(path)/f'winning_ticket_{100*zeros/total:.2f}.pth'
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as f: torch.save(ticket, f)
+    with atomic_write(path) as f: torch.save(ticket, f)
     return path
 
 # %% ../../nbs/train/05_lottery.ipynb #6f20d91b

@@ -14,14 +14,17 @@ from fastai.basics import ifnone, partial, patch, rank_distrib, Recorder, store_
 from fastai.learner import SkipToEpoch
 from torch import nn
 
+from ..utils.checks import check_whole
+from ..utils.modes import unwrapped
 from ..core.allocation import uniform_sparsity
 from ..core.criteria import large_final
-from ..core.masks import as_ratio, n_true, unwrapped
 from ..core.schedules import as_schedule
-from ..core.sparsifier import as_fraction, check_whole, Sparsifier
-from .keep_masks import add_column, fill_column, MaskUpdates
+from ..core.select import as_ratio, n_true
+from ..core.sparsifier import Sparsifier
+from ..core.targets import as_fraction
 from .lottery import RewindPoint, save_ticket, takes_steps
 from .opt_state import clear_opt_state, reset_opt_state, state_of
+from .updates import MaskUpdates
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #f8a27fa5
 def _one_of(**given):
@@ -42,8 +45,6 @@ class _LastWord(MaskUpdates):
 class SparsifyCallback(MaskUpdates):
     "Make the model sparse along a `schedule` while it trains, and leave it so"
     order = Recorder.order + 1
-    waits = False   # All layers are frozen: in this fit it only measures
-
     def __init__(self,
         sparsity=None, # Target in percent, or a dict of layer names (or modules) to percent
         granularity='weight', # What stands or falls together: 'weight', 'kernel', 'filter', …, `block(4,1)` or `NM(2,4)`
@@ -81,18 +82,8 @@ class SparsifyCallback(MaskUpdates):
         store_attr('lth,rewind_epoch,reset_end,save_tickets,round_to,start_epoch,end_epoch,update_every,verbose')
         self.part, self.sparsifier, self.started, self.rewind_point = model, None, False, None
 
-    def name_columns(self):
-        if self.learn.cbs.items.count(self) == 1 and hasattr(self.learn, 'recorder'): self.column = add_column(self.learn.recorder, 'sparsity')
-
-    def __call__(self, event_name):
-        if self.waits and event_name not in ('before_fit', 'after_validate'): return
-        super().__call__(event_name)
-
-    def before_fit(self):
-        if self.learn.cbs.items.count(self) > 1: return self.learn.cbs.remove(self)   # it was given twice; the other call sets up
-        self.started = self.waits = False
-        self.started = self._set_up()
-        self.waits = not self.started
+    columns = ('sparsity',)
+    def set_up(self): return self._set_up()
 
     def before_train(self):
         if self.sparsifier.to_permute: self._permute()
@@ -110,9 +101,9 @@ class SparsifyCallback(MaskUpdates):
         if self.last_position < 1 == self.position(): self._update()
         self.cancelled = False
 
-    def after_validate(self):
+    def column_values(self):
         self.measured = self._sparsities()
-        if hasattr(self.learn, 'recorder'): fill_column(self.learn.recorder, self.column, round(_mean(self.measured), 2))
+        return [round(_mean(self.measured), 2)]
 
     def after_epoch(self):
         if self.trained: self.last = self._now()
@@ -121,18 +112,17 @@ class SparsifyCallback(MaskUpdates):
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #b815bb54
 @patch
-def _names(self:SparsifyCallback): return list(self.targets if isinstance(self.targets, dict) else self.sparsifier.layers)
+def _names(self:SparsifyCallback): return list(self.targets.names)
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #0ddc10b7
 @patch
-def _target_of(self:SparsifyCallback, name): return self.targets[name] if isinstance(self.targets, dict) else self.targets
+def _target_of(self:SparsifyCallback, name): return self.targets.of(name)
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #c1a5e0e9
 @patch
 def _asked(self:SparsifyCallback):
     "The target as it is printed"
-    percent = {n: 100*float(self._target_of(n)) for n in self._names()}
-    return f'{ {n: int(p) if p==int(p) else p for n,p in percent.items()} }%' if isinstance(self.targets, dict) else f'{self.sparsity:g}%'
+    return str(self.targets)
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #c7be04e0
 def _share(start, sparsity):
@@ -209,8 +199,8 @@ def _leave_frozen(self:SparsifyCallback):
     "Take frozen layers out; whether any other is left"
     frozen = [n for n in self.sparsifier.layers if not self.sparsifier.param(n).requires_grad]
     for n in frozen: self.sparsifier.leave_dense(n, 'frozen: left as it is')
-    if isinstance(self.targets, dict): self.targets = {n: t for n,t in self.targets.items() if n not in frozen}
-    left = bool(self.sparsifier.layers) and self.targets != {}
+    self.targets = self.targets.without(frozen)
+    left = bool(self.targets.names)
     if not left and self.speaks: print('All layers to sparsify are frozen: waiting for a fit in which they train')
     return left
 
@@ -244,8 +234,7 @@ def _due_targets(self:SparsifyCallback, progress):
     "What the masks should be at `progress` of the target; what a layer had is forgotten when the schedule passes it"
     share = as_ratio(progress)
     for n in [n for n,f in self.found.items() if f <= share*self._target_of(n)]: del self.found[n]
-    if not isinstance(self.targets, dict): return share*self.targets
-    return {n: max(share*t, self.found.get(n, 0)) for n,t in self.targets.items()}
+    return self.targets.scaled(share, at_least=self.found)
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #95f350e0
 @patch
@@ -310,7 +299,7 @@ def _sparsities(self:SparsifyCallback):
     "Measured sparsity in percent, of all layers or of each that has a target"
     if self.waits: return _percent_zero([m._parameters[p] for m,p in self.sparsifier.matched.values() if m._parameters.get(p) is not None])
     params = {n: self.sparsifier.param(n) for n in self._names()}
-    if isinstance(self.targets, dict): return {n: _percent_zero([p]) for n,p in params.items()}
+    if self.targets.per_layer: return {n: _percent_zero([p]) for n,p in params.items()}
     return _percent_zero(params.values())
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #32bdabc5
@@ -337,7 +326,7 @@ def _shortfall(self:SparsifyCallback, measured):
     "Why the model is not as sparse as was asked, or None where it is"
     due = 100*self.sched.progress(1.)
     sizes = {n: self.sparsifier.param(n).numel() for n in self._names()}
-    rows = [(due*float(self.targets[n]), s, sizes[n]) for n,s in measured.items()] if isinstance(measured, dict) else [(due*float(self.targets), measured, sum(sizes.values()))]
+    rows = [(due*float(self.targets.of(n)), s, sizes[n]) for n,s in measured.items()] if isinstance(measured, dict) else [(due*float(self.targets.asked), measured, sum(sizes.values()))]
     if all(abs(asked-got) <= max(.1, 100/n) for asked,got,n in rows): return   # a weight more or less is rounding
     if self.last is not None and _mean(self.last) - _mean(measured) > .1: return f'The weights that were loaded at the end are less sparse than those trained last ({_average(self.last)}): of an epoch before the end of the schedule, as SaveModelCallback may choose'
     if self.last_position < 1: return f'The target was not reached: training ended when {self.last_position:.0%} of it was done'

@@ -3,7 +3,7 @@ import ctypes, os, shutil, subprocess, sys, tempfile
 from pathlib import Path
 
 root = Path(__file__).parent.parent
-tests = ['tests/test_engine.py', 'tests/test_accelerate.py', 'tests/test_permutation.py']
+tests = ['tests/engine/test_ops.py', 'tests/engine/test_accelerate.py', 'tests/nm/test_search.py']
 builds = {'address': ['-fsanitize=address,undefined', '-fno-sanitize-recover=undefined', '-fno-omit-frame-pointer'], 'thread': ['-fsanitize=thread']}
 runtimes = {'address': 'libasan.so', 'thread': 'libtsan.so'}
 options = dict(ASAN_OPTIONS='detect_leaks=0', UBSAN_OPTIONS='print_stacktrace=1', TSAN_OPTIONS='ignore_noninstrumented_modules=1')   # Python frees little at its end; torch's threads aren't ours

@@ -11,7 +11,7 @@ from fasterai_sparse.core.masks import masked_params
 from fasterai_sparse.core.sparsifier import Sparsifier
 from fasterai_sparse.nm.verify import verify_nm
 from fasterai_sparse.files.onnx import export_onnx
-from test_sparse_files import net, sparse_net
+from test_safetensors import net, sparse_net
 
 class Mixed(nn.Module):
     def __init__(self):

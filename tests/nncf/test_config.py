@@ -17,7 +17,7 @@ from fasterai_sparse.nncf.config import _fits, SparsityConfig
 from fasterai_sparse.nncf.epoch_schedules import epoch_schedules, Polynomial
 from fasterai_sparse.nncf.soft_masks import _Drawn, CONV_AND_LINEAR, RBSparsityCallback, weight_importances
 
-golden = json.loads((Path(__file__).parent/'golden'/'nncf.json').read_text())
+golden = json.loads((Path(__file__).parent.parent/'golden'/'nncf.json').read_text())
 ids = lambda c: f"{c['kind']}-{'-'.join(map(str, c['params'].values()))}"
 
 def make(case): return epoch_schedules[case['kind']](**{n: v for n,v in case['params'].items() if n in {f for f in epoch_schedules[case['kind']].__dataclass_fields__}})
@@ -163,7 +163,7 @@ def test_magnitude_masks(case):
 # --- configuration
 
 silent = pytest.mark.filterwarnings('ignore:The schedule')
-SEED = (Path(__file__).parent/'golden'/'nncf_blocks.txt').read_text().split('\n---\n')   # the blocks of seed 003, as they stand
+SEED = (Path(__file__).parent.parent/'golden'/'nncf_blocks.txt').read_text().split('\n---\n')   # the blocks of seed 003, as they stand
 
 @silent
 @pytest.mark.parametrize('block', SEED, ids=['rb', 'magnitude', 'const'])

@@ -13,7 +13,7 @@ PRESETS = ['SET', 'SNFS', 'RigL', 'GraNet']
 
 @pytest.fixture(scope='module')
 def fits(tmp_path_factory):
-    worker = Path(__file__).parent/'ddp_dynamic_worker.py'
+    worker = Path(__file__).parent.parent/'helpers'/'ddp_dynamic_worker.py'
     cmd = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
     for _ in range(2):   # on a loaded machine gloo has been seen to abort now and then, whatever the masks
         r = subprocess.run([*cmd, worker, *PRESETS], cwd=tmp_path_factory.mktemp('ddp'), capture_output=True, text=True,

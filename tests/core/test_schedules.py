@@ -9,7 +9,7 @@ from fastai.callback.schedule import SchedCos, SchedExp, SchedPoly, combine_sche
 from fasterai_sparse.core.schedules import (
     agp, as_schedule, cos, dsd, iterative, lin, one_cycle, one_shot, plot_schedules, sched_agp, Schedule)
 
-golden = json.loads((Path(__file__).parent/'golden'/'schedules.json').read_text())
+golden = json.loads((Path(__file__).parent.parent/'golden'/'schedules.json').read_text())
 printed = {'one_cycle_50_5': (one_cycle, 50), 'cos_mean_57_5_5': (cos, 57.5), 'agp_90_10': (agp, 90),
     'iterative3_90_10': (iterative, 90),
            'iterative5_90_10': (partial(iterative, n_steps=5), 90), 'one_shot_90_10': (one_shot, 90)}

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings('ignore:numpy.core is deprecated')   # f
 @pytest.fixture(autouse=True)
 def in_tmp(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
 
-golden = json.loads((Path(__file__).parent/'golden'/'schedules.json').read_text())
+golden = json.loads((Path(__file__).parent.parent/'golden'/'schedules.json').read_text())
 
 LAYERS = {'0.0': 9408, '0.4.0.conv1': 36864, '0.4.0.conv2': 36864, '0.4.1.conv1': 36864, '0.4.1.conv2': 36864,
           '0.5.0.conv1': 73728, '0.5.0.conv2': 147456, '0.5.0.downsample.0': 8192,

@@ -740,7 +740,7 @@ def test_steps_that_are_skipped_at_random(seed, exc, event):
 # --- a killed process
 
 def test_a_killed_process_is_taken_up_again():
-    cmd = [sys.executable, '-W', 'ignore', Path(__file__).parent/'resume_worker.py']
+    cmd = [sys.executable, '-W', 'ignore', Path(__file__).parent.parent/'helpers'/'resume_worker.py']
     run = lambda what: subprocess.run([*cmd, what], capture_output=True, text=True)
     died = run('die')
     assert died.returncode == 1 and died.stderr == '', died.stderr[-800:]

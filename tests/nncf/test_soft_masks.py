@@ -1302,7 +1302,7 @@ def test_a_layer_type_is_a_class(kind):
 
 # --- 10. reports
 
-stats = json.loads((Path(__file__).parent/'golden'/'nncf.json').read_text())['statistics']
+stats = json.loads((Path(__file__).parent.parent/'golden'/'nncf.json').read_text())['statistics']
 GOLDEN = {c['config']['algorithm'] + '_'*('ignored_scopes' in c['config']): c for c in stats['cases']}
 
 def golden_learner():
@@ -1338,7 +1338,7 @@ def test_shares_are_of_what_is_sparsified(name):
 
 def test_the_loss_along_a_schedule():
     "With logits that rest: what is lacking to the level, in parts of 5 %, squared"
-    rows, learn = json.loads((Path(__file__).parent/'golden'/'nncf.json').read_text())['rb_schedule_to_loss']['rows'], learner()
+    rows, learn = json.loads((Path(__file__).parent.parent/'golden'/'nncf.json').read_text())['rb_schedule_to_loss']['rows'], learner()
     fit(learn, 4, RBSparsityCallback(schedule=Polynomial(.2, .6, 3, 2, power=1.), mask_lr=1e-9))
     assert column(learn, 'rb_loss') == pytest.approx([rows[0]['loss'], rows[1]['loss'], (.6/.05)**2, rows[2]['loss']], rel=1e-4)
 

@@ -20,15 +20,13 @@ from ..utils.files import atomic_write
 from ..utils.modes import unwrapped
 from .allocation import accepted_by, accepts, as_allocation, n_dropped, uniform_sparsity
 from .batchnorms import batchnorms_after
-from .criteria import as_criteria, input_norms, inputs_of, large_final
+from .criteria import as_criteria, input_norms
 from .layers import dropped_outputs, drops_outputs, group_weights, maskable_weights, out_in_axes
 from .masks import get_mask, masks_off, set_mask, unmaskable, watch_loads
 from .patterns import NM
 from .report import format_report, sparsity_report
 from .select import as_ratio, demote_dead, has_nan, n_true, n_zeros
 from .targets import as_fraction, Targets
-from ..train.bn_adaptation import adapt_batchnorm
-from ..nm.permute_model import permute_model
 
 # %% ../../nbs/core/11_sparsifier.ipynb #0dd0902f
 def _pattern(granularity, nm):
@@ -70,6 +68,7 @@ class Sparsifier:
         self.granularity = _pattern(granularity, nm)
         if isinstance(self.granularity, NM): self.allocation = uniform_sparsity
         elif permute: raise ValueError(f"permute=True is for an N:M pattern, as nm=True or NM(2,4), not for {self.granularity!r}")
+        if permute and not hasattr(self, 'permute'): raise ValueError("permute=True needs fasterai_sparse.nm.permute_model, which is not imported")
         self.to_permute, self.permutation = permute, None   # Whether that is still to be done; and its report
         if 'data' in self.criteria.needs and data is None: raise ValueError(f"The criterion {self.criteria.name!r} needs data=, a calibration batch")
         if not all(isinstance(t, type) for t in (layer_type if isinstance(layer_type, tuple) else (layer_type,)) if t is not None):
@@ -330,24 +329,6 @@ def _plan(self:Sparsifier, names, allocation, fraction, round_to, norms):
         if n_groups-d == 1 and n_zeros(f, n_groups) > d: self.spared.add(n)
         yield n, scores[n] if n in scores else self.scores(n, norms), rounded_keep(f, n_groups, round_to) if round_to else n_groups-d
 
-# %% ../../nbs/core/11_sparsifier.ipynb #84d9e035
-@patch
-@torch.no_grad()
-def permute(self:Sparsifier,
-    data=None, # A batch, as for `Sparsifier`; None: the first of the Sparsifier's own
-    opt=None, # The optimizer that has trained the model
-):
-    """Put the channels into the order in which the pattern keeps most of what the criterion scores, or of the weights' size where it needs gradients or an optimizer; see `permute_model`,
-    whose report is `permutation` from then on. Where layers have masks already, all stays as it is"""
-    data = ifnone(data, self.data)
-    if data is None: raise ValueError("permute=True needs data=, a batch on which the model is run")
-    self.to_permute = False
-    if any(get_mask(m, p) is not None for m,p in self.layers.values()): return
-    g, norms = self.granularity, self._norms(self.layers) if not self.criteria.needs & {'grad', 'opt'} else {}
-    scores = {n: self.scores(n, norms) if not self.criteria.needs & {'grad', 'opt'} else large_final(self.param(n)) for n in self.layers}
-    along = [(self.param(n), t) for kept in (self.init, self.prev) for n,t in kept.items()]
-    self.permutation = permute_model(self.model, next(inputs_of(data)), g.n, g.m, scores, opt=opt, along=along, seed=self.seed)
-
 # %% ../../nbs/core/11_sparsifier.ipynb #bb050e13
 @patch
 @torch.no_grad()
@@ -393,16 +374,9 @@ def sparsify_model(self:Sparsifier,
 )->None:
     "Make all layers sparse"
     if recalibrate and self.data is None: raise ValueError("recalibrate=True needs data=, batches of training data")
-    target, stats = self.targets(sparsity), [(t, t.clone()) for t in self._statistics()] if recalibrate and self._history is not None else []
-    self.apply(target, round_to)
-    if stats: self._history[-1][-1].extend(stats)
-    if recalibrate: adapt_batchnorm(self.model, [self.data] if isinstance(self.data, (torch.Tensor, tuple, dict)) else self.data)
-
-# %% ../../nbs/core/11_sparsifier.ipynb #fd33cfde
-@patch
-def _statistics(self:Sparsifier):
-    names = 'running_mean', 'running_var', 'num_batches_tracked'
-    return [t for m in self.model.modules() if isinstance(m, BatchNorm) for n in names if (t := m._buffers.get(n)) is not None]
+    if recalibrate and not hasattr(self, 'recalibrate'): raise ValueError("recalibrate=True needs fasterai_sparse.train.bn_adaptation, which is not imported")
+    self.apply(self.targets(sparsity), round_to)
+    if recalibrate: self.recalibrate()
 
 # %% ../../nbs/core/11_sparsifier.ipynb #384c8af3
 @patch

@@ -10,12 +10,15 @@ import warnings
 from collections import defaultdict
 
 import numpy as np, pandas as pd, torch
+from fastcore.basics import ifnone, patch
 from torch import nn
 
+from ..utils.batches import inputs_of
 from ..utils.modes import unwrapped
 from ..core.criteria import large_final
 from ..core.layers import maskable_weights, out_in_axes
-from ..core.masks import masked_params, unmaskable
+from ..core.masks import get_mask, masked_params, unmaskable
+from ..core.sparsifier import Sparsifier
 from ..train.opt_state import elementwise_state, params_of, state_of
 from .channels import copied, follow_channels, outputs_of, Place
 from .search import search_permutation
@@ -272,3 +275,21 @@ def _report(model, reads, channels, not_, n, m, source):
     can = df[df.naive.notna()]
     df.attrs['share'] = float(can.searched.sum()/max(can.weights.sum(), 1))
     return df
+
+# %% ../../nbs/nm/03_permute_model.ipynb #84d9e035
+@patch
+@torch.no_grad()
+def permute(self:Sparsifier,
+    data=None, # A batch, as for `Sparsifier`; None: the first of the Sparsifier's own
+    opt=None, # The optimizer that has trained the model
+):
+    """Put the channels into the order in which the pattern keeps most of what the criterion scores, or of the weights' size where it needs gradients or an optimizer; see `permute_model`,
+    whose report is `permutation` from then on. Where layers have masks already, all stays as it is"""
+    data = ifnone(data, self.data)
+    if data is None: raise ValueError("permute=True needs data=, a batch on which the model is run")
+    self.to_permute = False
+    if any(get_mask(m, p) is not None for m,p in self.layers.values()): return
+    g, norms = self.granularity, self._norms(self.layers) if not self.criteria.needs & {'grad', 'opt'} else {}
+    scores = {n: self.scores(n, norms) if not self.criteria.needs & {'grad', 'opt'} else large_final(self.param(n)) for n in self.layers}
+    along = [(self.param(n), t) for kept in (self.init, self.prev) for n,t in kept.items()]
+    self.permutation = permute_model(self.model, next(inputs_of(data)), g.n, g.m, scores, opt=opt, along=along, seed=self.seed)

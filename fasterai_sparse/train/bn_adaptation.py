@@ -11,11 +11,14 @@ from contextlib import contextmanager
 from numbers import Integral
 
 from fastai.basics import Callback, ifnone, Learner, store_attr, to_device
+import torch
+from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 
 from ..utils.batches import call_with, n_samples_in, without_target
 from ..utils.compat import BatchNorm
 from ..utils.modes import evaluating, preserve_random_state, unwrapped
+from ..core.sparsifier import Sparsifier
 
 # %% ../../nbs/train/01_bn_adaptation.ipynb #51ff1525
 def _adaptable(model): return [m for m in model.modules() if isinstance(m, BatchNorm) and m.track_running_stats and m.running_mean is not None]
@@ -87,3 +90,16 @@ class AdaptBatchNorm(Callback):
     def after_fit(self):
         if self.trains and self.at == 'end': adapt_batchnorm(self.learn, n_samples=self.n_samples)
         self.trains = False
+
+# %% ../../nbs/train/01_bn_adaptation.ipynb #fd33cfde
+@patch
+def _statistics(self:Sparsifier):
+    names = 'running_mean', 'running_var', 'num_batches_tracked'
+    return [t for m in self.model.modules() if isinstance(m, BatchNorm) for n in names if (t := m._buffers.get(n)) is not None]
+
+# %% ../../nbs/train/01_bn_adaptation.ipynb #d4851d05
+@patch
+def recalibrate(self:Sparsifier):
+    "`adapt_batchnorm` with the sparsifier's `data`, up to 2048 samples of it; `undo` brings the statistics back too"
+    if self._history: self._history[-1][-1].extend((t, t.clone()) for t in self._statistics())
+    adapt_batchnorm(self.model, [self.data] if isinstance(self.data, (torch.Tensor, tuple, dict)) else self.data)

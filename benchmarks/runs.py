@@ -1,4 +1,5 @@
-"What the benchmarks of accuracy share: runs in processes of one thread, each a row of a csv as soon as it ends, and cells of their tables"
+"""What the benchmarks of accuracy share: runs in processes of one thread, each a row of a csv as soon as it ends, and
+cells of their tables"""
 import csv, platform, signal, sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import active_children, get_context
@@ -36,7 +37,8 @@ def cell(values, n_seeds):
 def cpu_name():
     "The processor's model name, where Linux tells it"
     info = Path('/proc/cpuinfo')
-    names = [l.split(':', 1)[1].strip() for l in info.read_text().splitlines() if l.startswith('model name')] if info.exists() else []
+    names = [l.split(':', 1)[1].strip() for l in info.read_text().splitlines()
+             if l.startswith('model name')] if info.exists() else []
     return names[0] if names else platform.machine()
 
 def positive(s):
@@ -50,14 +52,17 @@ def percentage(s):
     return float(s)
 
 def asked_for(parser, name, asked_runs, run_all, key, measured, files):
-    "The finished runs that the command line asks for, those that were missing in the csv of `name` trained and appended; and its arguments"
+    """The finished runs that the command line asks for, those that were missing in the csv of `name` trained and
+    appended; and its arguments"""
     args = parser.parse_args()
-    if not args.bs <= args.images <= 60000: parser.error(f'--images must be from --bs ({args.bs}) to 60000, not {args.images}')
+    if not args.bs <= args.images <= 60000:
+        parser.error(f'--images must be from --bs ({args.bs}) to 60000, not {args.images}')
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # so that the workers end too
     file, asked = args.out/f'{name}.csv', list(asked_runs(args))
     missing = [] if args.table_only else [r for r in asked if r not in results(file, key, measured).index]
     if missing and (lost := [f for f in files if not (args.path/f).exists()]):
-        parser.exit(2, f'No {", ".join(lost)} in {args.path}: install the Debian package dataset-fashion-mnist, or give the folder of its four .gz files with --path\n')
+        parser.exit(2, f'No {", ".join(lost)} in {args.path}: install the Debian package dataset-fashion-mnist, or '
+                       f'give the folder of its four .gz files with --path\n')
     args.out.mkdir(parents=True, exist_ok=True)
     run_all(missing, args, file)
     df = results(file, key, measured)

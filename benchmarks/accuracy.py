@@ -26,7 +26,7 @@ FILES = [f'{s}-{kind}-ubyte.gz' for s in ('train', 't10k') for kind in ('images-
 LR = 3e-3
 
 class Run(NamedTuple):
-    "What tells one run from another: the first columns of the csv"
+    "Settings that identify a run: the first columns of the csv"
     schedule: str
     context: str
     sparsity: float   # percent
@@ -55,12 +55,12 @@ def small_resnet18(width=16):
                          nn.Linear(widths[-1], 10))
 
 def n_params(model):
-    "Parameters in the convolutions' weights, and in all"
+    "Number of weights in convolutions, and of all parameters"
     return sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d)), sum(p.numel()
         for p in model.parameters())
 
 def learner(run, path):
-    "A learner that starts the same for all runs of one seed"
+    "A learner with the same initial weights and batches for all runs of one seed"
     set_seed(run.seed)
     dls = fashion_mnist(run.bs, path)
     dls = whole_dls((dls.train.x[:run.images], dls.train.y[:run.images]), (dls.valid.x, dls.valid.y), run.bs)
@@ -95,7 +95,7 @@ def run_all(runs, args, file):
               f'sparsity {measured[1]} %, {measured[2]} s', flush=True)
 
 def span(values):
-    "The least and the greatest of `values`, once where they print the same"
+    "Smallest and greatest of `values`; one number where both print the same"
     return ' to '.join(dict.fromkeys(f'{v:.2f}' for v in (values.min(), values.max()))) if len(values) else '–'
 
 def lines_of(args):
@@ -114,7 +114,7 @@ def table(df, args):
                                                 for p in [0, *args.sparsities]) + ' |'
 
 def window(name):
-    "When the schedule called `name` is at work"
+    "Part of the fit in which the schedule called `name` prunes"
     s = getattr(schedules, name)
     return f'{name} at {s.start_pct:.0%}' if name == 'one_shot' else f'{name} from {s.start_pct:.0%} to {s.end_pct:.0%}'
 

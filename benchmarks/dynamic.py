@@ -28,7 +28,7 @@ from runs import append, cell, cpu_name, percentage, positive, results, trained
 
 @dataclass(frozen=True)
 class Arm:
-    "A way to train a sparse network; without any of these, random masks that stay as they are"
+    "A way to train a sparse network; by default random masks that never change"
     # Arguments of `DynamicSparseTrainingCallback`, of which `sparsity` is set to the run's where it is there
     dst:dict = None
     start:float = None # Percent of the weights that are zero at the start; None: as many as at the end
@@ -65,7 +65,7 @@ ARMS |= {   # to find out why
         schedule=agp, **SGD_ARM)}
 
 class Run(NamedTuple):
-    "What tells one run from another: the first columns of the csv"
+    "Settings that identify a run: the first columns of the csv"
     arm: str
     sparsity: float   # percent
     every: int   # batches from one update to the next, 0 where there are none
@@ -79,7 +79,7 @@ KEY = list(Run._fields)
 MEASURED = ['accuracy', 'live', 'weights', 'training_flops', 'inference_flops', 'explored', 'updates', 'seconds']
 
 class CountFlops(Callback):
-    "Notes the FLOPs that the masks leave of a forward pass of one image, at each training batch"
+    "Records at each training batch the FLOPs of a forward pass of one image under the current masks"
     run_valid = False
     def before_fit(self):
         self.uses, self.passes, self.per_epoch = weight_uses(self.model, self.dls.valid.x[:1]), [], len(self.dls.train)
@@ -90,8 +90,8 @@ class CountFlops(Callback):
     def before_batch(self): self.passes.append(self.flops(self.n_live))
 
 def training_flops(count, dst=None):
-    """FLOPs of the fit per image, in dense ones of as many batches: three sparse passes, and a dense gradient of the
-    weights where growth asks for it"""
+    """FLOPs of the fit per image, relative to a dense fit of as many batches: three sparse passes per batch, and
+    a dense weight gradient where growth needs it"""
     needs = set() if dst is None else dst.sparsifier.grow.needs
     at = ()   # batches whose gradient is dense
     if 'opt' in needs: at = range(len(count.passes))
@@ -107,7 +107,7 @@ def callbacks(run, arm):
     return [DynamicSparseTrainingCallback(**{**arm.dst, 'batches_per_update': run.every, 'seed': run.seed, **to})]
 
 def train(run, path):
-    "`run` with what was measured at its end"
+    "`run` and its measurements"
     arm, learn = ARMS[run.arm], learner(run, path)
     learn.opt_func = arm.opt_func
     start = run.sparsity if arm.start is None else arm.start
@@ -151,11 +151,11 @@ def rows_of(df, name, sparsity, args):
     return df[df.index.isin(runs)].reset_index().set_index('seed')
 
 def mean(values, form='{:.2f}'):
-    "Mean of `values` as `form` has it"
+    "Mean of `values`, formatted by `form`"
     return form.format(values.mean()) if len(values.dropna()) else '–'
 
 def beside(rows, base):
-    "Accuracy of `rows` over that of `base`, seed by seed: mean ± standard deviation, and how many are above"
+    "Accuracy of `rows` minus that of `base`, paired by seed: mean ± standard deviation, and how many seeds are better"
     d = (rows.accuracy - base.accuracy).dropna()
     if not len(d): return '– | –'
     sd = f' ± {d.std():.2f}' if len(d) > 1 else ''

@@ -1,7 +1,7 @@
-"""What a batch costs when masks change as the network trains, beside fastsparse 0.0.5
+"""Cost of a batch while masks change during training, beside fastsparse 0.0.5
 
 Run `python benchmarks/dynamic_cost.py`.
-Writes benchmarks/dynamic_cost.md. All fits run in one process and take turns, a batch each, as in training.py."""
+Writes benchmarks/dynamic_cost.md. All fits run in one process and alternate batch by batch, as in training.py."""
 import argparse, io, platform, time, warnings
 from contextlib import redirect_stdout
 from functools import partial
@@ -23,7 +23,7 @@ from training import GiveTurns, N_EPOCHS, TakeTurns, mean_of
 SPARSITY = .9
 
 class Timed(ours.DynamicSparseTrainingCallback):
-    "Notes when an update was and the seconds of it: to look at the gradients, and to change the masks"
+    "Records when each update happened and its seconds: reading gradients, and changing masks"
     def before_fit(self):
         self.updates = []
         super().before_fit()
@@ -58,7 +58,7 @@ class TheirsTimed(theirs.DynamicSparseTrainingCallback):
                 self.updates.append((self.learn.epoch*self.learn.n_iter + self.learn.iter, time.perf_counter()-start))
 
 class HalfZero(Callback):
-    "Half of the gradients are exactly zero, as behind units that do not fire"
+    "Half of the gradients are exactly zero, as those behind inactive ReLUs"
     run_valid = False
     def before_fit(self): self.zeros = [(p, torch.rand_like(p) < .5) for p in self.model.parameters()]
     def after_backward(self):
@@ -97,7 +97,7 @@ def learner(arm, n_batches):
     return learn.remove_cb(ProgressCallback)
 
 def fit_together(arms, n_batches):
-    "Name -> seconds of each batch, and (number, seconds) of each update, of fits that go batch by batch in turn"
+    "Name -> seconds of each batch, and (number, seconds) of each update, of fits that alternate batch by batch"
     times, cbs, fits = {name: [] for name in arms}, {name: a.callbacks(a.every) for name,a in arms.items()}, {}
     for name,arm in arms.items():
         taken = TakeTurns(times[name])
@@ -108,8 +108,7 @@ def fit_together(arms, n_batches):
     return times, {name: c[0].updates if arms[name].presets else [] for name,c in cbs.items()}
 
 def mean_batch(times, updates):
-    """Mean of `times` without pauses of the machine, which batches with an update and those without tell apart each
-    for themselves"""
+    "Mean of `times` without pauses of the machine; batches with and without an update are filtered separately"
     at = {i for i,_ in updates}
     parts = [[t for i,t in enumerate(times) if (i in at) == is_update] for is_update in (False, True)]
     return sum(len(p)*mean_of(p) for p in parts if p)/len(times)

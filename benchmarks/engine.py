@@ -1,8 +1,8 @@
-"""The engine beside dense engines, in turn in one process: `python benchmarks/engine.py`
+"""The engine beside dense engines, measured in turn in one process: `python benchmarks/engine.py`
 
 Writes benchmarks/engine.md. ONNX Runtime (`onnx`, `onnxscript`, `onnxruntime`), `openvino` and, for its int8, `nncf`
-stand beside where they are installed; the table says which were.
-Weights are random, and zero where magnitude says; outputs are compared with torch's."""
+are measured where they are installed; the table says which were.
+Weights are random and sparse by magnitude; outputs are compared with torch's."""
 import argparse, os, tempfile, time, warnings
 from functools import partial
 from importlib.metadata import version
@@ -57,7 +57,7 @@ def minilm():
                                  enable_nested_tensor=False)
 
 def network(name, percent, pattern):
-    "(the network, an image or text for it)"
+    "(network, example input) by name"
     torch.manual_seed(0)
     net = (globals().get(name) or getattr(torchvision.models, name))().eval()
     for m in net.modules():
@@ -71,7 +71,7 @@ def network(name, percent, pattern):
     return remove_masks(net), torch.randn(1, 32, 384) if name == 'minilm' else torch.randn(1, 3, 224, 224)
 
 def of_onnx(net, x, folder):
-    "The network as a file"
+    "The network exported to an ONNX file"
     path = Path(folder)/'net.onnx'
     if not path.exists():
         with warnings.catch_warnings():
@@ -134,7 +134,7 @@ def engines_int8(net, x, folder, threads):
     return found
 
 def race(fs, seconds):
-    "Least milliseconds of each function, in turn"
+    "Least milliseconds of each function, measured in turn"
     best, start = dict.fromkeys(fs, float('inf')), time.perf_counter()
     for f in fs.values(): f()
     while time.perf_counter()-start < seconds or max(best.values()) == float('inf'):
@@ -170,7 +170,7 @@ def measure(case, threads, seconds, compiled):
 
 @torch.no_grad()
 def linear(n_out, n_in, tokens, threads, seconds):
-    "Case -> times as fast as the better of torch and ONNX Runtime, for one Linear layer"
+    "Case -> speed relative to the better of torch and ONNX Runtime, for one Linear layer"
     x, fs = torch.randn(tokens, n_in), {}
     for percent,pattern in LINEAR_CASES:
         layer = nn.Linear(n_in, n_out, bias=False)

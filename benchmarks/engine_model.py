@@ -1,13 +1,12 @@
-"""What the engine's time is made of: predicted from non-zeros, shapes and caches, beside what was measured
+"""Where the engine's time goes: predicted from non-zeros, shapes and caches, beside the measured time
 
 Run `python benchmarks/engine_model.py`.
-Writes benchmarks/engine_model.md. Four speeds are measured (vectors loaded from L1, vectors multiplied and added,
-bytes from L3 and from memory); everything else is counted.
+Writes benchmarks/engine_model.md. Four speeds are measured (vector loads from L1, vector multiply-adds, bytes from L3
+and from memory); everything else is counted.
 
-A term of a block of r outputs loads r weights and u vectors of positions, and a vector that does not begin at a cache
-line counts twice; it adds r·u products.
-What rows begin and end with is loads and stores too. Activations come from the L3, and so do weights where all that a
-run touches fits, or else from memory.
+A term of a block of r outputs loads r weights and u vectors of positions; a vector that does not begin at a cache line
+counts twice. The term does r·u multiply-adds. The start and end of each row are counted as loads and stores too.
+Activations come from L3; weights do too where all data of a run fit, else they come from memory.
 
     seconds = max(loads/speed of loads, products/speed of products, bytes/bandwidth)"""
 import argparse, os, time
@@ -46,7 +45,7 @@ def l3_size():
     return 1024*int(found[0][:-1]) if found else 32*2**20
 
 def machine(floats=16):
-    "The speeds of this one: dense layers whose inputs stay in the L1, and 8 MB and 256 MB that are read once"
+    "Speeds of this machine: dense layers whose inputs stay in L1, and 8 MB and 256 MB that are read once"
     def rate(size, tile, which):
         grid = Grid(1)
         grid.hold(1, tile*floats)
@@ -105,7 +104,8 @@ def main(out):
         print(rows[-1], flush=True)
     lines = ['# What the engine\'s time is made of', '', f'`python benchmarks/engine_model.py`: 1 thread, '
                                                          f'{next(iter(engine_sets()))}, {cpu_name()}.', '',
-                                                         *[l.strip() for l in __doc__.split("\n\n", 2)[2].splitlines()], '',
+                                                         *[l.strip() for l in __doc__.split("\n\n", 2)[2].splitlines()],
+                                                         '',
              f'Measured here: {m.loads/1e9:.1f} billion vectors loaded a second, {m.products/1e9:.1f} billion '
              f'multiplied and added, {m.l3/1e9:.0f} GB/s from the L3 ({m.l3_size/2**20:.0f} MB), {m.memory/1e9:.0f} '
              f'GB/s from memory.', '',
@@ -119,7 +119,7 @@ def main(out):
     (out/'engine_model.md').write_text('\n'.join(lines))
 
 def elsewhere(case, m):
-    "Predictions that nobody has measured"
+    "Predictions for other machines, not measured"
     counts, rest, total = case
     n_ops = len(counts) + 10
     dense_macs, dense_bytes = 4.09e9, 4*25.5e6   # of ResNet-50, one image

@@ -1,9 +1,9 @@
-"""A trained ResNet-18, dense and sparse, from the training to the file
+"""A trained ResNet-18, dense and sparse, from training to the saved file
 
 Run `python benchmarks/engine_trained.py --folder DIR`.
-Trains on Fashion-MNIST what is not in the folder, a row of benchmarks/engine_trained.csv each; then measures
+Trains on Fashion-MNIST the networks missing in the folder, each a row of benchmarks/engine_trained.csv; then measures
 accuracy, milliseconds and megabytes, and writes benchmarks/engine_trained.md.
-ONNX Runtime (`onnx`, `onnxscript`, `onnxruntime`) and `openvino` stand beside where they are installed. The data:
+ONNX Runtime (`onnx`, `onnxscript`, `onnxruntime`) and `openvino` are measured where they are installed. The data:
 Debian's `dataset-fashion-mnist`."""
 import argparse, tempfile, time
 from functools import partial
@@ -35,7 +35,7 @@ START, ENGINE = 'before', 'in the engine'   # what all of them start from; a row
 FT_LR, BATCHES = 1e-3, (1, 64)
 
 class Run(NamedTuple):
-    "What tells one training from another: the first columns of the csv"
+    "Settings that identify a training: the first columns of the csv"
     network: str
     seed: int
     epochs: int
@@ -45,23 +45,23 @@ class Run(NamedTuple):
     images: int
 
     def file(self, folder):
-        "Where the trained network is kept"
+        "Path of the trained network"
         name = self.network.replace(' %', '').replace(', ', '-').replace('×', 'x')
         return folder/('_'.join(map(str, (name, *self[1:]))) + '.safetensors')
 
 class BFloat16(Callback):
-    "Mixed precision while it trains, on a CPU; fastai's is for CUDA"
+    "Mixed precision on a CPU; fastai's callback is for CUDA"
     run_valid = False
     def before_batch(self): self.autocast = torch.autocast('cpu', torch.bfloat16).__enter__()
     def after_pred(self): self.learn.pred = self.pred.float()
     def after_loss(self): self.autocast.__exit__(None, None, None)
 
 class NoValid(Callback):
-    "The test images are seen once, at the end"
+    "Skips validation: the test images are used once, at the end"
     def before_validate(self): raise CancelValidException
 
 def trained(run, data, folder):
-    "The file of a trained network, and the seconds that it took"
+    "File of the trained network, and seconds of the training"
     starts = run.network == START
     set_seed(run.seed + 1000*(not starts))   # those that go on see the same batches
     dls = whole_dls((data.train.x[:run.images], data.train.y[:run.images]), (data.valid.x, data.valid.y), run.bs)
@@ -89,7 +89,7 @@ def outputs(f, x, bs=64): return torch.cat([f(b) for b in x.split(bs)])
 def loaded(run, folder): return load_sparse(run.file(folder), small_resnet18(run.width)).eval()
 
 def qualities(run, data, folder):
-    "A row of the table of networks: what is right in torch and accelerated, and the files"
+    "A row of the table of networks: accuracy in torch and accelerated, and file sizes"
     net, x, y = loaded(run, folder), data.valid.x, data.valid.y
     fast, _ = accelerate(net, x[:64], threads=1, cache=None)
     want, got = outputs(net, x), outputs(fast, x)

@@ -26,8 +26,8 @@ from dynamic import CountFlops, training_flops
 ARMS = ['dense', 'static', 'RigL']
 
 def split(valid, size):
-    """Images and labels to train on and to test on: of each digit 400 and 100, drawn once; with `valid`, 320 and 80
-    of the 400"""
+    """Images and labels for training and test: 400 and 100 of each digit, drawn once; with `valid`, 320 and 80 of
+    the 400"""
     x, y = mnist_data()
     x, y = torch.tensor(x).float().view(-1,1,28,28)/255, torch.tensor(y)
     x, gen = F.pad(x, [(size-28)//2]*4), torch.Generator().manual_seed(0)
@@ -36,8 +36,8 @@ def split(valid, size):
     return [(x[at.flatten()], y[at.flatten()]) for at in (train, test)]
 
 class Affine(Callback):
-    """Turn (degrees), shift (pixels), scale and shear each image of a training batch by chance, evenly between ± what
-    is given"""
+    """Rotate (degrees), shift (pixels), scale and shear each training image at random, uniformly within ± the
+    given values"""
     run_valid = False
     def __init__(self, turn=15., shift=2., scale=.15, shear=.2):
         self.turn, self.shift, self.scale, self.shear = turn, shift, scale, shear
@@ -50,7 +50,7 @@ class Affine(Callback):
         self.learn.xb = (F.grid_sample(self.x, grid, align_corners=False),)
 
 class NoValid(Callback):
-    "The test images are seen once, at the end"
+    "Skips validation: the test images are used once, at the end"
     def before_validate(self): raise CancelValidException
 
 def network(stride):
@@ -60,7 +60,7 @@ def network(stride):
     return model
 
 def train(arm, seed, args):
-    "What was measured of one run, a dict"
+    "Measurements of one run, a dict"
     set_seed(seed)
     learn = Learner(whole_dls(*split(args.valid, args.size), args.bs), network(args.stride),
                     loss_func=CrossEntropyLossFlat(label_smoothing=args.smooth), metrics=accuracy)

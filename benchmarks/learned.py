@@ -1,4 +1,4 @@
-"""Accuracy on Fashion-MNIST of masks that are learned, or drawn anew from magnitudes at each epoch
+"""Accuracy on Fashion-MNIST of learned masks, and of magnitude masks renewed at each epoch
 
 Run `python benchmarks/learned.py --jobs 2`.
 Appends each finished run to benchmarks/learned.csv, skips those that are there, and writes benchmarks/learned.md and
@@ -32,7 +32,7 @@ ONE_SHOT, ADAPTED = 'one-shot', 'one-shot, BatchNorm adapted'   # of the dense n
 N_SAMPLES = 2048
 
 class Run(NamedTuple):
-    "What tells one run from another: the first columns of the csv"
+    "Settings that identify a run: the first columns of the csv"
     arm: str
     sparsity: float   # percent
     seed: int
@@ -48,7 +48,8 @@ def measured(learn):
     return f'{100*float(learn.validate()[-1]):.2f}', f'{100*df.zeros.sum()/df.params.sum():.3f}'
 
 def one_shots(run, learn, sparsities):
-    "Rows of the dense network of `learn` at each of `sparsities`, before and after BatchNorm is adapted"
+    """Rows of the dense network of `learn` pruned in one shot to each of `sparsities`, before and after BatchNorm
+    adaptation"""
     dense = deepcopy(learn.model)
     for s in sparsities:
         learn.model = deepcopy(dense)
@@ -60,7 +61,7 @@ def one_shots(run, learn, sparsities):
         yield run._replace(arm=ADAPTED, sparsity=s), *measured(learn), f'{seconds:.1f}'
 
 def train(run, path, sparsities):
-    "The rows that `run` gives, each with its accuracy and sparsity at the end, and the seconds it took"
+    "The rows of `run`, with accuracy and sparsity at the end, and seconds of the fit"
     learn = learner(run, path)
     with learn.no_bar(), learn.no_logging():
         start = time.perf_counter()
@@ -78,7 +79,7 @@ def asked_runs(args):
             for p in args.sparsities: yield Run(a, p, seed, *same)
 
 def run_all(missing, args, file):
-    "Train what gives the rows that are missing, and append them to the csv `file`"
+    "Train the missing rows and append them to the csv `file`"
     runs = list(dict.fromkeys(r if r.arm in ARMS else r._replace(arm='dense', sparsity=0.) for r in missing))
     for i,rows in enumerate(trained(partial(train, sparsities=args.sparsities), runs, args.jobs, args.path), 1):
         for run,*what in rows:
@@ -88,11 +89,11 @@ def run_all(missing, args, file):
               f'{what[1]} %, {what[2]} s', flush=True)
 
 def span(values):
-    "The least and the greatest of `values`, once where they print the same"
+    "Smallest and greatest of `values`; one number where both print the same"
     return ' to '.join(dict.fromkeys(f'{v:.2f}' for v in (values.min(), values.max()))) if len(values) else '–'
 
 def table(df, args):
-    "Yield the lines of a markdown table of accuracies, and below what was reached"
+    "Yield the lines of a markdown table of accuracies, with the reached sparsities below"
     at = lambda arm, p: df[(df.arm==arm) & (df.sparsity==p)].set_index('seed')
     yield '| | 0 % | ' + ' | '.join(f'{p:g} %' for p in args.sparsities) + ' |'
     yield '|---'*(len(args.sparsities)+2) + '|'

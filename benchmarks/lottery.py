@@ -1,8 +1,7 @@
-"""Are rewound tickets worth their weights? `python benchmarks/lottery.py`
+"""Winning tickets beside fresh weights under the same masks: `python benchmarks/lottery.py`
 
-Finds tickets on Fashion-MNIST with SparsifyCallback(lth=True), then trains each mask twice for as long as the dense
-network:
-from the weights of the ticket, and from fresh random ones. Writes benchmarks/lottery.md."""
+Finds tickets on Fashion-MNIST with SparsifyCallback(lth=True), then trains each mask twice for as many epochs as the
+dense network: from the ticket's weights, and from fresh random ones. Writes benchmarks/lottery.md."""
 import argparse, tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +32,7 @@ def trained(learn, n_epoch, cbs=None):
     return [100*row[-1] for row in learn.recorder.values]
 
 def find_ticket(dls, seed, sparsity, n_epoch, path):
-    "The file of the ticket of `sparsity`, found in `N_STEPS` steps of `n_epoch` epochs each"
+    "File of the ticket of `sparsity`, found in `N_STEPS` steps of `n_epoch` epochs each"
     cb = SparsifyCallback(sparsity, schedule=partial(iterative, n_steps=N_STEPS), start_epoch=n_epoch, lth=True,
                           save_tickets=path,
                           layer_type=nn.Linear, verbose=False)
@@ -41,7 +40,7 @@ def find_ticket(dls, seed, sparsity, n_epoch, path):
     return max(Path(path).glob('winning_ticket_*.pth'))
 
 def with_mask(learn, file, fresh):
-    "`learn` with the mask of the ticket in `file`, and its weights unless they are to be `fresh`"
+    "`learn` with the mask of the ticket in `file`, and with its weights unless `fresh`"
     ticket = torch.load(file, weights_only=True)
     if not fresh: learn.model.load_state_dict(ticket)
     for n,m in learn.model.named_modules():

@@ -1,4 +1,4 @@
-"""Accuracy on Fashion-MNIST of 2:4, its channels in the order they were trained in and in the one `permute_model` finds
+"""Accuracy on Fashion-MNIST of 2:4, with channels as trained and in the order that `permute_model` finds
 
 Run `python benchmarks/nm_accuracy.py`.
 Appends each finished row to benchmarks/nm_accuracy.csv, skips seeds whose rows are all there, and writes
@@ -32,7 +32,7 @@ STAGES = ONE_SHOT, ADAPTED, TUNED, *BY_WANDA
 FT_LR = 1e-3
 
 class Run(NamedTuple):
-    "What tells one row from another: the first columns of the csv"
+    "Settings that identify a row: the first columns of the csv"
     stage: str
     order: str
     seed: int
@@ -51,14 +51,14 @@ def validated(learn, model):
     return dict(accuracy=f'{100*acc:.2f}', loss=f'{loss:.4f}')
 
 def by_wanda(model, data, permute, recalibrate=False):
-    "A copy of `model` as 2:4, the weights that stay, and with `permute` the order, by |w|·‖x‖"
+    "A 2:4 copy of `model` whose weights are kept by |w|·‖x‖; with `permute` the channel order too"
     model = deepcopy(model)
     Sparsifier(model, 'weight', 'local', wanda, nm=True, permute=permute, layer_type=(nn.Linear, nn.Conv2d),
                data=data).sparsify_model(50, recalibrate=recalibrate)
     return model
 
 def sparse(model, recalibrate=False, data=None):
-    "A copy of `model` as 2:4, and how much of the magnitude of its sparse layers that keeps, in percent"
+    "A 2:4 copy of `model`, and the percentage of the magnitude of its sparse layers that is kept"
     model = deepcopy(model)
     dense = {n: p.detach().clone() for n,p in model.named_parameters()}
     Sparsifier(model, 'weight', 'local', large_final, nm=True, layer_type=(nn.Linear, nn.Conv2d),
@@ -69,14 +69,14 @@ def sparse(model, recalibrate=False, data=None):
     return model, 100*float(sum(a for a,_ in left)/sum(b for _,b in left))
 
 def tuned(run, path, model):
-    "`model` after fine-tuning, its masks kept: of one seed, all see the same batches"
+    "`model` after fine-tuning under its masks; all copies of one seed see the same batches"
     learn = learner(run._replace(seed=1000+run.seed), path)
     learn.model = model
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(run.ft_epochs, FT_LR, cbs=KeepMasks())
     return learn.model
 
 def ordered(model, x, scores):
-    "A copy of `model` whose channels have moved, and what is known of that"
+    "A copy of `model` with permuted channels, and the report of the permutation"
     if scores is None: return deepcopy(model), {}
     moved, start = deepcopy(model), time.perf_counter()
     df = permute_model(moved, x, scores=scores)
@@ -121,7 +121,7 @@ def asked_runs(args):
             for stage in (DENSE, *STAGES): yield Run(stage, order, *same)
 
 def run_all(missing, args, file):
-    "Train the seeds that rows are missing of, and append these to the csv `file`"
+    "Train the seeds with missing rows, and append their rows to the csv `file`"
     seeds = list(dict.fromkeys(r._replace(stage=DENSE, order='as trained') for r in missing))
     for rows in trained(train, seeds, args.jobs, args.path):
         for run,what in rows:

@@ -1,8 +1,7 @@
-"""Permutation search for 2:4: how much it keeps, and in what time: `python benchmarks/permutation.py`
+"""Permutation search for 2:4: kept magnitude and time: `python benchmarks/permutation.py`
 
 Writes benchmarks/permutation.md. Uniform matrices are `np.random.seed(1); np.random.rand(rows, columns)`; those of
-ResNet-50 are Gaussian, with the shapes of its
-layers that read the same channels put on top of each other."""
+ResNet-50 are Gaussian, with the shapes of the layers that read the same channels, stacked."""
 import argparse, os, time
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +17,7 @@ CASES = [(128, 64, .02, 36.2, 35.47), (256, 256, .06, 28.5, 26.73), (1024, 512, 
          (2048, 2048, 5., 12.7, 11.42)]
 
 def resnet50_shapes():
-    "(rows, columns) of what reads the same channels in ResNet-50, without the classifier"
+    "(rows, columns) of the stacked layers of ResNet-50 that read the same channels, without the classifier"
     planes, blocks, shapes = (64,128,256,512), (3,4,6,3), []
     for s,(p,n) in enumerate(zip(planes, blocks)):
         # the stream: first convolution and shortcut of this stage, first ones of the last
@@ -31,7 +30,7 @@ def uniform(rows, columns):
     return np.random.rand(rows, columns)
 
 def best_of(n, s, **kwargs):
-    "The quickest of `n` searches, which all find the same"
+    "The quickest of `n` searches; all find the same order"
     return min((search_permutation(s, **kwargs) for _ in range(n)), key=lambda p: p.seconds)
 
 def rows(repeats):

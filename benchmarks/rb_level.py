@@ -1,4 +1,4 @@
-"""Whether RB sparsity reaches its level, with 11 M weights and with 0.7 M, by the optimizer of its logits
+"""Does RB sparsity reach its level with 11 M and with 0.7 M weights, for several optimizers of its logits?
 
 Run `python benchmarks/rb_level.py`.
 Writes benchmarks/rb_level.md and benchmarks/rb_level.png. The data: Debian's `dataset-fashion-mnist`."""
@@ -18,7 +18,7 @@ from runs import cpu_name, positive
 SPARSITY, LR, WIDTHS = 90, 1e-3, (16, 64)
 
 class OtherAdam(RBSparsityCallback):
-    "RB with `adam` as the arguments of its logits' optimizer"
+    "RB whose logits are trained by Adam with the arguments `adam`"
     def __init__(self, *args, adam, **kwargs):
         super().__init__(*args, **kwargs)
         self.adam = adam
@@ -49,7 +49,7 @@ def train(width, name, args):
                 seconds=seconds), log
 
 def command(args):
-    "The command line that repeats what `args` asked for, but for its folders"
+    "The command line that repeats what `args` asked for, without its folders"
     words = ['python benchmarks/rb_level.py']
     for n,default in dict(epochs=6, bs=128, images=12800, widths=list(WIDTHS), arms=list(ARMS), threads=2).items():
         v = getattr(args, n)

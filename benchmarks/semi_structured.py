@@ -1,7 +1,7 @@
 """2:4 beside dense on a GPU, in turn in one process: `python benchmarks/semi_structured.py`
 
-Writes benchmarks/semi_structured.md: MLPs of ViT-B and ViT-L and BERT-base (`transformers`), random weights of which
-magnitude leaves 2 of 4. Needs a CUDA device."""
+Writes benchmarks/semi_structured.md: MLPs of ViT-B and ViT-L, and BERT-base (`transformers`), with random weights that
+are 2:4 by magnitude. Needs a CUDA device."""
 import argparse
 from functools import partial
 from importlib.metadata import version
@@ -50,7 +50,7 @@ def compiled(net, x):
 
 @torch.no_grad()
 def measure(name, images, dtype, compile, device='cuda'):
-    "Milliseconds of each, how many layers run as 2:4, the error, and why nothing does"
+    "Milliseconds of each variant, number of layers that run as 2:4, the error, and why none does"
     torch.compiler.reset()
     net, x = network(name, dtype, device), batch_for(name, images, dtype, device)
     fast, report = accelerate_cuda(net, x)

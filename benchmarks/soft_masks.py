@@ -1,6 +1,6 @@
-"""What a batch costs while masks are learned or drawn anew from magnitudes: `python benchmarks/soft_masks.py`
+"""Cost of a batch while masks are learned, or renewed from magnitudes: `python benchmarks/soft_masks.py`
 
-Writes benchmarks/soft_masks.md. All fits of one network run in one process and take turns, a batch each, as in
+Writes benchmarks/soft_masks.md. All fits of one network run in one process and alternate batch by batch, as in
 training.py."""
 import argparse, platform, time
 from functools import partial
@@ -34,7 +34,7 @@ NETS = {'ResNet-18, 11.2 M weights, 16×3×32×32': Net(partial(resnet18, num_cl
         'ResNet-18 of width 16, 0.7 M weights, 128×1×28×28': Net(small_resnet18, (128,1,28,28), 469)}
 
 class TimedMagnitude(MagnitudeSparsityCallback):
-    "Notes the seconds of each drawing of masks"
+    "Records the seconds of each renewal of the masks"
     def before_fit(self):
         self.seconds = []
         super().before_fit()
@@ -63,7 +63,7 @@ def learner(net, n_batches):
     return learn.remove_cb(ProgressCallback)
 
 def fit_together(net, n_batches):
-    "Seconds of each batch, and the callbacks, by arm, of fits that go batch by batch in turn"
+    "Seconds of each batch, and the callbacks, by arm, of fits that alternate batch by batch"
     times, cbs, fits = {name: [] for name in ARMS}, {}, {}
     for name,make in ARMS.items():
         learn, taken = learner(net, n_batches), TakeTurns(times[name])

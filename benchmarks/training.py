@@ -1,8 +1,7 @@
-"""What a batch of training costs with SparsifyCallback, beside fasterai 0.4.1: `python benchmarks/training.py`
+"""Cost of a training batch with SparsifyCallback, beside fasterai 0.4.1: `python benchmarks/training.py`
 
-Writes benchmarks/training.md. All fits run in one process and take turns, a batch each, so that whatever else the
-machine does
-falls on all of them alike; times are of a whole batch, from `before_batch` to the end of `after_batch`."""
+Writes benchmarks/training.md. All fits run in one process and alternate batch by batch, so that other load on the
+machine affects all of them alike; a time is that of a whole batch, from `before_batch` to the end of `after_batch`."""
 import argparse, io, platform, time
 from contextlib import redirect_stdout
 from importlib.metadata import version
@@ -42,7 +41,7 @@ RUNS = {   # name -> what makes our callback, theirs, and what is asked of ours,
 }
 
 class TakeTurns(Callback):
-    "Note the seconds of each training batch, and let the others have theirs before the next"
+    "Records the seconds of each training batch, and yields to the other fits after it"
     order, run_valid = -100, False
     def __init__(self, times): self.times = times
     def before_batch(self): self.start = time.perf_counter()
@@ -55,7 +54,7 @@ class GiveTurns(Callback):
         greenlet.getcurrent().parent.switch()
 
 class TimedSparsifier(ours.Sparsifier):
-    "Notes the seconds of each update"
+    "Records the seconds of each update"
     seconds = []
     def apply(self, *args, **kwargs):
         start = time.perf_counter()
@@ -71,7 +70,7 @@ def learner(n_batches):
     return learn.remove_cb(ProgressCallback)
 
 def fit_together(makers, n_batches):
-    "Name -> seconds of each batch, of fits with the callbacks that `makers` make, batch by batch in turn"
+    "Name -> seconds of each batch, of fits with the callbacks from `makers` that alternate batch by batch"
     times, fits = {name: [] for name in makers}, {}
     for name,make in makers.items():
         taken = TakeTurns(times[name])
@@ -88,7 +87,7 @@ def mean_of(times):
     return fmean(t for t in times if t < 5*median)
 
 def memory(make):
-    "Bytes of all tensors that a learner holds in the middle of a fit, over those of the dense one"
+    "Bytes of all tensors that a learner holds in the middle of a fit, after a backward pass"
     seen = []
     look = Callback(after_backward=lambda self: seen.append(tensor_bytes(self.learn)) if self.training
                     and self.epoch == N_EPOCHS//2 and self.iter == 1 else None)

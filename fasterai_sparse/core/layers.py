@@ -37,7 +37,7 @@ def weight_names(
 def _matches(m, layer_type): return Granularities.has(m) if layer_type is None else isinstance(m, layer_type)
 
 def _weight_id(m, p):
-    "Identity of the parameter `p` of `m`, shared by all modules that have it; that of `m` if there is no such parameter"
+    "Identity of the parameter `p` of `m`, the same for all modules that share it; of `m` itself if it has none"
     return id(m._parameters.get(p, m))
 
 # %% ../../nbs/core/04_layers.ipynb #0ce56222
@@ -66,7 +66,7 @@ def maskable_weights(
 
 # %% ../../nbs/core/04_layers.ipynb #c1d5c348
 def _weight_of(name, m, p):
-    "(weight name, layer, parameter name); the weight is called as its layer, with the parameter name if it is not `weight`"
+    "(weight name, layer, parameter name); the weight's name is the layer's, with `p` appended unless it is `weight`"
     return '.'.join(o for o in (name, '' if p=='weight' else p) if o) or 'model', m, p
 
 # %% ../../nbs/core/04_layers.ipynb #c741a693
@@ -83,7 +83,8 @@ def _named_groups(m, name, dims):
     w = getattr(m, weight_names(m)[0])
     spans = Spanning(tuple(d-1 for d in (dims if isinstance(dims, (tuple,list)) else (dims,)) if d))
     if torch.is_tensor(w) and not is_lazy(w) and any(d >= w.dim() for d in spans.dims):
-        raise ValueError(f"The granularity {name!r} of {type(m).__name__} spans {dims}, but its weight has {w.dim()} dimensions")
+        what = f"The granularity {name!r} of {type(m).__name__} spans {dims}"
+        raise ValueError(f"{what}, but its weight has {w.dim()} dimensions")
     return spans
 
 # %% ../../nbs/core/04_layers.ipynb #b44124ba
@@ -95,7 +96,8 @@ def group_weights(
     dims = Granularities.allowed_granularities(m)
     if isinstance(granularity, (block, NM)): return replace(granularity, axes=out_in_axes(m))
     if isinstance(granularity, str) and granularity in dims: return _named_groups(m, granularity, dims[granularity])
-    raise ValueError(f"No granularity {granularity!r} for {type(m).__name__}; use one of {list(dims)}, a block or an NM")
+    choices = f"use one of {list(dims)}, a block or an NM"
+    raise ValueError(f"No granularity {granularity!r} for {type(m).__name__}; {choices}")
 
 # %% ../../nbs/core/04_layers.ipynb #5efd24aa
 def drops_outputs(
@@ -112,5 +114,5 @@ def dropped_outputs(
     m:nn.Module, # A layer of which groups are outputs
     mask, # Mask of its groups
 )->torch.Tensor:
-    "The mask of groups `mask` as a 1-D mask of all outputs of `m` (a grouped transposed convolution repeats its weights)"
+    "The mask of groups `mask` as a 1-D mask of the outputs of `m` (grouped transposed convolutions repeat weights)"
     return mask.flatten().repeat(m.groups if isinstance(m, ConvTransposeNd) else 1)

@@ -6,6 +6,7 @@ from .core.granularity import *
 from .core.patterns import *
 from .core.layers import *
 from .core.criteria import *
+from .core.input_norms import *
 from .core.allocation import *
 from .core.schedules import *
 from .core.batchnorms import *

@@ -12,7 +12,8 @@ from torch.nn.parameter import is_lazy
 
 from ..utils.compat import ConvTransposeNd
 from .batchnorms import n_outputs
-from .criteria import call_with, evaluating
+from ..utils.batches import call_with
+from ..utils.modes import evaluating
 from .granularity import Granularities
 from .layers import is_weight_dropout, maskable_weights, weight_names
 from .masks import get_mask, unmaskable

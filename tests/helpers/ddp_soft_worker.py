@@ -5,7 +5,8 @@ from ddp_worker import (
     Accelerator, Callback, digest, dist, follows_masks, gathered, json, make, masks, nn, sys, torch, train, zeros)
 from fasterai_sparse.core.masks import set_mask
 from fasterai_sparse.nncf.epoch_schedules import Polynomial
-from fasterai_sparse.nncf.soft_masks import MagnitudeSparsityCallback, RBSparsityCallback
+from fasterai_sparse.nncf.magnitude import MagnitudeSparsityCallback
+from fasterai_sparse.nncf.rb import RBSparsityCallback
 
 ALL = (nn.Conv2d, nn.Linear)
 

@@ -1,6 +1,10 @@
 "Run by test_dynamic_distributed.py on two ranks, with names of presets: prints what each fit left behind, as JSON"
-from ddp_worker import (
-    Accelerator, Callback, collect, digest, dist, gathered, json, make, masked_params, masks, sys, train)
+import json, sys
+
+from ddp_worker import Accelerator, digest, dist, gathered, make, train   # first of all: it stands in for accelerate
+from callback_helpers import collect, masks
+from fastai.basics import Callback
+from fasterai_sparse.core.masks import masked_params
 from fasterai_sparse.dynamic import callback as dynamic
 from fasterai_sparse.dynamic.callback import DynamicSparseTrainingCallback
 from fasterai_sparse.dynamic.random_masks import sparsify_model

@@ -24,6 +24,9 @@ from .dynamic.drop_grow import *
 from .dynamic.callback import *
 from .nncf.epoch_schedules import *
 from .nncf.soft_masks import *
+from .nncf.rb import *
+from .nncf.magnitude import *
+from .nncf.const import *
 from .nncf.config import *
 from .nm.search import *
 from .nm.search_cuda import *

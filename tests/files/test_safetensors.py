@@ -14,8 +14,10 @@ from fasterai_sparse.core.schedules import one_shot
 from fasterai_sparse.core.sparsifier import masks_from_zeros, Sparsifier
 from fasterai_sparse.train.keep_masks import KeepMasks
 from fasterai_sparse.train.sparsify_callback import SparsifyCallback
-from fasterai_sparse.nncf.soft_masks import (
-    ConstSparsityCallback, MagnitudeSparsityCallback, RBSparsityCallback, SoftMasks)
+from fasterai_sparse.nncf.const import ConstSparsityCallback
+from fasterai_sparse.nncf.magnitude import MagnitudeSparsityCallback
+from fasterai_sparse.nncf.rb import RBSparsityCallback
+from fasterai_sparse.nncf.soft_masks import SoftMasks
 from fasterai_sparse.files.safetensors import load_sparse, save_sparse, sparse_contents
 import fasterai_sparse.files.safetensors as sf
 

@@ -1,10 +1,11 @@
 "Run by test_dynamic_distributed.py on two ranks, with names of presets: prints what each fit left behind, as JSON"
-from torch import distributed as dist
+import json, sys
+
+from ddp_worker import Accelerator, digest, dist, gathered, make, train   # first of all: it stands in for accelerate
 from callback_helpers import collect, masks
-from ddp_worker import Accelerator, digest, gathered, make, train
-from fastai.basics import Callback, json, sys
-from fasterai_sparse.dynamic import callback as dynamic
+from fastai.basics import Callback
 from fasterai_sparse.core.masks import masked_params
+from fasterai_sparse.dynamic import callback as dynamic
 from fasterai_sparse.dynamic.callback import DynamicSparseTrainingCallback
 from fasterai_sparse.dynamic.random_masks import sparsify_model
 

@@ -1,13 +1,14 @@
 "Run by test_soft_masks_distributed.py on two ranks: prints what each fit with soft masks left behind, as JSON"
-from torch import distributed as dist
-from callback_helpers import follows_masks, masks, zeros
-from fastai.callback.training import GradientAccumulation
+import json, sys
 
-from ddp_worker import Accelerator, digest, gathered, make, train
-from fastai.basics import Callback, json, nn, sys, torch
+from ddp_worker import Accelerator, digest, dist, gathered, make, train   # first of all: it stands in for accelerate
+from callback_helpers import follows_masks, masks, zeros
+from fastai.basics import Callback, nn, torch
+from fastai.callback.training import GradientAccumulation
 from fasterai_sparse.core.masks import set_mask
 from fasterai_sparse.nncf.epoch_schedules import Polynomial
-from fasterai_sparse.nncf.soft_masks import MagnitudeSparsityCallback, RBSparsityCallback
+from fasterai_sparse.nncf.magnitude import MagnitudeSparsityCallback
+from fasterai_sparse.nncf.rb import RBSparsityCallback
 
 ALL = (nn.Conv2d, nn.Linear)
 

@@ -2282,5 +2282,13 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'fasterai_sparse/utils/native.py'),
                                               'fasterai_sparse.utils.native.sum_max_torch': ( 'utils/native.html#sum_max_torch',
                                                                                               'fasterai_sparse/utils/native.py')},
+            'fasterai_sparse.utils.operations': { 'fasterai_sparse.utils.operations._class_name': ( 'utils/operations.html#_class_name',
+                                                                                                    'fasterai_sparse/utils/operations.py'),
+                                                  'fasterai_sparse.utils.operations._function_name': ( 'utils/operations.html#_function_name',
+                                                                                                       'fasterai_sparse/utils/operations.py'),
+                                                  'fasterai_sparse.utils.operations.kind_of': ( 'utils/operations.html#kind_of',
+                                                                                                'fasterai_sparse/utils/operations.py'),
+                                                  'fasterai_sparse.utils.operations.operation_name': ( 'utils/operations.html#operation_name',
+                                                                                                       'fasterai_sparse/utils/operations.py')},
             'fasterai_sparse.utils.timing': { 'fasterai_sparse.utils.timing.least_ms': ( 'utils/timing.html#least_ms',
                                                                                          'fasterai_sparse/utils/timing.py')}}}

@@ -13,22 +13,23 @@ from torch import nn
 # %% ../../nbs/utils/07_operations.ipynb #e790d093
 _dims = range(1, 4)
 _names_by_kind = {
-    'moves': '''view view_as reshape reshape_as flatten unflatten permute transpose t T mT swapaxes swapdims movedim moveaxis
-        unsqueeze squeeze expand expand_as broadcast_to repeat tile repeat_interleave chunk split split_with_sizes tensor_split
-        unbind select narrow getitem index_select cat concat concatenate stack roll flip rot90 pixel_shuffle pixel_unshuffle
-        channel_shuffle unfold_copy''',
-    'copies': '''identity contiguous clone detach data to type type_as float double half bfloat16 bool int long cpu cuda alias
-        requires_grad''',
-    'elementwise': '''add sub rsub mul div rdiv rtruediv pow rpow neg abs exp log sqrt rsqrt square reciprocal sign sin cos
-        erf clamp clamp_min clamp_max clip positive maximum minimum fmin fmax where masked_fill addcmul addcdiv lerp gt lt ge
-        le eq ne logical_not logical_and logical_or isnan isfinite nan_to_num''',
-    'activates': '''relu relu6 leaky_relu rrelu elu celu selu gelu silu mish sigmoid logsigmoid tanh hardswish hardsigmoid
-        hardtanh hardshrink softshrink softplus softsign threshold tanhshrink''',
+    'moves': '''view view_as reshape reshape_as flatten unflatten permute transpose t T mT swapaxes swapdims movedim
+        moveaxis unsqueeze squeeze expand expand_as broadcast_to repeat tile repeat_interleave chunk split tensor_split
+        split_with_sizes unbind select narrow getitem index_select cat concat concatenate stack roll flip rot90
+        pixel_shuffle pixel_unshuffle channel_shuffle unfold_copy''',
+    'copies': '''identity contiguous clone detach data to type type_as float double half bfloat16 bool int long cpu cuda
+        alias requires_grad''',
+    'elementwise': '''add sub rsub mul div rdiv rtruediv pow rpow neg abs exp log sqrt rsqrt square reciprocal sign sin
+        cos erf clamp clamp_min clamp_max clip positive maximum minimum fmin fmax where masked_fill addcmul addcdiv lerp
+        gt lt ge le eq ne logical_not logical_and logical_or isnan isfinite nan_to_num''',
+    'activates': '''relu relu6 leaky_relu rrelu elu celu selu gelu silu mish sigmoid logsigmoid tanh hardswish
+        hardsigmoid hardtanh hardshrink softshrink softplus softsign threshold tanhshrink''',
     'drops': 'dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout',
     'reduces': 'mean sum amax amin prod logsumexp var std all any norm linalg_vector_norm',
     'along_dim': 'softmax log_softmax softmin normalize gumbel_softmax',
     'pools': ' '.join([f'{a}{k}_pool{d}d' for a in ('', 'adaptive_') for k in ('avg', 'max') for d in _dims]
-        + [f'{a}max_pool{d}d_with_indices' for a in ('', 'adaptive_') for d in _dims] + [f'lp_pool{d}d' for d in _dims]),
+        + [f'{a}max_pool{d}d_with_indices' for a in ('', 'adaptive_') for d in _dims]
+        + [f'lp_pool{d}d' for d in _dims]),
     'resizes': 'interpolate upsample',
     'normalizes': 'batch_norm instance_norm layer_norm group_norm rms_norm',
     'convolves': ' '.join(f'conv{t}{d}d' for t in ('', '_transpose') for d in _dims),
@@ -51,7 +52,7 @@ def _class_name(cls):
         short = c.__name__.lower()
         for key in (short, re.sub(r'\dd$', '', short)):
             if key in _name_by_class: return _name_by_class[key]
-    return cls.__name__
+    return f'{cls.__module__}.{cls.__name__}'
 
 # %% ../../nbs/utils/07_operations.ipynb #10cb1e62
 def _function_name(func):
@@ -65,8 +66,9 @@ def _function_name(func):
 def operation_name(
     target, # A function of torch, an operator, a method or its name, a module or its class
 )->str:
-    """Canonical name of the operation that `target` calls: without the underscores of in-place and special methods, and the
-    same for a function, a method and a module. Where the table lacks it: the name of the function or class."""
+    """Canonical name of the operation that `target` calls: without the underscores of in-place and special methods,
+    and the same for a function, a method and a module. Where the table lacks it: the name of
+    the function, or of the class with its module."""
     if isinstance(target, nn.Module): target = type(target)
     if isinstance(target, type): return _class_name(target)
     name = target if isinstance(target, str) else _function_name(target)

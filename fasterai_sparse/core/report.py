@@ -71,7 +71,7 @@ def _row(name, m, pname, uses, notes):
     nonzero = w.detach() != 0 if known else torch.zeros(0, dtype=torch.bool)
     n, nnz, size = nonzero.numel(), n_true(nonzero), w.element_size() if known else 0
     note = notes.get(name) or unmaskable(m, pname) or _mask_note(get_mask(m, pname), nonzero)
-    row = dict(layer=name, type=type(m).__name__, shape=tuple(w.shape) if known else (), params=n, zeros=n-nnz, sparsity=100*(n-nnz)/n if n else 0.,
+    row = dict(layer=name, type=type(m).__name__, shape=tuple(w.shape) if known else (), params=n, zeros=n-nnz, sparsity_pct=100*(n-nnz)/n if n else 0.,
                bytes=n*size, packed_bytes=packed_bytes(n, nnz, size))
     if uses is not None: row.update({k: 2*count*uses.get(id(_weight(m, pname)), 0) for k,count in (('flops', n), ('sparse_flops', nnz))})
     return dict(row, note=note)
@@ -83,13 +83,13 @@ def sparsity_report(
     layer_type=None, # A module class or a tuple of them; None for all that can be sparse
     notes=None, # Layer name -> what there is to say of it
 ):
-    """A `DataFrame` with a row per weight: shape, params, zeros, sparsity (%), share of them all (%), bytes dense and packed, FLOPs, and why it has no mask.
+    """A `DataFrame` with a row per weight: shape, params, zeros, `sparsity_pct`, `share_pct` of all params, bytes dense and packed, FLOPs, and why it has no mask.
     Its `attrs` have `model_params` and `model_zeros`, of all parameters of the model, biases and norms among them."""
     uses = None if example_input is None else weight_uses(model, example_input)
     rows = [_row(*w, uses, notes or {}) for w in maskable_weights(model, layer_type)]
     if not rows: raise ValueError(f"No layer that can be sparse in {type(model).__name__}; layer types: {Granularities._known()}")
     df = pd.DataFrame(rows)
-    df.insert(6, 'share', 100*df.params/max(df.params.sum(), 1))
+    df.insert(6, 'share_pct', 100*df.params/max(df.params.sum(), 1))
     all_params = [p.detach() for p in model.parameters() if not is_lazy(p) and not p.is_meta and p.layout == torch.strided]
     df.attrs = {'model_params': sum(p.numel() for p in all_params), 'model_zeros': sum(p.numel() - n_true(p != 0) for p in all_params)}
     return df
@@ -98,9 +98,9 @@ def sparsity_report(
 _line = '{:<30} {:<15} {:<10} {:<10} '
 
 def _statistics(df, row):
-    "Lines for what a callback with a `level` has put into its report `df`"
+    "Lines for what a callback with a `level_pct` has put into its report `df`"
     yield row('Model', 'all parameters', df.attrs['model_params'], df.attrs['model_zeros'])
-    yield f'Level asked for: {df.level[0]:.2f}%'
+    yield f'Level asked for: {df.level_pct[0]:.2f}%'
     for n in df.columns.intersection(['threshold', 'probability']):
         yield f'{n}: ' + (f'{df[n][0]:.6g}' if df[n].nunique() == 1 else ', '.join(f'{l} {v:.6g}' for l,v in zip(df.layer, df[n])))
 
@@ -113,7 +113,7 @@ def format_report(
     lines = ['', 'Sparsity Report:', '-'*80, _line.format('Layer', 'Type', 'Params', 'Zeros') + f"{'Sparsity':<10}", '-'*80]
     lines += [row(r.layer, r.type, r.params, r.zeros) for r in df.itertuples()]
     lines += ['-'*80, row('Overall', 'all', int(df.params.sum()), int(df.zeros.sum()))]
-    if 'level' in df: lines += _statistics(df, row)
+    if 'level_pct' in df: lines += _statistics(df, row)
     if 'flops' in df and (dense := int(df.flops.sum())): lines.append(f'FLOPs: {int(df.sparse_flops.sum()):,d} of {dense:,d}, {df.sparse_flops.sum()/dense:.1%}')
     lines += [f'{r.layer}: {r.note}' for r in df.itertuples() if r.note not in ('', 'no mask')]
     return '\n'.join(lines)
@@ -128,7 +128,7 @@ def plot_sparsity(
     import matplotlib.pyplot as plt
     df = sparsity_report(model, layer_type=layer_type)
     if ax is None: _,ax = plt.subplots(figsize=(7, 1+.22*len(df)), layout='constrained')
-    ax.barh(df.layer, df.sparsity)
+    ax.barh(df.layer, df.sparsity_pct)
     overall = 100*df.zeros.sum()/df.params.sum()
     ax.axvline(overall, color='k', ls=':')
     ax.set(xlabel='sparsity (%)', xlim=(0,100), title=f'overall: {overall:.2f} %')

@@ -325,13 +325,13 @@ def _end(self:SoftMaskCallback):
 # %% ../../nbs/nncf/01_soft_masks.ipynb #af961883
 @patch
 def report(self:SoftMaskCallback):
-    """The `sparsity_report` of the layers that are sparsified, with the `level` that was asked for (%) and, for magnitudes, the `threshold`, the greatest importance that
+    """The `sparsity_report` of the layers that are sparsified, with the `level_pct` that was asked for and, for magnitudes, the `threshold`, the greatest importance that
     was masked; for RB, the mean `probability` of a weight to be kept. Between the epochs of a fit, or after it."""
     if not getattr(self, 'params', None): raise ValueError("There is nothing to report before a fit")
     df = sparsity_report(self.net, layer_type=self.layer_type)
     df = df[df.layer.isin(list(self.params))].reset_index(drop=True)
-    df['share'] = 100*df.params/max(df.params.sum(), 1)
-    df.insert(len(df.columns)-1, 'level', 100*self.level)
+    df['share_pct'] = 100*df.params/max(df.params.sum(), 1)
+    df.insert(len(df.columns)-1, 'level_pct', 100*self.level)
     for name,of in self._details().items(): df.insert(len(df.columns)-1, name, df.layer.map(of))
     return df
 

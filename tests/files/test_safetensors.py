@@ -308,7 +308,7 @@ def test_contents(path):
     df = save_sparse(model, path)
     report = sparsity_report(model)
     assert abs(df.attrs['sparsity'] - 100*report.zeros.sum()/report.params.sum()) < 1e-9
-    assert df[df.layer != ''].set_index('layer').sparsity.to_dict() == pytest.approx(report.set_index('layer').sparsity.to_dict())
+    assert df[df.layer != ''].set_index('layer').sparsity.to_dict() == pytest.approx(report.set_index('layer').sparsity_pct.to_dict())
     again = sparse_contents(path)
     assert again.equals(df) and again.attrs == df.attrs
     n = int.from_bytes(path.read_bytes()[:8], 'little')

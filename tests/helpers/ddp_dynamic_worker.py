@@ -1,7 +1,10 @@
 "Run by test_dynamic_distributed.py on two ranks, with names of presets: prints what each fit left behind, as JSON"
-from ddp_worker import (
-    Accelerator, Callback, collect, digest, dist, gathered, json, make, masked_params, masks, sys, train)
+from torch import distributed as dist
+from callback_helpers import collect, masks
+from ddp_worker import Accelerator, digest, gathered, make, train
+from fastai.basics import Callback, json, sys
 from fasterai_sparse.dynamic import callback as dynamic
+from fasterai_sparse.core.masks import masked_params
 from fasterai_sparse.dynamic.callback import DynamicSparseTrainingCallback
 from fasterai_sparse.dynamic.random_masks import sparsify_model
 

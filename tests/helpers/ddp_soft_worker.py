@@ -1,8 +1,10 @@
 "Run by test_soft_masks_distributed.py on two ranks: prints what each fit with soft masks left behind, as JSON"
+from torch import distributed as dist
+from callback_helpers import follows_masks, masks, zeros
 from fastai.callback.training import GradientAccumulation
 
-from ddp_worker import (
-    Accelerator, Callback, digest, dist, follows_masks, gathered, json, make, masks, nn, sys, torch, train, zeros)
+from ddp_worker import Accelerator, digest, gathered, make, train
+from fastai.basics import Callback, json, nn, sys, torch
 from fasterai_sparse.core.masks import set_mask
 from fasterai_sparse.nncf.epoch_schedules import Polynomial
 from fasterai_sparse.nncf.soft_masks import MagnitudeSparsityCallback, RBSparsityCallback

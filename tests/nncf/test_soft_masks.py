@@ -1326,7 +1326,7 @@ def test_statistics(name):
     for row,layer in zip(df.itertuples(), want['layers']):
         assert f'[{row.layer}]' in layer['id'] and list(row.shape) == layer['shape']
         assert abs(row.zeros - layer['level']*row.params) < 1e-6 + tie
-        if not const: assert row.threshold == pytest.approx(case['thresholds'][layer['id']], rel=1e-5) and row.level == 100*case['target_sparsity_level']
+        if not const: assert row.threshold == pytest.approx(case['thresholds'][layer['id']], rel=1e-5) and row.level_pct == 100*case['target_sparsity_level']
     if const: assert cb.found == pytest.approx(100*want['sparsified_layers_level'])
 
 @pytest.mark.parametrize('name', [n for n in GOLDEN if n[0] == 'm'])
@@ -1334,7 +1334,7 @@ def test_shares_are_of_what_is_sparsified(name):
     case, learn = GOLDEN[name], golden_learner()
     cb = callbacks_from_config(SparsityConfig.from_json(case['config']), learn)[0]
     fit(learn, 1, cb, lr=0.)
-    assert cb.report().share.tolist() == pytest.approx([l['percent_of_sparsified_weights'] for l in case['model_statistics']['layers']])
+    assert cb.report().share_pct.tolist() == pytest.approx([l['percent_of_sparsified_weights'] for l in case['model_statistics']['layers']])
 
 def test_the_loss_along_a_schedule():
     "With logits that rest: what is lacking to the level, in parts of 5 %, squared"
@@ -1350,9 +1350,9 @@ def test_the_report(kind, context):
     fit(learn, 4, [cb, at('after_epoch', lambda l: seen.append((cb.report(), cb.level, copies(cb.params), copies(getattr(cb.soft, 'logits', {})))))])
     for df,level,ps,logits in [*seen, (cb.report(), cb.level, copies(cb.params), copies(getattr(cb.soft, 'logits', {})))]:
         own = 'threshold' if kind == 'magnitude' else 'probability'
-        assert list(df) == ['layer', 'type', 'shape', 'params', 'zeros', 'sparsity', 'share', 'bytes', 'packed_bytes', 'level', own, 'note']
-        assert df.layer.tolist() == ['0', '3', '8'] and df.zeros.tolist() == [int((p == 0).sum()) for p in ps.values()] and df.share.sum() == pytest.approx(100)
-        assert df.level.tolist() == [100*level]*3 and df.attrs['model_params'] == sum(p.numel() for p in learn.model.parameters())
+        assert list(df) == ['layer', 'type', 'shape', 'params', 'zeros', 'sparsity_pct', 'share_pct', 'bytes', 'packed_bytes', 'level_pct', own, 'note']
+        assert df.layer.tolist() == ['0', '3', '8'] and df.zeros.tolist() == [int((p == 0).sum()) for p in ps.values()] and df.share_pct.sum() == pytest.approx(100)
+        assert df.level_pct.tolist() == [100*level]*3 and df.attrs['model_params'] == sum(p.numel() for p in learn.model.parameters())
         assert df.attrs['model_zeros'] >= df.zeros.sum()
         if kind == 'magnitude': assert df.threshold.nunique() == (1 if context == 'global' else 3) and (df.threshold > 0).all()
         else: assert df.probability.tolist() == pytest.approx([s.sigmoid().mean().item() for s in logits.values()])

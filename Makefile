@@ -2,7 +2,7 @@
 # make test      notebooks in sync with modules, notebook tests, pytest
 # make lint      ruff, and the rules of docs/house.py: order of folders, public names, width, a definition per cell
 # make sanitize  tests of the kernels over builds that watch memory and threads (g++, a minute and a half)
-# make export    write modules and README from the notebooks
+# make export    write modules and README from the notebooks, and the picture of the folders
 # make docs      the static site, in docs/_build/html
 # make bench     speed and memory beside fasterai and fastsparse; writes benchmarks/*.md
 #                (the other scripts in benchmarks/ train for an hour, most of them on Fashion-MNIST)
@@ -39,6 +39,7 @@ export: .venv/dev.done
 	nbdev-clean
 	nbdev-export
 	python docs/readme.py
+	python docs/picture.py
 
 docs: .venv/docs.done
 	$(MAKE) -C docs html

@@ -78,6 +78,8 @@ class Notebook:
     @property
     def crowded(self): return [definitions(s)[0].name for s in self.export_cells if len(definitions(s)) > 1]
 
+_file_link = re.compile(r'\]\((?!\w+:)([^)#\s]+\.(?:ipynb|md|py|svg|png|cff|txt))[^)]*\)')
+
 def is_test_or_example(source):
     "Does a code cell show or test something? Hidden cells count where they test"
     if source.startswith(('#| export', '#| default_exp', '#| eval')): return False
@@ -130,6 +132,12 @@ class House:
         return found
 
     @cached_property
+    def titles(self):
+        "Folder -> what it holds, in a few words: the docstring of its `__init__` up to the colon"
+        docs = {f: ast.get_docstring(self.trees[Path(f)/'__init__.py']) for f in self.folder_imports if f}
+        return {f: doc.partition(': ')[0] for f,doc in docs.items()}
+
+    @cached_property
     def upward(self):
         "Imports of a folder that is not above the one that imports it"
         return [f'{a} imports {b}' for a,b in self.edges
@@ -168,6 +176,15 @@ class House:
                                        for w in wide_lines(nb.path.relative_to(self.root), source_of(c))]}
 
     @cached_property
+    def dead_links(self):
+        "Links of notebooks and of the documents at the top to notebooks and documents that are not there"
+        texts = [(nb.path, source_of(c)) for nb in self.pages for c in nb.cells if c['cell_type'] == 'markdown']
+        documents = [*self.root.glob('*.md'), *(self.root/'docs').glob('*.md')]
+        texts += [(p, p.read_text(encoding='utf-8')) for p in documents]
+        return [f'{p.relative_to(self.root)}: {link}' for p,text in texts for link in _file_link.findall(text)
+                if not (p.parent/link).exists()]
+
+    @cached_property
     def functions(self):
         "Characters and name of each function, shortest first"
         return sorted((len(s), f'{rel}:{name}') for rel,p in self.modules.items() for name,s in function_sources(p))
@@ -177,7 +194,8 @@ class House:
         "Functions with more than ten paths through them, as ruff counts"
         command = ['ruff', 'check', '--isolated', '--select', 'C901', '--output-format', 'json', '--exit-zero',
                    '--config', f'lint.mccabe.max-complexity={MAX_COMPLEXITY}', str(self.package)]
-        return [e['message'] for e in json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return [e['message'] for e in json.loads(found)]
 
     def total(self, count): return sum(count(nb) for nb in self.notebooks)
 
@@ -209,6 +227,7 @@ NUMBERS = {
     'of these from other packages': lambda h: len(h.public[1]),
     **{f'lines over {MAX_COLUMNS} columns, {part}': lambda h, part=part: len(h.wide[part])
        for part in ('modules', 'csrc', 'notebooks', 'tests', 'benchmarks', 'docs and top level')},
+    'links to files that are not there': lambda h: len(h.dead_links),
     'definitions per export cell (mean, median)': definitions_per_cell,
     'export cells with more than one definition': lambda h: h.total(lambda nb: len(nb.crowded)),
     'export cells': lambda h: h.total(lambda nb: len(nb.export_cells)),
@@ -248,9 +267,11 @@ def broken_rules(house):
     return {'A folder imports only folders above it': house.upward,
             f'The star import brings at most {MAX_NAMES} names': [f'{n} names'] if n > MAX_NAMES else [],
             f'Lines have at most {MAX_COLUMNS} columns': [w for wide in house.wide.values() for w in wide],
+            'A link leads to a file that is there': house.dead_links,
             'An export cell holds one definition': [f'{nb.path.name}: the cell of {name}' for nb in house.notebooks
                                                     for name in nb.crowded],
-            'A private name is defined in one module': [f'{n}: {", ".join(rels)}' for n,rels in house.repeated_private.items()]}
+            'A private name is defined in one module': [f'{name}: {", ".join(rels)}'
+                                                        for name,rels in house.repeated_private.items()]}
 
 def print_broken(house):
     "Whether a rule is broken, after printing where"

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from house import FOLDERS, House, allowed, definitions
+from picture import PLACES
 
 ROOT = Path(__file__).parent.parent
 house = House(ROOT)
@@ -53,3 +54,5 @@ def test_definitions_of_a_cell():
     cell = '#| export\ndef _short(x): return x\n\ndef long(x):\n    return _short(x)\n'
     assert [d.name for d in definitions(cell)] == ['long']
     assert len(definitions(cell + '\nclass Other: pass')) == 2
+
+def test_the_picture_shows_all_folders(): assert set(PLACES) == set(house.titles)

@@ -1,5 +1,5 @@
 "`from fasterai_sparse.all import *`: which names it brings, and what it leaves alone"
-import builtins, importlib, inspect, json, pkgutil, subprocess, sys
+import builtins, importlib, json, pkgutil, subprocess, sys
 from functools import cache
 
 import pytest

@@ -10,7 +10,8 @@ from callback_helpers import follows_masks, masks, zeros
 from ddp_worker import Accelerator, digest, finish, gathered, make, train
 from fasterai_sparse.core.masks import set_mask
 from fasterai_sparse.nncf.epoch_schedules import Polynomial
-from fasterai_sparse.nncf.soft_masks import MagnitudeSparsityCallback, RBSparsityCallback
+from fasterai_sparse.nncf.magnitude import MagnitudeSparsityCallback
+from fasterai_sparse.nncf.rb import RBSparsityCallback
 
 ALL = (nn.Conv2d, nn.Linear)
 

@@ -12,377 +12,387 @@ from dataclasses import replace
 from fractions import Fraction
 
 import torch
-from fastai.basics import ifnone, partial, patch, rank_distrib, Recorder, store_attr, to_device
+from fastai.basics import partial, patch, rank_distrib, Recorder, store_attr, to_device
 from fastai.learner import SkipToEpoch
 from torch import nn
 
 from ..utils.checks import check_whole
-from ..utils.modes import unwrapped
 from ..core.allocation import uniform_sparsity
 from ..core.criteria import large_final
 from ..core.schedules import as_schedule
 from ..core.select import as_ratio, n_true
 from ..core.sparsifier import Sparsifier
 from ..core.targets import as_fraction
-from .lottery import RewindPoint, save_ticket, takes_steps
-from .opt_state import clear_opt_state, reset_opt_state, state_of
-from .updates import MaskUpdates
-
-# %% ../../nbs/train/06_sparsify_callback.ipynb #f8a27fa5
-def _one_of(**given):
-    "The value of the one argument that is given, of two names for the same"
-    there = {n: v for n,v in given.items() if v is not None}
-    if len(there) != 1: raise ValueError(f"Give {' or '.join(f'{n}=' for n in given)}" + (", not both" if there else ""))
-    return next(iter(there.values()))
-
-# %% ../../nbs/train/06_sparsify_callback.ipynb #73a61ca5
-class _LastWord(MaskUpdates):
-    "Ends the fit for `cb`"
-    order = 65   # after SaveModelCallback (61), and all other trackers
-    def __init__(self, cb): self.cb = cb
-    def after_fit(self):
-        if self.cb.started and self.cb.learn is self.learn: self.cb._finish()
+from .course import between_epochs, Course
+from .lottery import LotteryTickets, RewindPoint
+from .opt_state import clear_opt_state, state_of
+from .printed_lines import is_on_target, measured_sparsity, why_off_target
+from .updates import Companion, MaskUpdates
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #faa8d869
 class SparsifyCallback(MaskUpdates):
-    "Make the model sparse along a `schedule` while it trains, and leave it so"
-    order = Recorder.order + 1
+    "Make the model sparse along a `schedule` while it trains, and keep it sparse afterwards"
+    order = Recorder.order + 1   # right after the recorder, to whose table it adds a column, before those that read it
+    columns = ('sparsity',)
     def __init__(self,
         sparsity=None, # Target in percent, or a dict of layer names (or modules) to percent
-        granularity='weight', # What stands or falls together: 'weight', 'kernel', 'filter', …, `block(4,1)` or `NM(2,4)`
+        granularity='weight', # Unit that is dropped as a whole: 'weight', 'kernel', 'filter', …, `block(4,1)` or `NM(2,4)`
         context='local', # How the sparsity is shared among layers: 'local', 'global' or an allocation
         criteria=large_final, # How important a weight is: a score function or a `Criteria`
         schedule=None, # A `Schedule`, an annealer of fastai, `f(pos)` or `f(start, end, pos)`
-        lth=False, # Lottery tickets: at each step of the schedule, what is left goes back to its weights of `rewind_epoch`
-        rewind_epoch=0, # The epoch at whose start these weights are taken, and the `init` of criteria that ask for it
+        lth=False, # Lottery tickets: at each step of the schedule, go back to the weights of `rewind_epoch`
+        rewind_epoch=0, # Epoch at whose start these weights are taken, and the `init` of criteria that ask for it
         reset_end=False, # Go back to these weights after training
         save_tickets=False, # Write a ticket at each update and at the end: a folder, or True for the learner's model folder
-        model=None, # Part of the learner's model to sparsify, all of it if None; names are relative to it, and only it is rewound
+        model=None, # Part of the learner's model to sparsify; None: all of it. Names are relative to it; only it is rewound
         round_to=None, # Make the kept number of groups of each layer a multiple of this
         nm=False, # N:M pattern: True for 2:4, or `(n, m)`
-        permute=False, # Put the channels first into the order in which N:M keeps most; what the model computes stays
+        permute=False, # First order the channels so that N:M keeps most; the model's outputs stay the same
         layer_type=nn.Conv2d, # Layers to sparsify, a module class or a tuple of them
         data=None, # Calibration batch for criteria that ask for `data`
-        start_epoch=None, # Epochs of training before the schedule starts, in place of the schedule's own
-        end_epoch=None, # Epochs after which it is done
+        start_epoch=None, # Epochs of training before the schedule starts; None: the schedule's own start
+        end_epoch=None, # Epochs after which it is done; None: the schedule's own end
         start_sparsity=None, # Percent at its start
         end_sparsity=None, # Another name for `sparsity`
         sched_func=None, # Another name for `schedule`
-        update_every=None, # Batches between updates of the masks; None: 4 to 32, when 1 % of the live weights is to change
+        update_every=None, # Batches between updates of the masks; None: 4 to 32, when 1 % of the live weights changes
         verbose=True, # Print the sparsity at each epoch, and a report at the end
         sparsifier=Sparsifier, # The class (or a `partial` of it) that makes the masks
     ):
-        self.sparsity = _one_of(sparsity=sparsity, end_sparsity=end_sparsity)
-        self.schedule = as_schedule(_one_of(schedule=schedule, sched_func=sched_func))
+        self.sparsity = _only_given(sparsity=sparsity, end_sparsity=end_sparsity)
+        self.schedule = as_schedule(_only_given(schedule=schedule, sched_func=sched_func))
         for s in (self.sparsity.values() if isinstance(self.sparsity, dict) else [self.sparsity]): as_fraction(s)
-        for name,n in (('update_every', update_every), ('round_to', round_to), ('rewind_epoch', None if rewind_epoch == 0 else rewind_epoch)): check_whole(name, n)
-        if start_sparsity is not None: self.schedule = replace(self.schedule, start_val=_share(start_sparsity, self.sparsity))
-        if lth and update_every is None and not takes_steps(self.schedule):
-            raise ValueError("lth rewinds at each step of the schedule, and this one changes all the time: use one_shot, iterative or "
-                             "partial(iterative, n_steps=5), or say with update_every= after how many batches to take a step")
-        self.make = partial(sparsifier, granularity=granularity, context=context, criteria=criteria, nm=nm, permute=permute, layer_type=layer_type, data=data)
-        store_attr('lth,rewind_epoch,reset_end,save_tickets,round_to,start_epoch,end_epoch,update_every,verbose')
-        self.part, self.sparsifier, self.started, self.rewind_point = model, None, False, None
+        check_whole('update_every', update_every)
+        check_whole('round_to', round_to)
+        if start_sparsity is not None:
+            self.schedule = replace(self.schedule, start_val=_start_share(start_sparsity, self.sparsity))
+        self.lottery = LotteryTickets(lth, rewind_epoch, reset_end, save_tickets)
+        self.lottery.check_schedule(self.schedule, update_every)
+        self.make_sparsifier = partial(sparsifier, granularity=granularity, context=context, criteria=criteria, nm=nm,
+                                       permute=permute, layer_type=layer_type, data=data)
+        store_attr('round_to,start_epoch,end_epoch,update_every,verbose')
+        self.part, self.sparsifier = model, None
 
-    columns = ('sparsity',)
-    def set_up(self): return self._set_up()
+    @property
+    def rewind_point(self)->RewindPoint:
+        "Weights that this fit goes back to; None before `rewind_epoch`, between fits, and where nothing goes back"
+        return self.lottery.point
 
-    def before_train(self):
-        if self.sparsifier.to_permute: self._permute()
-        if self.n_epochs == self.rewind_epoch: self._remember()
-        self.trained = self.has_trained = True
-
-    def before_batch(self): self.keeper.spare_grads = self._progress() < self.level   # what comes back is ranked by its gradient
-
-    def after_cancel_step(self): self.cancelled = True
-
-    def after_step(self):
-        if not self.cancelled: self._update()
-
-    def after_batch(self):
-        if self.last_position < 1 == self.position(): self._update()
-        self.cancelled = False
-
-    def column_values(self):
-        self.measured = self._sparsities()
-        return [round(_mean(self.measured), 2)]
-
-    def after_epoch(self):
-        if self.trained: self.last = self._now()
-        if self.trained and self.speaks: print(f'Sparsity at the end of epoch {self.n_epochs}: {_average(self.last)}')
-        self.trained, self.measured = False, None
-
-# %% ../../nbs/train/06_sparsify_callback.ipynb #b815bb54
-@patch
-def _names(self:SparsifyCallback): return list(self.targets.names)
-
-# %% ../../nbs/train/06_sparsify_callback.ipynb #0ddc10b7
-@patch
-def _target_of(self:SparsifyCallback, name): return self.targets.of(name)
-
-# %% ../../nbs/train/06_sparsify_callback.ipynb #c1a5e0e9
-@patch
-def _asked(self:SparsifyCallback):
-    "The target as it is printed"
-    return str(self.targets)
+# %% ../../nbs/train/06_sparsify_callback.ipynb #f8a27fa5
+def _only_given(**names):
+    "The value of the one argument that is not None, among the names of one thing"
+    given = {n: v for n,v in names.items() if v is not None}
+    if len(given) != 1:
+        raise ValueError(f"Give {' or '.join(f'{n}=' for n in names)}" + (", not both" if given else ""))
+    return next(iter(given.values()))
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #c7be04e0
-def _share(start, sparsity):
-    "`start` percent as a share of the target"
-    if isinstance(sparsity, dict): raise ValueError("start_sparsity needs one number for sparsity; for a dict, give the share of each target: Schedule(..., start_val=.2)")
-    if as_fraction(start) > as_fraction(sparsity): raise ValueError(f"start_sparsity must not be above the target of {sparsity:g} %, and is {start:g}")
+def _start_share(start, sparsity):
+    "`start` percent as a share of the target `sparsity`"
+    if isinstance(sparsity, dict):
+        raise ValueError("start_sparsity needs one number for sparsity; for a dict, give the share of each target: "
+                         "Schedule(..., start_val=.2)")
+    if as_fraction(start) > as_fraction(sparsity):
+        raise ValueError(f"start_sparsity must not be above the target of {sparsity:g} %, and is {start:g}")
     return float(as_fraction(start)/as_fraction(sparsity)) if sparsity else 0.
-
-# %% ../../nbs/train/06_sparsify_callback.ipynb #a4eeb9f1
-@patch
-def _windowed(self:SparsifyCallback):
-    "The schedule of this fit, its window where `start_epoch` and `end_epoch` say"
-    s = self.schedule
-    first, last = ifnone(self.start_epoch, s.start_pct*self.n_epoch), ifnone(self.end_epoch, s.end_pct*self.n_epoch)
-    if self.n_epoch == 0 or self.start_epoch is None and self.end_epoch is None: return s
-    if not 0 <= first < last <= self.n_epoch: raise ValueError(f"The schedule needs 0 <= start_epoch < end_epoch <= {self.n_epoch} (epochs of this fit), not {first:g} to {last:g}")
-    return replace(s, start_pct=first/self.n_epoch, end_pct=last/self.n_epoch)
-
-# %% ../../nbs/train/06_sparsify_callback.ipynb #e031323b
-@patch
-def _check_rewinds(self:SparsifyCallback):
-    "Raise `ValueError` where the weights to go back to, or to compare with, would not be there"
-    if not self._rewinds() and 'init' not in self.sparsifier.criteria.needs: return
-    skipped = max([cb._skip_to for cb in self.learn.cbs if isinstance(cb, SkipToEpoch)], default=0)
-    if self._rewinds() and self.rewind_epoch < skipped: raise ValueError(f"rewind_epoch={self.rewind_epoch} is over when the fit starts at epoch {skipped}: its weights are not there to go back to")
-    if self.rewind_epoch >= max(self.n_epoch, 1): raise ValueError(f"rewind_epoch={self.rewind_epoch} never comes in a fit of {self.n_epoch} epochs")
-    if self.rewind_epoch and self.sched.progress(self.rewind_epoch/self.n_epoch) > 0:
-        raise ValueError(f"rewind_epoch={self.rewind_epoch} must come before the schedule's first step, which is taken by the end of epoch {self.rewind_epoch-1}")
-
-# %% ../../nbs/train/06_sparsify_callback.ipynb #4bcf9902
-@patch
-def _rewinds(self:SparsifyCallback): return self.lth or self.reset_end or bool(self.save_tickets)
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #49c1c444
 @patch
-def _set_up(self:SparsifyCallback):
-    "Prepare a fit; whether there is anything to do in it"
-    if self.part is not None and self.part not in self.model.modules(): raise ValueError(f"model= must be a part of the learner's model, not another {type(self.part).__name__}")
-    self.speaks = self.verbose and not rank_distrib()
-    self.sparsifier = self.make(self.model if self.part is None else self.part)
-    self.targets = self.sparsifier.targets(self.sparsity)
-    self.sparsifier.check(self.targets, self.round_to)
-    if not self._leave_frozen(): return False
-    self.sched = self._windowed()
-    self._check_rewinds()
-    if 'opt' in self.sparsifier.criteria.needs: self.sparsifier.opt = partial(state_of, self.opt)
-    if isinstance(self.model, nn.parallel.DistributedDataParallel): self.sparsifier.share = _from_first_rank
+def set_up(self:SparsifyCallback)->bool:
+    "Prepare a fit; returns False if all layers are frozen"
+    self._find_layers()
+    if not self.targets.names:
+        self._say('All layers to sparsify are frozen: waiting for a fit in which they train')
+        return False
+    self._make_course()
+    self._share_measurements()
     self.keeper = self.keep_masks()
-    if not any(isinstance(cb, _LastWord) and cb.cb is self for cb in self.learn.cbs): self.learn.add_cb(_LastWord(self))
-    self.level = self._measured()
-    self._start_from_here()
-    self.reach = float(sum(self._target_of(n) for n in self._names())/len(self._names()))
-    self.n_since, self.last_position, self.cancelled = 0, 0., False
-    self.trained, self.has_trained, self.measured, self.last, self.rewind_point = False, self.n_epoch == 0, None, None, None
-    if self.speaks: print(f'Pruning of {self.sparsifier.granularity} until a sparsity of {self._asked()}')
+    self.add_companion(_LastWord)
+    self._start_from_found()
+    self._reset_progress()
+    self._say(f'Pruning of {self.sparsifier.granularity} until a sparsity of {self.targets}')
     return True
 
-# %% ../../nbs/train/06_sparsify_callback.ipynb #d6ab312a
+# %% ../../nbs/train/06_sparsify_callback.ipynb #cab1ea64
 @patch
-def _permute(self:SparsifyCallback):
-    "Put the channels into order, on the first batch of the data"
-    self.sparsifier.permute(to_device(next(iter(self.dls.train)), self.dls.device), self.opt)
-    if self.speaks and (df := self.sparsifier.permutation) is not None: print(f'Channels permuted: {self.sparsifier.granularity} keeps {df.kept.sum()/df.total.sum():.2%} of the scores, {df.naive.sum()/df.total.sum():.2%} in the order that was there')
+def tear_down(self:SparsifyCallback):
+    "End a fit, also one that was interrupted"
+    self.lottery.point = None
+    self.remove_companions()
 
-# %% ../../nbs/train/06_sparsify_callback.ipynb #1481a622
-def _from_first_rank(norms):
-    "What the first rank has measured: BatchNorm has other statistics on each"
-    for t in norms.values(): torch.distributed.broadcast(t, 0)
-    return norms
+# %% ../../nbs/train/06_sparsify_callback.ipynb #2c224402
+@patch
+def _say(self:SparsifyCallback, text):
+    "Print `text` on the first rank, unless the callback is silent"
+    if self.verbose and not rank_distrib(): print(text)
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #fe303e6d
 @patch
-def _leave_frozen(self:SparsifyCallback):
-    "Take frozen layers out; whether any other is left"
-    frozen = [n for n in self.sparsifier.layers if not self.sparsifier.param(n).requires_grad]
-    for n in frozen: self.sparsifier.leave_dense(n, 'frozen: left as it is')
-    self.targets = self.targets.without(frozen)
-    left = bool(self.targets.names)
-    if not left and self.speaks: print('All layers to sparsify are frozen: waiting for a fit in which they train')
-    return left
+def _find_layers(self:SparsifyCallback):
+    "Make the sparsifier of this fit and its targets, without layers that are frozen"
+    self.sparsifier = s = self.make_sparsifier(self._model_or_part())
+    targets = s.targets(self.sparsity)
+    s.check(targets, self.round_to)
+    frozen = [n for n in s.layers if not s.param(n).requires_grad]
+    for n in frozen: s.leave_dense(n, 'frozen: left as it is')
+    self.targets = targets.without(frozen)
 
-# %% ../../nbs/train/06_sparsify_callback.ipynb #a5e25cce
+# %% ../../nbs/train/06_sparsify_callback.ipynb #e031323b
 @patch
-def _measured(self:SparsifyCallback):
-    "How much of the target the masks reach now, 1 for all of it, in groups of the callback's own granularity"
-    s, names = self.sparsifier, self._names()
-    target = sum(self._target_of(n)*s.param(n).numel() for n in names)
-    dropped = sum(n_true(~live)*s.groups[n].size(s.param(n).shape) for n in names if (live := s.live(n)) is not None)
-    return float(dropped/target) if target else 1.
+def _model_or_part(self:SparsifyCallback):
+    "The part of the learner's model that is sparsified"
+    if self.part is None: return self.model
+    if self.part in self.model.modules(): return self.part
+    raise ValueError(f"model= must be a part of the learner's model, not another {type(self.part).__name__}")
+
+# %% ../../nbs/train/06_sparsify_callback.ipynb #81b7056f
+@patch
+def _make_course(self:SparsifyCallback):
+    "The course of this fit; raises `ValueError` if its window or `rewind_epoch` do not fit its epochs"
+    self.course = Course(between_epochs(self.schedule, self.n_epoch, self.start_epoch, self.end_epoch))
+    skipped = max([cb._skip_to for cb in self.learn.cbs if isinstance(cb, SkipToEpoch)], default=0)
+    compares = 'init' in self.sparsifier.criteria.needs
+    self.lottery.check_epochs(self.course.schedule, self.n_epoch, skipped, compares)
+
+# %% ../../nbs/train/06_sparsify_callback.ipynb #c6087b54
+@patch
+def _share_measurements(self:SparsifyCallback):
+    "Give the sparsifier the optimizer's state if its criterion reads it, and all ranks the same measurements of `data`"
+    if 'opt' in self.sparsifier.criteria.needs: self.sparsifier.opt = partial(state_of, self.opt)
+    if self._is_distributed(): self.sparsifier.share = _from_first_rank
+
+# %% ../../nbs/train/06_sparsify_callback.ipynb #4f9d7369
+@patch
+def _is_distributed(self:SparsifyCallback): return isinstance(self.model, nn.parallel.DistributedDataParallel)
+
+# %% ../../nbs/train/06_sparsify_callback.ipynb #1481a622
+def _from_first_rank(norms):
+    "The input norms that the first rank has measured: each rank has other BatchNorm statistics, and measures others"
+    for t in norms.values(): torch.distributed.broadcast(t, 0)
+    return norms
+
+# %% ../../nbs/train/06_sparsify_callback.ipynb #c65cd1c2
+@patch
+def _reset_progress(self:SparsifyCallback):
+    "Start counting for a new fit"
+    self.n_since, self.last_position = 0, 0.   # batches since the last update; position at which one was last considered
+    self.step_cancelled = False   # In this batch
+    self.epoch_trained, self.fit_trained = False, self.n_epoch == 0   # Whether this epoch, and any, had training batches
+    self.now = self.trained_last = None   # Sparsity measured in this epoch; and after the last epoch that trained
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #c2e38683
 @patch
-def _start_from_here(self:SparsifyCallback):
-    "Remember how sparse the fit found the model, or each layer where each goes its own way, as what the schedule has to reach first"
-    s, local = self.sparsifier, self.sparsifier.allocation is uniform_sparsity
-    self.floor = 0. if local else min(self.level, 1.)
-    live = {n: s.live(n) for n in self._names()} if local else {}
-    self.found = {n: min(Fraction(n_true(~l), l.numel()), self._target_of(n)) for n,l in live.items() if l is not None}
-    if self.found: s.allocation = partial(_not_below, self.found)
+def _start_from_found(self:SparsifyCallback):
+    "Make what the masks drop already the least that is asked for, until the schedule has passed it"
+    s, self.layer_floors = self.sparsifier, {}
+    self.level, self.mean_target = self._level_found(), float(self.targets.mean)
+    if s.allocation is uniform_sparsity: self.layer_floors = self._found_in_layers()
+    else: self.course.floor = min(self.level, 1.)
+    if self.layer_floors: s.allocation = partial(_not_below, self.layer_floors)
+
+# %% ../../nbs/train/06_sparsify_callback.ipynb #a9286057
+@patch
+def _found_in_layers(self:SparsifyCallback):
+    "Name -> share of groups that the masks of a layer drop now, at most its target"
+    lives = {n: self.sparsifier.live(n) for n in self.targets.names}
+    return {n: min(Fraction(n_true(~l), l.numel()), self.targets.of(n)) for n,l in lives.items() if l is not None}
+
+# %% ../../nbs/train/06_sparsify_callback.ipynb #a5e25cce
+@patch
+def _level_found(self:SparsifyCallback):
+    "Share of the target that the masks reach now, counted in groups of this callback's granularity"
+    s, names = self.sparsifier, self.targets.names
+    target = sum(self.targets.of(n)*s.param(n).numel() for n in names)
+    dropped = sum(n_true(~live)*s.groups[n].size(s.param(n).shape) for n in names if (live := s.live(n)) is not None)
+    return float(dropped/target) if target else 1.
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #932a950d
-def _not_below(found, params, model_sparsity, *, names, **kwargs):
-    "The same sparsity in every layer, but in those of `found` that have more"
-    return [max(model_sparsity, found.get(n, 0)) for n in names]
+def _not_below(floors, params, model_sparsity, *, names, **kwargs):
+    "Allocation: the same sparsity in every layer, but more where `floors` (weight name -> fraction) has more"
+    return [max(model_sparsity, floors.get(n, 0)) for n in names]
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #96443a5d
 @patch
-def _due_targets(self:SparsifyCallback, progress):
-    "What the masks should be at `progress` of the target; what a layer had is forgotten when the schedule passes it"
-    share = as_ratio(progress)
-    for n in [n for n,f in self.found.items() if f <= share*self._target_of(n)]: del self.found[n]
-    return self.targets.scaled(share, at_least=self.found)
+def _due_targets(self:SparsifyCallback, level):
+    "The targets at the share `level`; the floor of a layer is forgotten when the schedule passes it"
+    share = as_ratio(level)
+    for n in [n for n,f in self.layer_floors.items() if f <= share*self.targets.of(n)]: del self.layer_floors[n]
+    return self.targets.scaled(share, at_least=self.layer_floors)
 
-# %% ../../nbs/train/06_sparsify_callback.ipynb #95f350e0
+# %% ../../nbs/train/06_sparsify_callback.ipynb #61f779d7
 @patch
-def _progress(self:SparsifyCallback):
-    "Share of the target that is due, never less than what the fit found until the schedule has reached it"
-    p = min(max(self.sched.progress(self.position()), 0.), 1.)
-    if p >= self.floor: self.floor = 0.
-    return max(p, self.floor)
+def before_train(self:SparsifyCallback):
+    if self.sparsifier.to_permute: self._permute()
+    if self.n_epochs == self.lottery.rewind_epoch: self._take_weights()
+    self.epoch_trained = self.fit_trained = True
 
-# %% ../../nbs/train/06_sparsify_callback.ipynb #632d0d9d
+# %% ../../nbs/train/06_sparsify_callback.ipynb #fd775a50
 @patch
-def _due(self:SparsifyCallback, progress):
-    "Whether the masks are to follow `progress` now"
-    if progress == self.level: return False
-    n_iter, seen = self.n_iter, self.last_position*self.n_epoch*self.n_iter   # batches up to the last step
-    passed = lambda every: self.n_batches()//every > round(seen)//every
-    edge = passed(n_iter) or self.position() >= self.sched.end_pct > self.last_position
-    if self.update_every: return edge or passed(self.update_every)
-    moved, live = abs(progress-self.level)*self.reach, 1 - self.level*self.reach
-    return edge or self.n_since >= 32 or moved >= .01*live and self.n_since >= 4
+def before_batch(self:SparsifyCallback):
+    self.keeper.spare_grads = self.course.level(self.position()) < self.level   # weights come back by their gradients
+
+# %% ../../nbs/train/06_sparsify_callback.ipynb #143a434a
+@patch
+def after_cancel_step(self:SparsifyCallback): self.step_cancelled = True
+
+# %% ../../nbs/train/06_sparsify_callback.ipynb #1c7de35e
+@patch
+def after_step(self:SparsifyCallback):
+    if not self.step_cancelled: self._update()
+
+# %% ../../nbs/train/06_sparsify_callback.ipynb #ba6745ae
+@patch
+def after_batch(self:SparsifyCallback):
+    if self.last_position < 1 == self.position(): self._update()   # the last batch took no step
+    self.step_cancelled = False
+
+# %% ../../nbs/train/06_sparsify_callback.ipynb #013ac32f
+@patch
+def column_values(self:SparsifyCallback):
+    "The measured sparsity in percent"
+    self.now = self._measure()
+    return [round(self.now.percent, 2)]
+
+# %% ../../nbs/train/06_sparsify_callback.ipynb #6d1259aa
+@patch
+def after_epoch(self:SparsifyCallback):
+    if self.epoch_trained:
+        self.trained_last = self.now or self._measure()
+        self._say(f'Sparsity at the end of epoch {self.n_epochs}: {self.trained_last}')
+    self.epoch_trained, self.now = False, None
+
+# %% ../../nbs/train/06_sparsify_callback.ipynb #73a61ca5
+class _LastWord(Companion):
+    "Ends the fit for its callback"
+    order = 65   # after SaveModelCallback (61), and all other trackers
+    def after_fit(self):
+        if self.active: self.cb._finish()
+
+# %% ../../nbs/train/06_sparsify_callback.ipynb #78e7cb2b
+@patch
+def _finish(self:SparsifyCallback):
+    "Write the final ticket, go back if asked to, and print the report"
+    if self.lottery.save_tickets and self.rewind_point: self._save_ticket('Final')
+    if self.lottery.reset_end and self.rewind_point: self._rewind()
+    if self.fit_trained: self._report()
+    self.started = False
+    self.tear_down()
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #d83efe3a
 @patch
 def _update(self:SparsifyCallback):
-    "Let the masks follow the schedule, if that is due"
-    progress = self._progress()
+    "Set new masks if the schedule asks for them now"
+    level = self.course.level(self.position())
     self.n_since += 1
-    if self._due(progress) and not self._blind():
-        self.changed = False
-        self.sparsifier.apply(self._due_targets(progress), self.round_to, on_change=self._forget)
-        self.level, self.n_since, self.measured, self.last = progress, 0, None, None
-        if self.changed and self.rewind_point is not None: self._after_update()
+    if self._is_due(level) and not self._is_unusable():
+        self.mask_changed = False
+        self.sparsifier.apply(self._due_targets(level), self.round_to, on_change=self._on_change)
+        self.level, self.n_since, self.now, self.trained_last = level, 0, None, None
+        if self.mask_changed and self.rewind_point is not None: self._after_step_of_lottery()
     self.last_position = self.position()
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #24af3942
 @patch
-def _forget(self:SparsifyCallback, p, changed):
-    "The optimizer forgets what it knew of the weights of `p` that come or go"
-    self.changed = self.changed or bool(changed.any())
+def _on_change(self:SparsifyCallback, p, changed):
+    "Clear the optimizer's state of the weights of `p` that are dropped or come back"
+    self.mask_changed = self.mask_changed or bool(changed.any())
     clear_opt_state(self.opt, p, changed)
+
+# %% ../../nbs/train/06_sparsify_callback.ipynb #632d0d9d
+@patch
+def _is_due(self:SparsifyCallback, level):
+    "Whether the masks should be set to `level` after this batch"
+    if level == self.level: return False
+    window_ends = self.last_position < self.course.schedule.end_pct <= self.position()
+    if window_ends or self._passed(self.n_iter): return True
+    if self.update_every: return self._passed(self.update_every)
+    moved, live = abs(level-self.level)*self.mean_target, 1 - self.level*self.mean_target
+    return self.n_since >= 32 or moved >= .01*live and self.n_since >= 4
+
+# %% ../../nbs/train/06_sparsify_callback.ipynb #259169ba
+@patch
+def _passed(self:SparsifyCallback, every):
+    "Whether a multiple of `every` batches lies between the last time that an update was considered and now"
+    last = round(self.last_position*self.n_epoch*self.n_iter)
+    return self.n_batches()//every > last//every
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #f0fcdb01
 @patch
-def _blind(self:SparsifyCallback):
-    "Whether there is nothing to go by on any rank: the loss is no number, or gradients that the criterion reads are none, not there or all zero"
-    blind = self._blind_here()
-    if not isinstance(self.model, nn.parallel.DistributedDataParallel): return blind
-    blind = torch.tensor(float(blind), device=self.loss.device)
-    torch.distributed.all_reduce(blind)   # ranks that disagreed would go on with different masks
-    return bool(blind)
+def _is_unusable(self:SparsifyCallback):
+    "Whether masks can't be chosen by this batch, on any rank"
+    unusable = self._is_unusable_here()
+    if not self._is_distributed(): return unusable
+    unusable = torch.tensor(float(unusable), device=self.loss.device)
+    torch.distributed.all_reduce(unusable)
+    return bool(unusable)
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #1473f97e
 @patch
-def _blind_here(self:SparsifyCallback):
+def _is_unusable_here(self:SparsifyCallback):
+    "Whether the loss is not finite, or gradients that the criterion reads are missing, not finite or all zero"
+    s = self.sparsifier
     if not self.loss.isfinite().all(): return True
-    grads = [self.sparsifier.param(n).grad for n in self.sparsifier.layers] if 'grad' in self.sparsifier.criteria.needs else []
-    return any(g is None or not g.isfinite().all() for g in grads) or bool(grads) and not any(g.count_nonzero() for g in grads)
+    if 'grad' not in s.criteria.needs: return False
+    grads = [s.param(n).grad for n in s.layers]
+    return any(g is None or not g.isfinite().all() for g in grads) or not any(g.count_nonzero() for g in grads)
+
+# %% ../../nbs/train/06_sparsify_callback.ipynb #d6ab312a
+@patch
+def _permute(self:SparsifyCallback):
+    "Order the channels for the N:M pattern, on the first batch of training data"
+    s = self.sparsifier
+    s.permute(to_device(next(iter(self.dls.train)), self.dls.device), self.opt)
+    if (df := s.permutation) is None: return
+    best, before = df.kept.sum()/df.total.sum(), df.naive.sum()/df.total.sum()
+    self._say(f'Channels permuted: {s.granularity} keeps {best:.2%} of the scores, {before:.2%} in the original order')
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #e30a9abe
 @patch
-def _sparsities(self:SparsifyCallback):
-    "Measured sparsity in percent, of all layers or of each that has a target"
-    if self.waits: return _percent_zero([m._parameters[p] for m,p in self.sparsifier.matched.values() if m._parameters.get(p) is not None])
-    params = {n: self.sparsifier.param(n) for n in self._names()}
-    if self.targets.per_layer: return {n: _percent_zero([p]) for n,p in params.items()}
-    return _percent_zero(params.values())
-
-# %% ../../nbs/train/06_sparsify_callback.ipynb #32bdabc5
-def _percent_zero(params):
-    params = list(params)
-    return 100*sum(p.numel()-n_true(p != 0) for p in params)/max(sum(p.numel() for p in params), 1)
-
-# %% ../../nbs/train/06_sparsify_callback.ipynb #9b04004a
-@patch
-def _now(self:SparsifyCallback):
-    "`_sparsities`, measured once for an epoch's end"
-    if self.measured is None: self.measured = self._sparsities()
-    return self.measured
-
-# %% ../../nbs/train/06_sparsify_callback.ipynb #482bdcc4
-def _mean(s): return sum(s.values())/len(s) if isinstance(s, dict) else s
-
-# %% ../../nbs/train/06_sparsify_callback.ipynb #5789434c
-def _average(s): return f'avg={_mean(s):.2f}%' if isinstance(s, dict) else f'{s:.2f}%'
+def _measure(self:SparsifyCallback):
+    "`MeasuredSparsity` of the layers with a target, or of all layers while the callback waits"
+    if self.waits:
+        return measured_sparsity({n: w for n,(m,p) in self.sparsifier.matched.items() if (w := m._parameters.get(p)) is not None})
+    return measured_sparsity({n: self.sparsifier.param(n) for n in self.targets.names}, self.targets.per_layer)
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #1620fc36
 @patch
-def _shortfall(self:SparsifyCallback, measured):
-    "Why the model is not as sparse as was asked, or None where it is"
-    due = 100*self.sched.progress(1.)
-    sizes = {n: self.sparsifier.param(n).numel() for n in self._names()}
-    rows = [(due*float(self.targets.of(n)), s, sizes[n]) for n,s in measured.items()] if isinstance(measured, dict) else [(due*float(self.targets.asked), measured, sum(sizes.values()))]
-    if all(abs(asked-got) <= max(.1, 100/n) for asked,got,n in rows): return   # a weight more or less is rounding
-    if self.last is not None and _mean(self.last) - _mean(measured) > .1: return f'The weights that were loaded at the end are less sparse than those trained last ({_average(self.last)}): of an epoch before the end of the schedule, as SaveModelCallback may choose'
-    if self.last_position < 1: return f'The target was not reached: training ended when {self.last_position:.0%} of it was done'
-    if self.level != due/100: return 'The target was not reached: the last batches had no finite loss, or no gradients for the criterion'
-    return f'This is not the target of {self._asked()}: groups are dropped as a whole, the context shares it otherwise, or other weights have been loaded'
-
-# %% ../../nbs/train/06_sparsify_callback.ipynb #af0ea7a2
-@patch
-def _last_word(self:SparsifyCallback, measured):
-    rounded = {n: round(float(s), 2) for n,s in measured.items()} if isinstance(measured, dict) else f'{measured:.2f}%'
-    print(f'Final Sparsity: {rounded}')
-    if why := self._shortfall(measured): print(why)
+def _report(self:SparsifyCallback):
+    "Print the final sparsity, why it is not the target if it is not, and the table of layers"
+    if not self.verbose or rank_distrib(): return
+    now, due = self._measure(), self.course.schedule.progress(1.)
+    print(f'Final Sparsity: {now.final()}')
+    if not is_on_target(now, self.targets, due):
+        print(why_off_target(now, self.trained_last, self.targets, self.last_position, is_behind=self.level != due))
     self.sparsifier.print_sparsity()
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #8c75af49
 @patch
 @torch.no_grad()
-def _remember(self:SparsifyCallback):
+def _take_weights(self:SparsifyCallback):
     "Take the weights to go back to, and those that criteria compare with"
-    for n in self.sparsifier.init.keys() & self.sparsifier.layers.keys(): self.sparsifier.init[n].copy_(self.sparsifier.param(n))
-    if not self._rewinds(): return
-    if self.speaks: print(f'Saving Weights at epoch {self.n_epochs}')
-    self.rewind_point = RewindPoint(self.sparsifier.model)
+    s = self.sparsifier
+    for n in s.init.keys() & s.layers.keys(): s.init[n].copy_(s.param(n))
+    if not self.lottery.needs_weights: return
+    self._say(f'Saving Weights at epoch {self.n_epochs}')
+    self.lottery.point = RewindPoint(s.model)
+
+# %% ../../nbs/train/06_sparsify_callback.ipynb #47dbc97f
+@patch
+def _after_step_of_lottery(self:SparsifyCallback):
+    "After a step of the schedule: go back, and write a ticket"
+    if self.lottery.lth: self._rewind()
+    if self.lottery.save_tickets: self._save_ticket('Intermediate')
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #f58297f4
 @patch
-@torch.no_grad()
 def _rewind(self:SparsifyCallback):
-    if self.speaks: print(f'Resetting Weights to their epoch {self.rewind_epoch} values')
-    self.rewind_point.rewind()
-    for n in self.sparsifier.prev.keys() & self.sparsifier.layers.keys(): self.sparsifier.prev[n].copy_(self.sparsifier.param(n))
-    for p in self.sparsifier.model.parameters(): reset_opt_state(self.opt, p)
+    self._say(f'Resetting Weights to their epoch {self.lottery.rewind_epoch} values')
+    self.lottery.rewind(self.sparsifier, self.opt)
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #07c04ce9
 @patch
 def _save_ticket(self:SparsifyCallback, which):
-    if self.speaks: print(f'Saving {which} Ticket')
+    self._say(f'Saving {which} Ticket')
     if rank_distrib(): return
-    keys = {id(p): n for n,p in unwrapped(self.model).named_parameters()}
-    folder = self.learn.path/self.learn.model_dir if self.save_tickets is True else self.save_tickets
-    save_ticket(self.rewind_point.ticket(self.model), [keys[id(self.sparsifier.param(n))] for n in self._names()], folder)
-
-# %% ../../nbs/train/06_sparsify_callback.ipynb #47dbc97f
-@patch
-def _after_update(self:SparsifyCallback):
-    if self.lth: self._rewind()
-    if self.save_tickets: self._save_ticket('Intermediate')
-
-# %% ../../nbs/train/06_sparsify_callback.ipynb #78e7cb2b
-@patch
-def _finish(self:SparsifyCallback):
-    "The last word of a fit, when all other callbacks had theirs"
-    if self.save_tickets and self.rewind_point: self._save_ticket('Final')
-    if self.reset_end and self.rewind_point: self._rewind()
-    if self.speaks and self.has_trained: self._last_word(self._sparsities())
-    self.started, self.rewind_point = False, None
-    self.learn.remove_cbs([cb for cb in self.learn.cbs if isinstance(cb, _LastWord) and cb.cb is self])
+    weights = [self.sparsifier.param(n) for n in self.targets.names]
+    self.lottery.save(self.model, weights, self.learn.path/self.learn.model_dir)

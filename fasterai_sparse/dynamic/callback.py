@@ -8,7 +8,7 @@ __all__ = ['SET_presets', 'SNFS_presets', 'RigL_presets', 'ITOP_presets', 'GraNe
 
 # %% ../../nbs/dynamic/02_callback.ipynb #ec46d14b
 import math, warnings
-from numbers import Real
+from dataclasses import dataclass
 
 import numpy as np, pandas as pd, torch
 from fastai.basics import CancelStepException, ifnone, partial, patch, Recorder, store_attr
@@ -16,313 +16,411 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import sched_cos
 from torch import nn
 
-from ..utils.checks import check_whole
+from ..utils.checks import check_bool, check_number, check_whole, is_number
 from ..utils.modes import unwrapped
 from ..core.allocation import accepted_by, accepts, as_allocation
 from ..core.granularity import Granularities
 from ..core.layers import maskable_weights, out_in_axes
 from ..core.masks import get_mask, masked_params, set_mask, unmaskable, write_masked
 from ..core.schedules import as_schedule, sched_agp
-from ..core.select import as_ratio, n_true
+from ..core.select import as_ratio, measured, n_true, Zeros
 from ..core.targets import as_fraction
+from ..train.course import Course, windowed
 from ..train.opt_state import clear_opt_state, state_of
-from ..train.updates import MaskUpdates
+from ..train.updates import Companion, MaskUpdates
 from fasterai_sparse.dynamic.drop_grow import (
     check_drop_grow, DropGrow, gradient_magnitude, gradient_momentum, magnitude_and_gradient, mean_momentum,
     random_score, weight_magnitude)
 from .random_masks import sparse_params, sparseable_modules
 
-# %% ../../nbs/dynamic/02_callback.ipynb #fdb73413
-class _Steps(MaskUpdates):
-    "Takes the updates of `cb` around the optimizer's step"
-    order = MixedPrecision.order + .5   # gradients are unscaled, and neither zeroed under masks nor clipped yet
-    def __init__(self, cb): self.cb = cb
-    def active(self): return self.cb.started and self.cb.learn is self.learn
-    def before_batch(self):
-        if self.active() and self.cb.first is None: self.cb._begin(self.cb._n_done())
-    def before_step(self):
-        if self.active() and self.cb._see_gradients() and self.cb.replace_step: raise CancelStepException
-    def after_cancel_step(self):
-        if self.active(): self.cb._step_was_cancelled()
-    def after_step(self):
-        if self.active() and self.cb.due: self.cb._update()
-
-# %% ../../nbs/dynamic/02_callback.ipynb #9d129e4d
-def _is_number(v): return isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v)
+# %% ../../nbs/dynamic/02_callback.ipynb #2ce2f14e
+SET_presets = dict(keep_score_f=weight_magnitude, grow_score_f=random_score, initial_drop_grow_pct=.3, stop_pct=1.)
+SNFS_presets = dict(keep_score_f=weight_magnitude, grow_score_f=gradient_momentum, initial_drop_grow_pct=.5,
+                    stop_pct=1., redistribute=mean_momentum)
+RigL_presets = dict(keep_score_f=weight_magnitude, grow_score_f=gradient_magnitude, initial_drop_grow_pct=.3,
+                    stop_pct=.75, batches_per_update=100, replace_step=True)
+ITOP_presets = dict(RigL_presets, initial_drop_grow_pct=.5, stop_pct=1., batches_per_update=1500, replace_step=False)
+GraNet_presets = dict(RigL_presets, initial_drop_grow_pct=.5, replace_step=False, sparsity_schedule=sched_agp,
+                      context='global')
+MEST_presets = dict(keep_score_f=magnitude_and_gradient, grow_score_f=random_score, initial_drop_grow_pct=.3,
+                    stop_pct=.75)
 
 # %% ../../nbs/dynamic/02_callback.ipynb #2ce3c736
 class DynamicSparseTrainingCallback(MaskUpdates):
-    "Let masks follow what the network learns: drop the weakest weights and grow others, at a fixed number of live weights"
-    order = Recorder.order + 1   # its column comes right behind the recorder's; the updates have an order of their own
-    started, rows, layer_rows = False, (), ()
+    "Let masks follow what the network learns: drop the weakest weights and grow as many others"
+    order = Recorder.order + 1   # of its column; the updates have a companion with an order of its own
+    columns = ('live_weights',)
+    log_rows, layer_rows = (), ()
 
     def __init__(self,
         sparse_modules=None, # Layers (or a part of the model) whose masks change; None: all that have masks
-        batches_per_update=None, # None: once per epoch
-        initial_drop_grow_pct=0.3, # Share of the live weights that change in the first update, 0 to 1
-        stop_pct=0.75, # Share of the fit after which masks stay as they are
-        keep_score_f=weight_magnitude, # By what weights are kept: a score function or a `Criteria`
-        grow_score_f=gradient_magnitude, # By what they grow
-        epochs_per_update=None, # In place of `batches_per_update`
-        start_pct=0., # Share of the fit before the first update
-        drop_schedule=sched_cos, # How the share to drop falls: fastai's `sched_cos`, `sched_lin`, `sched_no`, a `Schedule`, `f(pos)` or `f(start, end, pos)`
-        redistribute=None, # By what layers share what all have dropped: `f(p, live, **state)` -> a number, as `mean_momentum`; None: each gets back what it dropped
-        replace_step=False, # Update in place of the optimizer's step, not after it
-        sparsity=None, # Percent to be reached by `stop_pct`; layers without masks start dense. None: as many live weights as there are
+        batches_per_update:int=None, # None: once per epoch
+        initial_drop_grow_pct:float=0.3, # Share of the live weights that change in the first update, 0 to 1
+        stop_pct:float=0.75, # Share of the fit after which masks stay as they are, 0 to 1
+        keep_score_f=weight_magnitude, # Score of the weights that are kept: a function or a `Criteria`
+        grow_score_f=gradient_magnitude, # Score of the weights that grow: a function or a `Criteria`
+        epochs_per_update:float=None, # In place of `batches_per_update`
+        start_pct:float=0., # Share of the fit before the first update, 0 to 1
+        drop_schedule=sched_cos, # How the share to drop falls: a `Schedule`, `f(pos)` or `f(start, end, pos)`
+        redistribute=None, # `f(p, live, **state)` -> weight of a layer in sharing out what grows; None: not shared
+        replace_step:bool=False, # Update in place of the optimizer's step, not after it
+        sparsity:float=None, # Percent to be reached at `stop_pct`; None: as many live weights as there are
         sparsity_schedule=sched_agp, # How it gets there: a `Schedule`, `f(pos)` or `f(start, end, pos)`
         context=None, # How that sparsity is shared among layers: 'local', 'global' (the default) or an allocation
-        granularity='weight', # What is dropped and grown together
-        seed=0, # For random choices
+        granularity='weight', # Unit that is dropped and grown as a whole
+        seed:int=0, # For random choices
     ):
-        check_whole('batches_per_update', batches_per_update)
-        if epochs_per_update is not None and (batches_per_update is not None or not _is_number(epochs_per_update) or epochs_per_update <= 0):
-            raise ValueError(f"epochs_per_update is a positive number in place of batches_per_update, not {epochs_per_update!r} beside {batches_per_update!r}")
-        for n,v in dict(initial_drop_grow_pct=initial_drop_grow_pct, start_pct=start_pct, stop_pct=stop_pct).items():
-            if not _is_number(v) or not 0 <= v <= 1: raise ValueError(f"{n} is a share from 0 to 1, not {v!r}")
-        if start_pct >= stop_pct: raise ValueError(f"Updates need start_pct < stop_pct, not {start_pct} to {stop_pct}")
-        if not isinstance(replace_step, bool): raise ValueError(f"replace_step is True or False, not {replace_step!r}")
-        self.asked = None if sparsity is None else as_fraction(sparsity)
-        if sparsity is None and context is not None: raise ValueError(f"context={context!r} shares out a sparsity that is to be reached: give sparsity= too, in percent")
+        _check_times(batches_per_update, epochs_per_update, start_pct, stop_pct)
+        check_number('initial_drop_grow_pct', initial_drop_grow_pct, *_SHARE)
+        check_bool('replace_step', replace_step)
         check_drop_grow(keep_score_f, grow_score_f, granularity, redistribute)
-        as_allocation(ifnone(context, 'global'))
-        self.sparse_modules = [sparse_modules] if isinstance(sparse_modules, nn.Module) else sparse_modules if sparse_modules is None else list(sparse_modules)
+        self.target = _checked_target(sparsity, context)
+        self.sparse_modules = _as_list(sparse_modules)
         self.drop_schedule, self.sparsity_schedule = as_schedule(drop_schedule), as_schedule(sparsity_schedule)
-        store_attr('batches_per_update,initial_drop_grow_pct,stop_pct,keep_score_f,grow_score_f,epochs_per_update,start_pct,'
-                   'redistribute,replace_step,sparsity,context,granularity,seed')
+        store_attr('batches_per_update,initial_drop_grow_pct,stop_pct,keep_score_f,grow_score_f,epochs_per_update,'
+                   'start_pct,redistribute,replace_step,sparsity,context,granularity,seed')
 
-    columns = ('live_weights',)
-    def column_values(self): return [self._n_live()]
-
-    def before_fit(self):
-        self.started = False
-        self._set_up()
+    def column_values(self):
+        zeros = measured(m._parameters[p] for m,p in self.sparsifier.matched.values())
+        return [zeros.n - zeros.n_zero]
 
     def after_batch(self):
-        if self.started and self.position() == 1 and self._lacks_last(): self._finish()   # the last batches took no step
+        is_over = self.started and self.position() == 1
+        if is_over and self._lacks_last(): self._finish()   # the last batches took no step
 
     def after_fit(self):
         if self.started and self.sparsity is not None: self._check_reached()
-        self.started, self.averages, self.start, self.explored = False, {}, {}, {}
-        self.learn.remove_cbs([cb for cb in self.learn.cbs if isinstance(cb, _Steps) and cb.cb is self])
+        self.tear_down()
+
+# %% ../../nbs/dynamic/02_callback.ipynb #72d255cf
+_SHARE = 'a share from 0 to 1', lambda v: 0 <= v <= 1
+
+def _check_times(batches_per_update, epochs_per_update, start_pct, stop_pct):
+    check_whole('batches_per_update', batches_per_update)
+    is_positive = is_number(epochs_per_update) and epochs_per_update > 0
+    if epochs_per_update is not None and (batches_per_update is not None or not is_positive):
+        raise ValueError("epochs_per_update is a positive number in place of batches_per_update, "
+                         f"not {epochs_per_update!r} beside {batches_per_update!r}")
+    for n,v in dict(start_pct=start_pct, stop_pct=stop_pct).items(): check_number(n, v, *_SHARE)
+    if start_pct >= stop_pct: raise ValueError(f"Updates need start_pct < stop_pct, not {start_pct} to {stop_pct}")
+
+# %% ../../nbs/dynamic/02_callback.ipynb #22a0cf8d
+def _checked_target(sparsity, context):
+    "`sparsity` percent as a fraction, or None"
+    if sparsity is None and context is not None: raise ValueError(
+        f"context={context!r} says how a sparsity is shared among layers: give sparsity= too, in percent")
+    as_allocation(ifnone(context, 'global'))
+    return None if sparsity is None else as_fraction(sparsity)
+
+# %% ../../nbs/dynamic/02_callback.ipynb #35f8e628
+def _as_list(modules):
+    if modules is None: return
+    return [modules] if isinstance(modules, nn.Module) else list(modules)
+
+# %% ../../nbs/dynamic/02_callback.ipynb #61318c9f
+@patch
+def set_up(self:DynamicSparseTrainingCallback)->bool:
+    "Find the layers with masks; returns False where none of them trains"
+    self._check_modules()
+    s = self.sparsifier = self._checked_sparsifier()
+    s.needs = s.needs | {'grad'}   # so that a layer that no gradient reaches is left alone, whatever the scores need
+    self._leave_frozen()
+    self.grad_averages, self.first_batch, self.update_due, self.is_done, self.unreached = {}, None, False, False, ()
+    self.keep_masks()   # first of all: processes that train together have the same masks from here on
+    self._start_log()
+    if not s.layers:
+        if self.opt: warnings.warn("All layers with masks are frozen: waiting for a fit in which they train")
+        return False
+    with torch.no_grad():   # a mask that the user has registered may keep weights that are zero
+        for n,(m,p) in s.layers.items(): write_masked(s.param(n), get_mask(m, p).bool())
+    s.opt = self._opt_state
+    self.add_companion(_UpdateSteps)
+    return True
+
+# %% ../../nbs/dynamic/02_callback.ipynb #2629bfa9
+@patch
+def tear_down(self:DynamicSparseTrainingCallback):
+    self.started, self.grad_averages, self.masks_at_start, self.ever_live = False, {}, {}, {}
+    self.remove_companions()
+
+# %% ../../nbs/dynamic/02_callback.ipynb #4e3a359d
+@patch
+def _check_modules(self:DynamicSparseTrainingCallback):
+    "Raise `ValueError` where one of `sparse_modules` has no mask, or does not belong to the model"
+    known = set(self.model.modules())
+    for m in self.sparse_modules or ():
+        name = type(m).__name__
+        if m not in known: raise ValueError(f"sparse_modules must be layers of the learner's model, not another {name}")
+        if self.sparsity is None and not sparse_params(m):
+            raise ValueError(f"A {name} of sparse_modules has no mask: call sparsify_model(model, 0.9) first")
+
+# %% ../../nbs/dynamic/02_callback.ipynb #5f6cf53d
+@patch
+def _leave_frozen(self:DynamicSparseTrainingCallback):
+    "Leave the masks of layers as they are that do not train; without an optimizer none does (`learn.summary()`)"
+    s, trained = self.sparsifier, {id(p) for ps in self.opt.param_lists for p in ps} if self.opt else set()
+    frozen = [n for n in s.layers if not s.param(n).requires_grad or id(s.param(n)) not in trained]
+    for n in frozen: s.leave_dense(n, 'frozen: its mask stays as it is')
+
+# %% ../../nbs/dynamic/02_callback.ipynb #873b8c33
+@patch
+def _checked_sparsifier(self:DynamicSparseTrainingCallback):
+    "The `DropGrow` of this fit; where it can't be made, the model is left as it was"
+    undo = []
+    try:
+        if self.sparsity is not None:
+            for take_back in self._open_masks(): undo.append(take_back)
+        return self._make_sparsifier()
+    except Exception:
+        for take_back in undo: take_back()
+        raise
+
+# %% ../../nbs/dynamic/02_callback.ipynb #c5b88cbf
+@patch
+def _make_sparsifier(self:DynamicSparseTrainingCallback):
+    context = None if self.sparsity is None else ifnone(self.context, 'global')
+    s = DropGrow(unwrapped(self.model), self.keep_score_f, self.grow_score_f, self.redistribute, self.granularity,
+                 context, self.sparse_modules, self.seed)
+    if not accepts(s.allocation, 'scores'):   # it can be tried now
+        params = [s.param(n) for n in s.layers]
+        s.allocation(params, ifnone(self.target, 0), **accepted_by(s.allocation, names=list(s.layers)))
+    return s
 
 # %% ../../nbs/dynamic/02_callback.ipynb #ddab9400
 @patch
 def _open_masks(self:DynamicSparseTrainingCallback):
-    "Where a sparsity is to be reached, give the layers that have no mask one that keeps all; yield what takes each back"
-    model, masked = unwrapped(self.model), {id(p) for _,_,p,_ in masked_params(self.model)}
-    types = tuple({type(m) for m in sparseable_modules(model)})
-    inside = {m for part in ifnone(self.sparse_modules, [model]) for m in part.modules()}
-    own = [(m, 'weight') for m in self.sparse_modules or () if not Granularities.has(m) and 'weight' in m._parameters]   # layers of a type that nobody knows
-    for m,p in [(m, p) for _,m,p in maskable_weights(model, types) if m in inside] + own:
+    "Give the layers that have no mask one that keeps all; yield a function that takes it back, for each"
+    masked = {id(p) for _,_,p,_ in masked_params(self.model)}
+    for m,p in self._layers_to_open():
         w = m._parameters.get(p)
         if w is None or id(w) in masked or unmaskable(m, p) or not w.requires_grad: continue
         yield partial(_take_back, m, p, (w.detach() == 0).nonzero(as_tuple=True))
         set_mask(m, True, p)
 
+# %% ../../nbs/dynamic/02_callback.ipynb #ffc72e2a
+@patch
+def _layers_to_open(self:DynamicSparseTrainingCallback):
+    "(module, parameter name) of weights that may have a mask; in `sparse_modules` also those of unknown layer types"
+    model, types = unwrapped(self.model), tuple({type(m) for m in sparseable_modules(unwrapped(self.model))})
+    meant = {m for part in ifnone(self.sparse_modules, [model]) for m in part.modules()}
+    own = [(m, 'weight') for m in self.sparse_modules or () if not Granularities.has(m) and 'weight' in m._parameters]
+    return [(m, p) for _,m,p in maskable_weights(model, types) if m in meant] + own
+
 # %% ../../nbs/dynamic/02_callback.ipynb #78cd382d
 @torch.no_grad()
 def _take_back(m, p, zeros):
+    "Remove the mask of `m`'s parameter `p`, and write its zeros again"
     if get_mask(m, p) is not None: delattr(m, f'{p}_mask')
     m._parameters[p][zeros] = 0
 
-# %% ../../nbs/dynamic/02_callback.ipynb #873b8c33
-@patch
-def _checked_sparsifier(self:DynamicSparseTrainingCallback):
-    "The `DropGrow` of this fit; where there can be none, the model is left as it was"
-    undo = []
-    try:
-        if self.sparsity is not None:
-            for take_back in self._open_masks(): undo.append(take_back)
-        context = None if self.sparsity is None else ifnone(self.context, 'global')
-        s = DropGrow(unwrapped(self.model), self.keep_score_f, self.grow_score_f, self.redistribute, self.granularity, context, self.sparse_modules, self.seed)
-        if not accepts(s.allocation, 'scores'): s.allocation([s.param(n) for n in s.layers], ifnone(self.asked, 0), **accepted_by(s.allocation, names=list(s.layers)))
-        return s
-    except Exception:
-        for take_back in undo: take_back()
-        raise
+# %% ../../nbs/dynamic/02_callback.ipynb #fdb73413
+class _UpdateSteps(Companion):
+    "Takes the updates of the callback `cb` around the optimizer's step"
+    order = MixedPrecision.order + .5   # gradients are unscaled, but not yet clipped, and not yet zeroed under masks
 
-# %% ../../nbs/dynamic/02_callback.ipynb #4e3a359d
-@patch
-def _check_modules(self:DynamicSparseTrainingCallback):
-    "Raise `ValueError` where a layer of `sparse_modules` has no mask, or is none of the model's"
-    inside = set(self.model.modules())
-    for m in self.sparse_modules or ():
-        if m not in inside: raise ValueError(f"sparse_modules must be layers of the learner's model, not another {type(m).__name__}")
-        if self.sparsity is None and not sparse_params(m): raise ValueError(f"A {type(m).__name__} of sparse_modules has no mask: call sparsify_model(model, 0.9) first")
+    def before_batch(self):
+        if self.active and self.cb.first_batch is None: self.cb._begin()
+    def before_step(self):
+        if self.active and self.cb._see_gradients() and self.cb.replace_step: raise CancelStepException
+    def after_cancel_step(self):
+        if self.active: self.cb._postpone()
+    def after_step(self):
+        if self.active and self.cb.update_due: self.cb._update()
 
-# %% ../../nbs/dynamic/02_callback.ipynb #61318c9f
+# %% ../../nbs/dynamic/02_callback.ipynb #2537edf7
 @patch
-def _set_up(self:DynamicSparseTrainingCallback):
-    self._check_modules()
-    s = self.sparsifier = self._checked_sparsifier()
-    s.needs = s.needs | {'grad'}   # a layer that the loss does not reach is left alone, whatever the scores ask for
-    known = {id(p) for ps in self.opt.param_lists for p in ps} if self.opt else set()   # without an optimizer nothing is trained, only looked at
-    for n in [n for n in s.layers if not s.param(n).requires_grad or id(s.param(n)) not in known]: s.leave_dense(n, 'frozen: its mask stays as it is')
-    self.averages, self.first, self.seen, self.due, self.is_last, self.skipped = {}, None, None, False, False, ()
-    self.keep_masks()   # first of all: ranks that train together have the same masks from here on
-    self._start_log()
-    if not s.layers: return self.opt and warnings.warn("All sparse layers are frozen: in this fit their masks stay as they are")
-    with torch.no_grad():
-        for n,(m,p) in s.layers.items(): write_masked(s.param(n), get_mask(m, p).bool())   # a mask of the user's own may keep weights that are zero
-    s.opt = self._opt_state
-    if not any(isinstance(cb, _Steps) and cb.cb is self for cb in self.learn.cbs): self.learn.add_cb(_Steps(self))
-    self.started = True
-
-# %% ../../nbs/dynamic/02_callback.ipynb #6487bfce
-@patch
-def _opt_state(self:DynamicSparseTrainingCallback, p):
-    "What the optimizer keeps of `p`, and the average of its gradient"
-    return {**state_of(self.opt, p), 'grad_avg': self.averages[id(p)]} if id(p) in self.averages else {}
+def _n_done(self:DynamicSparseTrainingCallback):
+    "Batches by which updates are counted: with this one, or without it where an update comes after the epoch has ended"
+    return self.n_batches() - (self.batches_per_update is None)
 
 # %% ../../nbs/dynamic/02_callback.ipynb #57fae1d4
-@patch
-@torch.no_grad()
-def _track(self:DynamicSparseTrainingCallback):
-    "Move the averages of the gradients on (0.9 old, 0.1 new), but for those that are not finite"
-    for p in map(self.sparsifier.param, self.sparsifier.layers):
-        if p.grad is None or not p.grad.sum().isfinite(): continue
-        if id(p) in self.averages: self.averages[id(p)].lerp_(p.grad, .1)
-        else: self.averages[id(p)] = .1*p.grad
-
-# %% ../../nbs/dynamic/02_callback.ipynb #4dda8b0f
 @patch
 def _every(self:DynamicSparseTrainingCallback):
     "Batches from one update to the next"
     return self.batches_per_update or max(round(ifnone(self.epochs_per_update, 1)*self.n_iter), 1)
 
-# %% ../../nbs/dynamic/02_callback.ipynb #60199cd8
-@patch
-def _begin(self:DynamicSparseTrainingCallback, n):
-    "Note where the fit starts, at the batch `n`, and warn where no update comes in it"
-    self.first = self.seen = max(n-1, 0)
-    total, every = self.n_epoch*self.n_iter, self._every()
-    due = -(-max(self.start_pct*total, self.first+1)//every)*every
-    if due >= self.stop_pct*total and self.sparsity is None:
-        warnings.warn(f"The masks will not change: the next update would come after {due:.0f} batches, and stop_pct={self.stop_pct:g} of this fit is {self.stop_pct*total:.0f}")
-
 # %% ../../nbs/dynamic/02_callback.ipynb #c904313f
-@patch
-def _n_done(self:DynamicSparseTrainingCallback):
-    "Batches by which updates are counted: with this one, but where they come by epochs, without: the end of an epoch shows what was trained, and its update comes after"
-    return self.n_batches() - (self.batches_per_update is None)
-
-# %% ../../nbs/dynamic/02_callback.ipynb #2537edf7
 @patch
 def _is_due(self:DynamicSparseTrainingCallback):
     "Whether an update comes with this step"
-    self.before, self.seen = self.seen, self._n_done()
-    total = self.n_epoch*self.n_iter
-    if self.seen < self.stop_pct*total: return self.seen >= self.start_pct*total and self.seen//self._every() > self.before//self._every()
-    return self._lacks_last()
+    self.n_seen_before, self.n_seen = self.n_seen, self._n_done()
+    position = self.n_seen/(self.n_epoch*self.n_iter)
+    if self.course.frozen(position): return self._lacks_last()
+    return position >= self.start_pct and self.n_seen//self._every() > self.n_seen_before//self._every()
 
 # %% ../../nbs/dynamic/02_callback.ipynb #dbd36c20
 @patch
 def _lacks_last(self:DynamicSparseTrainingCallback):
-    "Whether the update that reaches the sparsity asked for is still to come"
-    return self.sparsity is not None and not self.is_last
+    "Whether the update that reaches the target is still to come"
+    return self.sparsity is not None and not self.is_done
 
 # %% ../../nbs/dynamic/02_callback.ipynb #4c3eab32
 @patch
 def _see_gradients(self:DynamicSparseTrainingCallback):
-    "Take what an update needs of the gradients, if one is due and they are finite; whether it is"
-    if 'opt' in self.sparsifier.needs: self._track()
-    self.due = self._is_due()
-    if not self.due: return False
-    grads = [g for p in map(self.sparsifier.param, self.sparsifier.layers) if (g := p.grad) is not None]
-    if not all(g.sum().isfinite() for g in grads): return self._step_was_cancelled()
-    self.sparsifier.n_calls = self.seen   # what random choices depend on
+    "Read the gradients for an update, if one is due and they are finite; returns whether it comes"
+    if 'opt' in self.sparsifier.needs: self._track_averages()
+    self.update_due = self._is_due()
+    if not self.update_due: return False
+    grads = [p.grad for p in map(self.sparsifier.param, self.sparsifier.layers) if p.grad is not None]
+    if not all(g.sum().isfinite() for g in grads): return self._postpone()
+    self.sparsifier.n_calls = self.n_seen   # random choices depend on it
     if self.replace_step: self._update()
     else: self.sparsifier.read()
     return True
 
 # %% ../../nbs/dynamic/02_callback.ipynb #d8fecbb1
 @patch
-def _step_was_cancelled(self:DynamicSparseTrainingCallback):
-    "Have an update that did not come wait for the next step"
-    if self.due: self.due, self.seen = False, self.before
+def _postpone(self:DynamicSparseTrainingCallback):
+    "Have an update that could not come now wait for the next step"
+    if self.update_due: self.update_due, self.n_seen = False, self.n_seen_before
     self.sparsifier.forget()
 
-# %% ../../nbs/dynamic/02_callback.ipynb #c33e120c
+# %% ../../nbs/dynamic/02_callback.ipynb #60199cd8
 @patch
-def _in_window(self:DynamicSparseTrainingCallback, n_batches):
-    "How much of the time from `start_pct` to `stop_pct` is over after `n_batches`, 0 to 1"
-    pos = n_batches/(self.n_epoch*self.n_iter)
-    return min(max((pos-self.start_pct) / (self.stop_pct-self.start_pct), 0.), 1.)
+def _begin(self:DynamicSparseTrainingCallback):
+    "Note at which batch the fit starts, and make the courses of sparsity and share to drop"
+    self.first_batch = self.n_seen = max(self._n_done()-1, 0)
+    total, every = self.n_epoch*self.n_iter, self._every()
+    in_window = partial(windowed, start=self.start_pct, end=self.stop_pct)
+    self.drop_course = Course(in_window(self.drop_schedule))
+    schedule, last_update = in_window(self.sparsity_schedule), self.first_batch//every*every
+    share = schedule.progress(last_update/total) if last_update else 0.
+    found = self.zeros_at_start.fraction
+    self.course = _CourseFromHere(schedule, self.target, freeze_pct=self.stop_pct, found=found, share=share)
+    self._warn_without_update(total, every)
 
 # %% ../../nbs/dynamic/02_callback.ipynb #c3edb887
+@dataclass
+class _CourseFromHere(Course):
+    "From the sparsity that a fit found to the target, along what is left of the schedule"
+    found:float = 0. # Sparsity that the fit found
+    share:float = 0. # Share of the schedule that was over then
+
+    def level(self, position, measured=None):
+        if self.frozen(position) or self.share >= 1: return self.target
+        share = (self.schedule.progress(position)-self.share)/(1-self.share)
+        return self.found + (float(self.target)-self.found)*share
+
+# %% ../../nbs/dynamic/02_callback.ipynb #7cef8790
 @patch
-def _target(self:DynamicSparseTrainingCallback, pos):
-    "The sparsity of this update, on the way from what the fit found"
-    if self.sparsity is None: return 0
-    progress, last = self.sparsity_schedule.progress, self.first//self._every()*self._every()   # where a fit that goes on had its last update
-    start = progress(self._in_window(last)) if last else 0.
-    return self.asked if pos == 1 or start >= 1 else as_ratio(self.found + (float(self.asked)-self.found)*(progress(pos)-start)/(1-start))
+def _warn_without_update(self:DynamicSparseTrainingCallback, total, every):
+    stop, first = self.stop_pct*total, max(self.start_pct*total, self.first_batch+1)
+    next_update = math.ceil(first/every)*every
+    if next_update >= stop and self.sparsity is None: warnings.warn(
+        f"The masks will not change: the next update would come after {next_update:.0f} batches, "
+        f"and stop_pct={self.stop_pct:g} of this fit is {stop:.0f}")
 
 # %% ../../nbs/dynamic/02_callback.ipynb #76fce2c6
 @patch
 def _update(self:DynamicSparseTrainingCallback):
-    s, self.due, pos = self.sparsifier, False, self._in_window(self.seen)
-    self.is_last, self.skipped = pos == 1, [n for n in s.layers if not s._is_reached(n)]
-    s.drop = self.initial_drop_grow_pct*(1-self.drop_schedule.progress(pos)) if pos < 1 else 0.
-    self.n_changed = 0
-    s.apply(self._target(pos), on_change=self._start_anew)
+    s, position = self.sparsifier, self.n_seen/(self.n_epoch*self.n_iter)
+    self.update_due, self.n_changed, self.is_done = False, 0, self.course.frozen(position)
+    self.unreached = [n for n in s.layers if not s._is_reached(n)]
+    s.drop = 0. if self.is_done else self.initial_drop_grow_pct*(1-self.drop_course.level(position))
+    s.apply(0 if self.target is None else as_ratio(self.course.level(position)), on_change=self._start_anew)
     s.forget()
     self._log_update()
 
 # %% ../../nbs/dynamic/02_callback.ipynb #19e40be3
 @patch
 def _finish(self:DynamicSparseTrainingCallback):
-    "Take the last update, which drops what is still too many"
-    self.seen = self.sparsifier.n_calls = self.n_epoch*self.n_iter
+    "Take the last update, which reaches the target, unless weights are not finite"
+    self.n_seen = self.sparsifier.n_calls = self.n_epoch*self.n_iter
     if all(self.sparsifier.param(n).sum().isfinite() for n in self.sparsifier.layers): self._update()
 
 # %% ../../nbs/dynamic/02_callback.ipynb #54bced09
 @patch
 def _start_anew(self:DynamicSparseTrainingCallback, p, changed):
-    "What is dropped or grown is zero, and the optimizer knows nothing of it"
+    "The optimizer forgets what it knew of weights that are dropped or grown"
     clear_opt_state(self.opt, p, changed, present=True)
-    if id(p) not in self.explored: return   # a bias that goes along
+    if id(p) not in self.ever_live: return   # a bias that is dropped with its output
     self.n_changed += n_true(changed)
-    self.explored[id(p)] |= changed
+    self.ever_live[id(p)] |= changed
 
 # %% ../../nbs/dynamic/02_callback.ipynb #6f555b89
 @patch
 def _check_reached(self:DynamicSparseTrainingCallback):
-    "Warn where the fit ended before the sparsity that was asked for"
-    if not self.is_last: warnings.warn(f"The masks are {1-self.n_kept/self.n_weights:.2%} sparse where {self.sparsity:g} % were asked for: the fit ended before stop_pct={self.stop_pct:g} of it was over")
-    elif self.skipped: warnings.warn(f"No gradient reaches {', '.join(self.skipped)}: as dense as at the start")
+    "Warn where the fit ended before the target was reached, or a layer never had a gradient"
+    if not self.is_done: warnings.warn(
+        f"The masks are {self.zeros_now.percent:.2f} % sparse where {self.sparsity:g} % were asked for: "
+        f"the fit ended before stop_pct={self.stop_pct:g} of it was over")
+    elif self.unreached: warnings.warn(f"No gradient reaches {', '.join(self.unreached)}: as dense as at the start")
 
-# %% ../../nbs/dynamic/02_callback.ipynb #2e25ac6c
+# %% ../../nbs/dynamic/02_callback.ipynb #6487bfce
 @patch
-def _masks(self:DynamicSparseTrainingCallback):
-    "`id` of a weight -> its mask, of all layers that change"
-    return {id(self.sparsifier.param(n)): get_mask(m, p).bool() for n,(m,p) in self.sparsifier.layers.items()}
+def _opt_state(self:DynamicSparseTrainingCallback, p):
+    "The optimizer's state of `p`, and in it the average of its gradient"
+    return {**state_of(self.opt, p), 'grad_avg': self.grad_averages[id(p)]} if id(p) in self.grad_averages else {}
 
-# %% ../../nbs/dynamic/02_callback.ipynb #84cb5151
+# %% ../../nbs/dynamic/02_callback.ipynb #187ba6ac
 @patch
-def _n_kept(self:DynamicSparseTrainingCallback):
-    "Layer name -> weights that its mask keeps"
-    return {n: n_true(mask) for n,mask in zip(self.sparsifier.layers, self._masks().values())}
+@torch.no_grad()
+def _track_averages(self:DynamicSparseTrainingCallback):
+    "Update the averages of the gradients (0.9 old, 0.1 new), but for gradients that are not finite"
+    for p in map(self.sparsifier.param, self.sparsifier.layers):
+        if p.grad is None or not p.grad.sum().isfinite(): continue
+        if id(p) in self.grad_averages: self.grad_averages[id(p)].lerp_(p.grad, .1)
+        else: self.grad_averages[id(p)] = .1*p.grad
 
-# %% ../../nbs/dynamic/02_callback.ipynb #80170ca5
-@patch
-def _n_live(self:DynamicSparseTrainingCallback): return sum(int(m._parameters[p].count_nonzero()) for m,p in self.sparsifier.matched.values())
+# %% ../../nbs/dynamic/02_callback.ipynb #dad0af69
+_LOG_COLUMNS = ('epoch', 'drop_share', 'dropped', 'grown', 'changed', 'live', 'explored', 'overlap', 'dead')
+
+@patch(as_prop=True)
+def log(self:DynamicSparseTrainingCallback)->pd.DataFrame:
+    "The updates of the last fit, a row for each"
+    return pd.DataFrame(list(self.log_rows), columns=_LOG_COLUMNS)
+
+# %% ../../nbs/dynamic/02_callback.ipynb #9cf598c5
+@patch(as_prop=True)
+def layer_sparsities(self:DynamicSparseTrainingCallback)->pd.DataFrame:
+    "The sparsity of each layer in percent, at the start of the last fit and after each update, by epoch"
+    return pd.DataFrame(list(self.layer_rows) or {'epoch': []}).set_index('epoch')
 
 # %% ../../nbs/dynamic/02_callback.ipynb #b5e005d3
 @patch
 def _start_log(self:DynamicSparseTrainingCallback):
-    self.rows, self.layer_rows = [], []
-    self.start, self.explored = [{k: mask.clone() for k,mask in self._masks().items()} for _ in range(2)]
-    self.n_weights = sum(mask.numel() for mask in self.start.values())
-    self._log_layers(0., self._n_kept())
-    self.n_start = self.n_kept
-    self.found = 1 - self.n_start/max(self.n_weights, 1)
+    self.log_rows, self.layer_rows = [], []
+    self.masks_at_start, self.ever_live = self._copied_masks(), self._copied_masks()
+    self.zeros_at_start = self._log_layers(epoch=0.)
+
+@patch
+def _copied_masks(self:DynamicSparseTrainingCallback):
+    "`id` of a weight -> a copy of its mask, of all layers that change"
+    s = self.sparsifier
+    return {id(s.param(n)): get_mask(m, p).bool().clone() for n,(m,p) in s.layers.items()}
 
 # %% ../../nbs/dynamic/02_callback.ipynb #d12db177
 @patch
-def _log_layers(self:DynamicSparseTrainingCallback, epoch, kept):
-    self.n_kept = sum(kept.values())
-    self.layer_rows.append({'epoch': epoch, **{n: 100*(1-k/self.sparsifier.param(n).numel()) for n,k in kept.items()}})
+def _log_layers(self:DynamicSparseTrainingCallback, epoch)->Zeros:
+    "Add a row for the layers; returns the zeros of all"
+    zeros = {n: measured([get_mask(m, p)]) for n,(m,p) in self.sparsifier.layers.items()}
+    self.layer_rows.append({'epoch': epoch, **{n: z.percent for n,z in zeros.items()}})
+    self.zeros_now = sum(zeros.values(), Zeros(0, 0))
+    return self.zeros_now
+
+# %% ../../nbs/dynamic/02_callback.ipynb #57183cc5
+@patch
+def _log_update(self:DynamicSparseTrainingCallback):
+    if not self.log_rows: self.layer_rows = [{**self.layer_rows[0], 'epoch': self.first_batch/self.n_iter}]
+    epoch, live_before = self.n_seen/self.n_iter, _n_live(self.zeros_now)
+    live = _n_live(self._log_layers(epoch))
+    grown = (self.n_changed+live-live_before)//2   # what is dropped and what is grown is n_changed together
+    self.log_rows.append(dict(
+        epoch=epoch, drop_share=self.sparsifier.drop, dropped=live_before-live+grown, grown=grown,
+        changed=grown/max(live, 1), live=live, **self._log_masks()))
+
+def _n_live(zeros): return zeros.n - zeros.n_zero
+
+# %% ../../nbs/dynamic/02_callback.ipynb #80170ca5
+@patch
+def _log_masks(self:DynamicSparseTrainingCallback):
+    "How far the masks have come"
+    s = self.sparsifier
+    masks = {id(s.param(n)): (m, get_mask(m, p).bool()) for n,(m,p) in s.layers.items()}
+    still_live = sum(n_true(mask & self.masks_at_start[i]) for i,(_,mask) in masks.items())
+    return dict(explored=sum(map(n_true, self.ever_live.values()))/self.zeros_at_start.n,
+                overlap=still_live/max(_n_live(self.zeros_at_start), 1),
+                dead=sum(_n_dead(m, mask) for m,mask in masks.values()))
 
 # %% ../../nbs/dynamic/02_callback.ipynb #be12053a
 def _n_dead(m, mask):
@@ -330,56 +428,34 @@ def _n_dead(m, mask):
     outs = mask.movedim(out_in_axes(m)[0] if Granularities.has(m) else 0, 0).flatten(1)
     return len(outs) - (int(np.count_nonzero(outs.numpy().any(1))) if outs.is_cpu else n_true(outs.any(1)))
 
-# %% ../../nbs/dynamic/02_callback.ipynb #57183cc5
-@patch
-def _log_update(self:DynamicSparseTrainingCallback):
-    if not self.rows: self.layer_rows = [{**self.layer_rows[0], 'epoch': self.first/self.n_iter}]
-    was = self.n_kept
-    self._log_layers(self.seen/self.n_iter, self._n_kept())
-    live, grown = self.n_kept, (self.n_changed+self.n_kept-was)//2
-    common = sum(n_true(mask & self.start[k]) for k,mask in self._masks().items())
-    self.rows.append(dict(epoch=self.seen/self.n_iter, drop_share=self.sparsifier.drop, dropped=was-live+grown, grown=grown, changed=grown/max(live, 1), live=live,
-        explored=sum(map(n_true, self.explored.values()))/self.n_weights, overlap=common/max(self.n_start, 1),
-        dead=sum(_n_dead(m, get_mask(m, p).bool()) for m,p in self.sparsifier.layers.values())))
-
-# %% ../../nbs/dynamic/02_callback.ipynb #dad0af69
-@patch(as_prop=True)
-def log(self:DynamicSparseTrainingCallback):
-    """The updates of the last fit, a `DataFrame`: the epoch (with what is done of it), the share to drop, the weights `dropped` and `grown` (those that were dropped and
-    grew again are neither), which share of the live ones is new (`changed`), how many live (of the layers that change), which share of all weights has ever been live (`explored`, the
-    R_s of Liu et al. 2021), which share of the first masks still is (`overlap`), and how many outputs have no live weight (`dead`)"""
-    columns = 'epoch drop_share dropped grown changed live explored overlap dead'.split()
-    return pd.DataFrame(list(self.rows), columns=columns)
-
-# %% ../../nbs/dynamic/02_callback.ipynb #9cf598c5
-@patch(as_prop=True)
-def layer_sparsities(self:DynamicSparseTrainingCallback):
-    "The sparsity (%) of each layer at the start of the last fit and after each update, a `DataFrame` by epoch"
-    return pd.DataFrame(list(self.layer_rows) or {'epoch': []}).set_index('epoch')
-
 # %% ../../nbs/dynamic/02_callback.ipynb #067351ae
 @patch
 def plot(self:DynamicSparseTrainingCallback,
-    axs=None, # Two axes
+    axs=None, # Two axes of matplotlib; None: new ones
 ):
-    "Plot the layers' sparsities over the last fit, and how far its masks have come: what they share with the first, and all they have explored; returns the axes"
+    "Plot the layers' sparsities over the last fit, and how far its masks have come; returns the axes"
     import matplotlib.pyplot as plt
     if not self.layer_rows: raise ValueError("There is nothing to plot before a fit")
     if axs is None: _,axs = plt.subplots(1, 2, figsize=(10,3.5), layout='constrained')
-    layers, log, colors = self.layer_sparsities, self.log, plt.get_cmap('viridis')
-    for i,n in enumerate(layers): axs[0].plot(layers.index, layers[n], label=n, color=colors(i/max(layers.shape[1]-1, 1)), drawstyle='steps-post')
-    axs[0].set(xlabel='epoch', ylabel='sparsity (%)', ylim=(0,102), title='layers, from the first (dark) to the last')
-    if 0 < layers.shape[1] <= 8: axs[0].legend()
-    for first,column,label in ((1, 'overlap', 'of the first live weights: still live'), (1-self.found, 'explored', 'of all weights: live at some time')):
-        axs[1].plot(layers.index, [100*first, *(100*log[column])], label=label)
-    axs[1].set(xlabel='epoch', ylabel='%', ylim=(0,102), title='masks')
-    axs[1].legend()
+    self._plot_layers(axs[0], plt.get_cmap('viridis'))
+    self._plot_masks(axs[1])
     return axs
 
-# %% ../../nbs/dynamic/02_callback.ipynb #2ce2f14e
-SET_presets = dict(keep_score_f=weight_magnitude, grow_score_f=random_score, initial_drop_grow_pct=.3, stop_pct=1.)
-SNFS_presets = dict(keep_score_f=weight_magnitude, grow_score_f=gradient_momentum, initial_drop_grow_pct=.5, stop_pct=1., redistribute=mean_momentum)
-RigL_presets = dict(keep_score_f=weight_magnitude, grow_score_f=gradient_magnitude, initial_drop_grow_pct=.3, stop_pct=.75, batches_per_update=100, replace_step=True)
-ITOP_presets = dict(RigL_presets, initial_drop_grow_pct=.5, stop_pct=1., batches_per_update=1500, replace_step=False)
-GraNet_presets = dict(RigL_presets, initial_drop_grow_pct=.5, replace_step=False, sparsity_schedule=sched_agp, context='global')
-MEST_presets = dict(keep_score_f=magnitude_and_gradient, grow_score_f=random_score, initial_drop_grow_pct=.3, stop_pct=.75)
+# %% ../../nbs/dynamic/02_callback.ipynb #b21919c4
+@patch
+def _plot_layers(self:DynamicSparseTrainingCallback, ax, colors):
+    layers = self.layer_sparsities
+    n = layers.shape[1]
+    for i,name in enumerate(layers):
+        ax.plot(layers.index, layers[name], label=name, color=colors(i/max(n-1, 1)), drawstyle='steps-post')
+    ax.set(xlabel='epoch', ylabel='sparsity (%)', ylim=(0,102), title='layers, from the first (dark) to the last')
+    if 0 < n <= 8: ax.legend()
+
+# %% ../../nbs/dynamic/02_callback.ipynb #a22c0b22
+@patch
+def _plot_masks(self:DynamicSparseTrainingCallback, ax):
+    epochs, log = self.layer_sparsities.index, self.log
+    ax.plot(epochs, [100, *(100*log.overlap)], label='of the first live weights: still live')
+    ax.plot(epochs, [100-self.zeros_at_start.percent, *(100*log.explored)], label='of all weights: live at some time')
+    ax.set(xlabel='epoch', ylabel='%', ylim=(0,102), title='masks')
+    ax.legend()

@@ -45,7 +45,7 @@ def gradient_magnitude(
 
 # %% ../../nbs/dynamic/01_drop_grow.ipynb #5975a78a
 def _momentum(p, opt):
-    "Average of the gradient of `p` that the optimizer `opt` keeps, under any of the names that fastai and torch have for it"
+    "Average of the gradient of `p` that `opt` keeps, under any of the names that fastai and torch have for it"
     state = opt if isinstance(opt, dict) else state_of(opt, p)
     for k in ('grad_avg', 'exp_avg', 'momentum_buffer'):
         if torch.is_tensor(state.get(k)): return state[k]
@@ -107,7 +107,7 @@ class DropGrow(Sparsifier):
         model:nn.Module, # A model with masks
         keep=weight_magnitude, # Score of the weights that are kept: a function or a `Criteria`
         grow=gradient_magnitude, # Score of the weights that grow: a function or a `Criteria`
-        redistribute=None, # How growth is shared out: `f(p, live, **state)` -> weight of a layer; None: each as it dropped
+        redistribute=None, # `f(p, live, **state)` -> weight of a layer in sharing out what grows; None: not shared
         granularity='weight', # Unit that is dropped and grown as a whole
         context=None, # How a target is shared among layers: an allocation; None: each layer keeps as many as it has
         modules=None, # Only these modules and the layers inside them; None: the whole model
@@ -154,7 +154,7 @@ def _unshared(scores, grad, state):
 # %% ../../nbs/dynamic/01_drop_grow.ipynb #dd4aa6ff
 @patch
 def _is_reached(self:DropGrow, name):
-    "Whether the layer has the gradient and the state that the scores need; where the loss does not depend on it, it has none"
+    "Whether the layer has the gradient and the state that the scores need; without effect on the loss it has none"
     has_grad = 'grad' not in self.needs or self.param(name).grad is not None
     return has_grad and ('opt' not in self.needs or bool(self._opt_state(name)))
 

@@ -33,9 +33,9 @@ def sparsify_model(
     seed:int=None, # For random scores; None: torch's own generator
     scores=random_criteria, # Score of the weights that are kept: a function or a `Criteria`
 )->Hooks:
-    """Give the weight of each layer in `sparseable_modules` a mask, and a buffer with its sparsity; layers that stay dense get none.
-    The `remove()` of the result ends the enforcement; masks and zeros stay. Raises `ValueError` for a sparsity outside 0 to 1,
-    for hooks on a compiled model, which would never run, and for layers that can't carry a mask."""
+    """Give each layer in `sparseable_modules` a mask and a buffer with its sparsity, unless it stays dense. `remove()` of the
+    result ends the enforcement; masks and zeros stay. Raises `ValueError` for a sparsity outside 0 to 1, for hooks on a
+    compiled model, which would never run, and for layers that can't carry a mask."""
     model = model_of(model)
     check_fraction(model_sparsity)
     _check_hooks_run(model, enforce_mask)

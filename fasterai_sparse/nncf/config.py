@@ -16,7 +16,7 @@ from fastai.basics import ifnone
 from fastcore.basics import patch
 from torch import nn
 
-from ..utils.checks import is_number, is_whole
+from ..utils.checks import check_bool, check_number, is_whole
 from ..utils.modes import unwrapped
 from ..core.layers import maskable_weights
 from .const import ConstSparsityCallback
@@ -28,7 +28,8 @@ from .soft_masks import CONV_AND_LINEAR
 # %% ../../nbs/nncf/05_config.ipynb #171246c5
 ALGORITHMS = ('magnitude_sparsity', 'rb_sparsity', 'const_sparsity')
 _schedule_keys = ('schedule', 'sparsity_target', 'sparsity_target_epoch', 'sparsity_freeze_epoch', 'power', 'concave',
-                  'update_per_optimizer_step', 'steps_per_epoch', 'patience', 'multistep_steps', 'multistep_sparsity_levels')
+                  'update_per_optimizer_step', 'steps_per_epoch', 'patience', 'multistep_steps',
+                  'multistep_sparsity_levels')
 _scope_keys = ('algorithm', 'ignored_scopes', 'target_scopes', 'validate_scopes')
 _keys = {'const_sparsity': _scope_keys,
          'magnitude_sparsity': (*_scope_keys, 'sparsity_init', 'params', 'initializer'),
@@ -55,7 +56,7 @@ class SparsityAlgorithm:
     compression_lr_multiplier:float = None # Factor of the learning rate of RB's logits
 
     def __post_init__(self):
-        _check_algorithm(self.algorithm)
+        _check_choice('algorithm', self.algorithm, list(ALGORITHMS))
         for k in self.params: _check_key('params', k, _params[self.algorithm])
         self._check_values()
         for n in ('ignored_scopes', 'target_scopes'): object.__setattr__(self, n, _as_scopes(n, getattr(self, n)))
@@ -72,23 +73,21 @@ class SparsityAlgorithm:
         return self.params.get('weight_importance', 'normed_abs')
 
 # %% ../../nbs/nncf/05_config.ipynb #e938d90e
-def _check_algorithm(name):
-    if isinstance(name, str) and name in ALGORITHMS: return
-    raise ValueError(f"algorithm is one of {list(ALGORITHMS)}, not {name!r}")
+def _check_choice(name, value, choices):
+    if isinstance(value, str) and value in choices: return
+    raise ValueError(f"{name} is one of {choices}, not {value!r}")
 
 # %% ../../nbs/nncf/05_config.ipynb #bd02a331
 @patch
 def _check_values(self:SparsityAlgorithm):
-    is_one_of = lambda v, choices: isinstance(v, str) and v in choices
-    lr, n = self.compression_lr_multiplier, self.bn_samples
-    for name,value,what,holds in (
-            ('sparsity_init', self.sparsity_init, 'a number from 0 to 1', is_number(self.sparsity_init) and 0 <= self.sparsity_init <= 1),
-            ('validate_scopes', self.validate_scopes, 'true or false', isinstance(self.validate_scopes, bool)),
-            ('compression_lr_multiplier', lr, 'a positive number', lr is None or is_number(lr) and lr > 0),
-            ('sparsity_level_setting_mode', self.mode, "'global' or 'local'", is_one_of(self.mode, ('global', 'local'))),
-            ('weight_importance', self.importance, f'one of {list(weight_importances)}', is_one_of(self.importance, weight_importances)),
-            ('num_bn_adaptation_samples', n, 'a whole number from 0', is_whole(n) and n >= 0)):
-        if not holds: raise ValueError(f"{name} is {what}, not {value!r}")
+    check_number('sparsity_init', self.sparsity_init, 'a number from 0 to 1', lambda v: 0 <= v <= 1)
+    check_bool('validate_scopes', self.validate_scopes)
+    multiplier = ifnone(self.compression_lr_multiplier, 1.)
+    check_number('compression_lr_multiplier', multiplier, 'a positive number', lambda v: v > 0)
+    _check_choice('sparsity_level_setting_mode', self.mode, ['global', 'local'])
+    _check_choice('weight_importance', self.importance, list(weight_importances))
+    is_count = lambda v: is_whole(v) and v >= 0
+    check_number('num_bn_adaptation_samples', self.bn_samples, 'a whole number from 0', is_count)
 
 # %% ../../nbs/nncf/05_config.ipynb #d473d914
 def _as_scopes(name, value):
@@ -108,7 +107,8 @@ def _warn_of_no_effect(self:SparsityAlgorithm):
     if self.sparsity_init and self.params.get('schedule') == 'multistep':
         warnings.warn("The schedule 'multistep' does not use sparsity_init: it begins with the first of its levels")
     if self.bn_samples and self.algorithm == 'rb_sparsity':
-        warnings.warn("rb_sparsity begins with all weights, so batchnorm_adaptation changes nothing; AdaptBatchNorm() does it after the fit")
+        warnings.warn("rb_sparsity begins with all weights, so batchnorm_adaptation changes nothing; "
+                      "AdaptBatchNorm() does it after the fit")
 
 # %% ../../nbs/nncf/05_config.ipynb #867247c7
 @patch(as_prop=True)
@@ -123,7 +123,7 @@ def bn_samples(self:SparsityAlgorithm)->int:
 # %% ../../nbs/nncf/05_config.ipynb #08d1d30e
 @patch(as_prop=True)
 def schedule(self:SparsityAlgorithm):
-    "The `EpochSchedule`; None for const_sparsity, which has none. NNCF's default is exponential for RB and polynomial for magnitude"
+    "The `EpochSchedule`, by default exponential for RB and polynomial for magnitude; None for const_sparsity"
     if self.algorithm == 'const_sparsity': return
     params = {'schedule': 'exponential' if self.algorithm == 'rb_sparsity' else 'polynomial'}
     params |= {k: v for k,v in self.params.items() if k in _schedule_keys}
@@ -152,7 +152,7 @@ def _unique_keys(pairs):
 def _algorithm(d):
     "The `SparsityAlgorithm` of the dict `d`"
     if not isinstance(d, dict): raise ValueError(f"An algorithm is a dict with the key 'algorithm', not {d!r}")
-    _check_algorithm(d.get('algorithm'))
+    _check_choice('algorithm', d.get('algorithm'), list(ALGORITHMS))
     for k in d: _check_key(d['algorithm'], k, _keys[d['algorithm']])
     for k in ('params', 'initializer'):
         if not isinstance(d.get(k, {}), dict): raise ValueError(f"{k} is a dict, not {d[k]!r}")
@@ -168,8 +168,8 @@ class SparsityConfig:
     def from_json(cls,
         source, # Path of a file, its text, or the dict or list that it holds
     )->'SparsityConfig':
-        """Read a configuration, or its `compression` alone. Raises `ValueError` for keys and values that are not allowed and, with line
-        and column, for a text that can't be read"""
+        """Read a configuration, or its `compression` alone. Raises `ValueError` for keys and values that are not
+        allowed and, with line and column, for a text that can't be read"""
         d = _config_of(source)
         if isinstance(d, dict) and 'compression' in d: d = d['compression']
         return cls(tuple(_algorithm(a) for a in (d if isinstance(d, list) else [d])))
@@ -211,12 +211,13 @@ def scoped_layers(
     model:nn.Module, # The whole model
     layer_type=CONV_AND_LINEAR, # Layers that scopes can select, a module class or a tuple of them
 )->list:
-    "Names of the layers of `model` that the scopes of `a` select; raises `ValueError` for a scope that matches none, unless `validate_scopes` is false"
+    "Names of the layers that the scopes of `a` select; raises `ValueError` for one without a match, if it validates"
     names = _both_names(unwrapped(model), layer_type)
     targets = a.target_scopes
     matches = lambda scopes, layer: any(_scope_matches(s, names[layer]) for s in scopes)
     lost = [s for s in (*a.ignored_scopes, *(targets or ())) if not any(matches([s], n) for n in names)]
-    if lost and a.validate_scopes: raise ValueError(f"The scope {lost[0]!r} matches no layer; the layers are {list(names)}")
+    if lost and a.validate_scopes:
+        raise ValueError(f"The scope {lost[0]!r} matches no layer; the layers are {list(names)}")
     return [n for n in names if (targets is None or matches(targets, n)) and not matches(a.ignored_scopes, n)]
 
 # %% ../../nbs/nncf/05_config.ipynb #6e47062d
@@ -234,8 +235,8 @@ def callbacks_from_config(
     learn, # The learner that they are for; its model has the layers
     mask_lr:float=.1, # Learning rate of RB's logits, to be multiplied by `compression_lr_multiplier`
 )->list:
-    """The callbacks, one for each algorithm of `cfg`. Raises `ValueError` where the scopes leave no layer, and where two algorithms would
-    mask the same layer."""
+    """The callbacks, one for each algorithm of `cfg`. Raises `ValueError` where the scopes leave no layer, and
+    where two algorithms would mask the same layer."""
     layers = [scoped_layers(a, learn.model) for a in cfg.algorithms]
     _check_disjoint(cfg.algorithms, layers)
     return [_callback(a, names, mask_lr) for a,names in zip(cfg.algorithms, layers)]
@@ -247,7 +248,8 @@ def _check_disjoint(algorithms, layers):
     for a,names in zip(algorithms, layers):
         for n in names if a.algorithm != 'const_sparsity' else ():
             if n in algorithm_of:
-                raise ValueError(f"{algorithm_of[n]} and {a.algorithm} both have the layer {n!r}: give them target_scopes or ignored_scopes")
+                raise ValueError(f"{algorithm_of[n]} and {a.algorithm} both have the layer {n!r}: "
+                                 "give them target_scopes or ignored_scopes")
             algorithm_of[n] = a.algorithm
 
 # %% ../../nbs/nncf/05_config.ipynb #ac42b64d
@@ -257,5 +259,6 @@ def _callback(a, layers, mask_lr):
     if a.algorithm == 'const_sparsity': return ConstSparsityCallback(layers=layers if has_scopes else None)
     if not layers: raise ValueError(f"The scopes of {a.algorithm} leave no layer to sparsify")
     shared = dict(schedule=a.schedule, context=a.mode, layers=layers)
-    if a.algorithm == 'rb_sparsity': return RBSparsityCallback(mask_lr=mask_lr*ifnone(a.compression_lr_multiplier, 1.), **shared)
+    if a.algorithm == 'rb_sparsity':
+        return RBSparsityCallback(mask_lr=mask_lr*ifnone(a.compression_lr_multiplier, 1.), **shared)
     return MagnitudeSparsityCallback(weight_importance=a.importance, num_bn_adaptation_samples=a.bn_samples, **shared)

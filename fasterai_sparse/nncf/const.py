@@ -52,4 +52,5 @@ def _check_layers(self:ConstSparsityCallback):
 def zeros(self:ConstSparsityCallback)->Zeros:
     "The zeros in the layers that are looked at, counted"
     found = maskable_weights(unwrapped(self.model), self.layer_type)
-    return measured(m._parameters[p] for n,m,p in found if (self.layers is None or n in self.layers) and not unmaskable(m, p))
+    meant = [(m, p) for n,m,p in found if self.layers is None or n in self.layers]
+    return measured(m._parameters[p] for m,p in meant if not unmaskable(m, p))

@@ -60,13 +60,15 @@ class EpochSchedule:
 # %% ../../nbs/nncf/00_epoch_schedules.ipynb #6e5e66b1
 @patch
 def _check_fractions(self:EpochSchedule, *names):
-    for n in names: check_number(n, getattr(self, n), 'a fraction from 0 to 1', lambda v: 0 <= v <= 1)
+    for n in names: check_number(n, getattr(self, n), *_FRACTION)
+
+_FRACTION = 'a fraction from 0 to 1', lambda v: 0 <= v <= 1
 
 # %% ../../nbs/nncf/00_epoch_schedules.ipynb #06bd2352
 @patch
-def _check_epoch(self:EpochSchedule, name): check_number(name, getattr(self, name), 'an epoch, a whole number from 0', _is_epoch)
+def _check_epoch(self:EpochSchedule, name): check_number(name, getattr(self, name), *_EPOCH)
 
-def _is_epoch(v): return is_whole(v) and v >= 0
+_EPOCH = 'an epoch, a whole number from 0', lambda v: is_whole(v) and v >= 0
 
 # %% ../../nbs/nncf/00_epoch_schedules.ipynb #2e05c923
 @patch
@@ -162,8 +164,9 @@ class Multistep(EpochSchedule):
         for n in ('multistep_steps', 'multistep_sparsity_levels'): _check_numbers(n, getattr(self, n))
         steps, levels = tuple(sorted(self.multistep_steps)), tuple(self.multistep_sparsity_levels)
         _check_steps(steps, levels)
-        own = dict(multistep_steps=steps, multistep_sparsity_levels=levels, sparsity_init=levels[0], sparsity_target=levels[-1])
-        for n,v in own.items(): object.__setattr__(self, n, v)   # a frozen dataclass is set this way
+        own = dict(multistep_steps=steps, multistep_sparsity_levels=levels)
+        for n,v in dict(own, sparsity_init=levels[0], sparsity_target=levels[-1]).items():
+            object.__setattr__(self, n, v)   # a frozen dataclass is set this way
 
     def level(self, epoch)->float:
         "The level at the start of `epoch`"
@@ -177,18 +180,20 @@ def _check_numbers(name, values):
 # %% ../../nbs/nncf/00_epoch_schedules.ipynb #4500ef17
 def _check_steps(steps, levels):
     if len(levels) != len(steps)+1:
-        raise ValueError(f"multistep_sparsity_levels needs one level more than multistep_steps has steps, {len(steps)+1}, not {list(levels)}")
-    for l in levels: check_number('A level of multistep_sparsity_levels', l, 'a fraction from 0 to 1', lambda v: 0 <= v <= 1)
-    for e in steps: check_number('A step of multistep_steps', e, 'an epoch, a whole number from 0', _is_epoch)
+        raise ValueError("multistep_sparsity_levels needs one level more than multistep_steps has steps, "
+                         f"{len(steps)+1}, not {list(levels)}")
+    for l in levels: check_number('A level of multistep_sparsity_levels', l, *_FRACTION)
+    for e in steps: check_number('A step of multistep_steps', e, *_EPOCH)
 
 # %% ../../nbs/nncf/00_epoch_schedules.ipynb #e9e38ea6
 epoch_schedules = dict(polynomial=Polynomial, exponential=Exponential, adaptive=Adaptive, multistep=Multistep)
 
+# %% ../../nbs/nncf/00_epoch_schedules.ipynb #959a8e1e
 def epoch_schedule(
     schedule:str='polynomial', # Name of one of `epoch_schedules`
     **params, # Its parameters; those of another schedule are ignored, with a warning that names them
 )->EpochSchedule:
-    "The `EpochSchedule` called `schedule`; raises `ValueError` for an unknown name and for parameters that no schedule has"
+    "The `EpochSchedule` of the name `schedule`; raises `ValueError` for an unknown name or parameter"
     if not isinstance(schedule, str) or schedule not in epoch_schedules:
         raise ValueError(f"No schedule {schedule!r}; use one of {list(epoch_schedules)}")
     used = _used_params(schedule, params)
@@ -283,7 +288,7 @@ def over(self:EpochSchedule,
     levels = self.levels(n_epochs)
     levels = [levels[min(e, max(self.sparsity_freeze_epoch-1, 0))] for e in range(n_epochs)]
     if max(levels) > self.sparsity_target:
-        raise ValueError(f"A `Schedule` can't be above its target, {self.sparsity_target}, and this one is at {max(levels)}")
+        raise ValueError(f"A `Schedule` can't be above its target, {self.sparsity_target}, as this one is ({max(levels)})")
     return Schedule(_EpochSteps(tuple(l/self.sparsity_target if self.sparsity_target else 0. for l in levels)))
 
 # %% ../../nbs/nncf/00_epoch_schedules.ipynb #88b6e2e7
@@ -300,7 +305,8 @@ class _EpochSteps:
 @patch
 def over(self:Polynomial, n_epochs)->Schedule:
     "As for all schedules, but with `update_per_optimizer_step` the level moves on within the epochs too"
-    return Schedule(_PolynomialSteps(self, n_epochs)) if self.update_per_optimizer_step else super(Polynomial, self).over(n_epochs)
+    if not self.update_per_optimizer_step: return super(Polynomial, self).over(n_epochs)
+    return Schedule(_PolynomialSteps(self, n_epochs))
 
 # %% ../../nbs/nncf/00_epoch_schedules.ipynb #79546b17
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ weight_importances = {'normed_abs': Criteria(large_final, normalizer=_by_norm), 
 
 # %% ../../nbs/nncf/03_magnitude.ipynb #f161d299
 class MagnitudeSparsityCallback(SoftMaskCallback):
-    "NNCF's magnitude sparsity: at the start of each epoch the least important weights are masked, until the masks are frozen"
+    "NNCF's magnitude sparsity: each epoch masks the least important weights anew, until the masks are frozen"
     def __init__(self, sparsity=None, schedule=None,
         weight_importance:str='normed_abs', # `|w|` over the norm of its layer, or 'abs'
         context='global', # One ranking of all layers, or 'local', or an allocation
@@ -83,4 +83,5 @@ def _find_thresholds(self:MagnitudeSparsityCallback):
 @patch
 def _greatest_masked(self:MagnitudeSparsityCallback, p, mask):
     greatest = times_mask(p.abs(), ~mask).max().item()
-    return greatest/max(torch.linalg.vector_norm(p).item(), 1e-30) if self.weight_importance == 'normed_abs' else greatest
+    if self.weight_importance == 'abs': return greatest
+    return greatest/max(torch.linalg.vector_norm(p).item(), 1e-30)

@@ -26,9 +26,10 @@ class _LearnedMasks(SoftMasks):
     "Masks that are drawn from logits; the gradient of a masked weight gives that of its logit too"
     def __init__(self, params, seed):
         super().__init__(params)
-        self.logits = {n: torch.full_like(p, _START, dtype=torch.float32, requires_grad=False) for n,p in params.items()}
+        self.logits = {n: torch.full_like(p, _START, dtype=torch.float32).detach() for n,p in params.items()}
         for s in self.logits.values(): s.grad = torch.zeros_like(s)
-        self.seed, self.rng, self.generators = seed, np.random.SFC64(seed), {}   # generators of devices other than the CPU
+        self.seed, self.rng = seed, np.random.SFC64(seed)
+        self.generators = {}   # device other than the CPU -> torch's generator
         self.slopes = {}   # name -> slope times weight, while masks are drawn
 
     def fill(self, n, raw, masked):
@@ -85,7 +86,8 @@ def draw(self:_LearnedMasks):
     "Lay new masks for a training step"
     self.lift()
     for n,s in self.logits.items():
-        if n not in self.slopes: self.masks[n], self.slopes[n] = torch.empty_like(s, dtype=torch.bool), torch.empty_like(s)
+        if n in self.slopes: continue
+        self.masks[n], self.slopes[n] = torch.empty_like(s, dtype=torch.bool), torch.empty_like(s)
     self.lay()
 
 # %% ../../nbs/nncf/02_rb.ipynb #b982c37b
@@ -102,17 +104,18 @@ def settle(self:_LearnedMasks):
 def on_grad(self:_LearnedMasks, n, grad):
     "Add to the gradient of the logits what the gradient of the masked weights is for them"
     if n not in self.slopes: return
-    for g,slope,logit_grad in _cache_parts(grad, self.slopes[n], self.logits[n].grad): logit_grad.addcmul_(g.float(), slope)
+    for g,slope,logit_grad in _cache_parts(grad, self.slopes[n], self.logits[n].grad):
+        logit_grad.addcmul_(g.float(), slope)
 
 # %% ../../nbs/nncf/02_rb.ipynb #c703f0cf
 class RBSparsityCallback(SoftMaskCallback):
-    "NNCF's regularization-based sparsity: masks are learned, with the level that they should have as a part of the loss"
+    "NNCF's regularization-based sparsity: masks are learned, with their sparsity as a part of the loss"
     columns = ('sparsity', 'rb_loss')
     mask_opt, loaded_logits, accumulates = None, None, False
 
     def __init__(self, sparsity=None, schedule=None,
         context:str='global', # The level is that of all layers together; 'local': of each layer
-        mask_lr:float=.1, # Learning rate of the logits; a low one leaves many of them near zero, where masks are drawn at random
+        mask_lr:float=.1, # Learning rate of the logits; a low one leaves many near zero, where masks are mere chance
         p:float=.05, # Difference of density and level at which the loss of the level is 1, a fraction
         seed:int=0, # For the masks that are drawn
         layer_type=CONV_AND_LINEAR, layers=None, freeze_pct=.75):
@@ -152,7 +155,7 @@ def state_dict(self:RBSparsityCallback)->dict:
 def load_state_dict(self:RBSparsityCallback,
     state:dict, # From `state_dict`
 )->None:
-    "Have the next fit go on with the logits of `state`; that fit raises `ValueError` where a layer has no weight of such a shape"
+    "Have the next fit go on with the logits of `state`; it raises `ValueError` where a shape does not fit"
     self.loaded_logits = dict(state['logits'])
 
 # %% ../../nbs/nncf/02_rb.ipynb #7e910d7a
@@ -169,10 +172,11 @@ def make_masks(self:RBSparsityCallback):
 @patch
 def _earlier_logits(self:RBSparsityCallback):
     "The logits that were loaded, or those that this callback has learned for the same parameters"
-    if self.loaded_logits is None: return {n: s for n,s in self.logits.items() if self.soft.params.get(n) is self.params[n]} if self.soft else {}
+    if self.loaded_logits is None:
+        return {n: s for n,s in self.logits.items() if self.soft.params.get(n) is self.params.get(n)}
+    shapes = {n: tuple(p.shape) for n,p in self.params.items()}
     for n,s in self.loaded_logits.items():
-        if n in self.params and self.params[n].shape == s.shape: continue
-        shapes = {n: tuple(p.shape) for n,p in self.params.items()}
+        if shapes.get(n) == tuple(s.shape): continue
         raise ValueError(f"The logits that were loaded have {n!r} of shape {tuple(s.shape)}; the layers are {shapes}")
     return self.loaded_logits
 
@@ -187,7 +191,8 @@ def _note_hard_masks(self:RBSparsityCallback):
 @patch
 def begin(self:RBSparsityCallback):
     if not any(isinstance(m, BatchNorm) for m in self.model.modules()):
-        warnings.warn("RB sparsity draws masks anew in each step, and needs BatchNorm to train steadily; this model has none")
+        warnings.warn("RB sparsity draws masks anew in each step, and needs BatchNorm to train steadily; "
+                      "this model has none")
     self.mask_opt = torch.optim.Adam(list(self.logits.values()), lr=self.mask_lr, betas=(.9,.95), eps=1e-12, fused=True)
     self.losses, self.accumulates = [], False
 
@@ -284,7 +289,8 @@ def bake(self:RBSparsityCallback):
     super(RBSparsityCallback, self).bake()
     reached = self.zeros().fraction
     if reached <= self.level + .01: return
-    warnings.warn(f"RB sparsity has come to {100*reached:.2f} % where {100*self.level:.2f} % was asked for: its logits need more batches")
+    warnings.warn(f"RB sparsity has come to {100*reached:.2f} % where {100*self.level:.2f} % was asked for: "
+                  "its logits need more batches")
 
 # %% ../../nbs/nncf/02_rb.ipynb #7160bd17
 @patch

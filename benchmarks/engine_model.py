@@ -14,7 +14,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 import numpy as np, torch
 
 from fasterai_sparse.engine.modules import Accelerated
-from fasterai_sparse.engine.ops import all_finite, engine_sets, Flat, Grid, Program, Sums
+from fasterai_sparse.engine.ops import all_finite, Convolution, engine_sets, Flat, Grid, Program
 from fasterai_sparse.engine.weights import Terms
 from engine import network, table
 from runs import cpu_name
@@ -45,15 +45,15 @@ def machine(floats=16):
     "The speeds of this one: dense layers whose inputs stay in the L1, and 8 MB and 256 MB that are read once"
     def rate(size, tile, which):
         grid = Grid(1)
-        grid.hold(1, tile*floats)
+        grid.include(1, tile*floats)
         x, y = (Flat(c, 1, tile*floats, grid, floats) for c in (48, 16))
-        op = Sums(x, y, np.zeros(16, np.float32), *Terms(torch.randn(16, 48), x).sums(size), grid.mask(1, tile*floats, floats), tile=tile)
+        op = Convolution(x, y, np.zeros(16, np.float32), *Terms(torch.randn(16, 48), x).conv_layout(size), grid.mask(1, tile*floats, floats), tile=tile)
         return 200*counted(op, floats)[which]/least(Program([op]*200, 0, 1))
     small, large = torch.ones(2*2**20), torch.ones(64*2**20)
     return Machine(rate(1, 8, 0), rate(4, 6, 1), 4*small.numel()/least(lambda: all_finite(small)), 4*large.numel()/least(lambda: all_finite(large), 5), l3_size())
 
 def counted(op, floats):
-    "(vectors loaded, vectors multiplied, bytes of weights, bytes of activations) of a Sums"
+    "(vectors loaded, vectors multiplied, bytes of weights, bytes of activations) of a Convolution"
     tiles, size, terms = -(-op.y.vectors//op.tile), op.block, len(op.terms)
     u, line = op.y.vectors/tiles, 64//(4*floats)
     crossing = (op.terms['at'] % 16 != 0).mean() if terms and line == 1 else 0.
@@ -73,7 +73,7 @@ def layers(name, percent, pattern, floats, images=1):
     plan = fast.last[1]
     seconds = plan.timed([x], .5)
     total = plan.weights.taken + plan.activations.taken
-    return [(plan.ops[i], l, seconds[i]) for i,l in plan.weighted.items() if isinstance(plan.ops[i], Sums)], sum(seconds), total
+    return [(plan.ops[i], l, seconds[i]) for i,l in plan.weighted.items() if isinstance(plan.ops[i], Convolution)], sum(seconds), total
 
 def main(out):
     torch.set_num_threads(1)
@@ -91,7 +91,7 @@ def main(out):
     lines = ['# What the engine\'s time is made of', '', f'`python benchmarks/engine_model.py`: 1 thread, {next(iter(engine_sets()))}, {cpu_name()}.', '', *[l.strip() for l in __doc__.splitlines()[4:]], '',
              f'Measured here: {m.loads/1e9:.1f} billion vectors loaded a second, {m.products/1e9:.1f} billion multiplied and added, {m.l3/1e9:.0f} GB/s from the L3 ({m.l3_size/2**20:.0f} MB), {m.memory/1e9:.0f} GB/s from memory.', '',
              *table(['network', 'sparsity, %', 'predicted, ms', 'measured, ms', 'ratio', 'median error of a layer', 'correlation', 'with all other operations, ms'], rows),
-             'Predicted and measured are of the operations with weights (`Sums`), in the course of a run.', '', '## What it says of other networks and machines', '',
+             'Predicted and measured are of the operations with weights (`Convolution`), in the course of a run.', '', '## What it says of other networks and machines', '',
              *elsewhere(kept['resnet50', 90, 'weight'], m), '', '## Layer by layer', '', 'ResNet-50 at 90 %; form: outputs together × parts of the inputs × vectors together.', '',
              *table(['layer', 'terms', 'vectors of positions', 'form', 'predicted, µs', 'measured, µs'], each)]
     (out/'engine_model.md').write_text('\n'.join(lines))

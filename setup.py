@@ -7,6 +7,9 @@ here = Path(__file__).parent
 ini = configparser.ConfigParser(delimiters=['='])
 ini.read(here/'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
+git = cfg['git_url']
+urls = {'Homepage': git, 'Documentation': cfg['doc_url'], 'Source': git, 'Issues': f'{git}/issues',
+        'Changelog': f'{git}/blob/main/CHANGELOG.md'}
 version = re.search(r'__version__ = "(.+)"', (here/'fasterai_sparse'/'__init__.py').read_text()).group(1)
 
 # Kernels with a plain C interface, loaded with ctypes; where they can't be compiled the package does without
@@ -15,7 +18,7 @@ native = Extension('fasterai_sparse._native', ['fasterai_sparse/csrc/sum_max.cpp
                    extra_compile_args=[] if os.name == 'nt' else ['-O3', '-g0', '-std=c++17', '-pthread', '-fno-math-errno', '-fno-trapping-math', '-ffp-contract=fast'], extra_link_args=[] if os.name == 'nt' else ['-pthread'], optional=True)
 
 setup(version=version, description=cfg['description'], python_requires=f">={cfg['min_python']}",
-      keywords=cfg['keywords'].split(), license=cfg['license'],
+      keywords=cfg['keywords'].split(), license=cfg['license'], project_urls=urls,
       long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
       ext_modules=[native], package_data={'fasterai_sparse': ['csrc/*']},
       install_requires=cfg['requirements'].split(),

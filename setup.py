@@ -8,6 +8,9 @@ here = Path(__file__).parent
 ini = configparser.ConfigParser(delimiters=['='])
 ini.read(here/'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
+git = cfg['git_url']
+urls = {'Homepage': git, 'Documentation': cfg['doc_url'], 'Source': git, 'Issues': f'{git}/issues',
+        'Changelog': f'{git}/blob/main/CHANGELOG.md'}
 version = re.search(r'__version__ = "(.+)"', (here/'fasterai_sparse'/'__init__.py').read_text()).group(1)
 
 # Kernels with a plain C interface, loaded with ctypes; where they can't be compiled the package does without
@@ -20,7 +23,7 @@ native = Extension(
     extra_link_args=['-pthread'] if gnu else [])
 
 setup(version=version, description=cfg['description'], python_requires=f">={cfg['min_python']}",
-      keywords=cfg['keywords'].split(), license=cfg['license'],
+      keywords=cfg['keywords'].split(), license=cfg['license'], project_urls=urls,
       long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
       ext_modules=[native], package_data={'fasterai_sparse': ['csrc/*']},
       install_requires=cfg['requirements'].split(),

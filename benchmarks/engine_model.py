@@ -111,7 +111,7 @@ def main(out):
              f'GB/s from memory.', '',
              *table(['network', 'sparsity, %', 'predicted, ms', 'measured, ms', 'ratio', 'median error of a layer',
                      'correlation', 'with all other operations, ms'], rows),
-             'Predicted and measured are of the operations with weights (`Sums`), in the course of a run.', '',
+             'Predicted and measured are of the operations with weights (`Convolution`), in the course of a run.', '',
              '## What it says of other networks and machines', '',
              *elsewhere(kept['resnet50', 90, 'weight'], m), '', '## Layer by layer', '',
              'ResNet-50 at 90 %; form: outputs together × parts of the inputs × vectors together.', '',

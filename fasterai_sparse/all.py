@@ -13,6 +13,7 @@ from .core.batchnorms import *
 from .core.targets import *
 from .core.report import *
 from .core.sparsifier import *
+from .core.from_zeros import *
 from .train.opt_state import *
 from .train.bn_adaptation import *
 from .train.keep_masks import *

@@ -27,7 +27,8 @@ from ..core.masks import get_mask, set_mask, times_mask, unmaskable, watch_loads
 from ..core.report import sparsity_report
 from ..core.schedules import as_schedule, lin, Schedule
 from ..core.select import as_ratio, n_true
-from ..core.sparsifier import masks_from_zeros, Sparsifier
+from ..core.from_zeros import masks_from_zeros
+from ..core.sparsifier import Sparsifier
 from ..core.targets import as_fraction
 from ..train.bn_adaptation import adapt_batchnorm, check_n_samples
 from ..train.opt_state import clear_opt_state

@@ -6,6 +6,8 @@
 __all__ = ['weight_uses', 'packed_bytes', 'sparsity_report', 'format_report', 'plot_sparsity']
 
 # %% ../../nbs/core/10_report.ipynb #fe49ea4c
+from contextlib import contextmanager
+
 import pandas as pd, torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -38,21 +40,28 @@ def _weights_used(m):
     own = [_weight_or_layer(m, p) for p in weight_names(m)]
     return own + [_weight_or_layer(m.out_proj, 'weight')] if isinstance(m, nn.MultiheadAttention) else own
 
+# %% ../../nbs/core/10_report.ipynb #950f284a
+@contextmanager
+def _attention_by_modules():
+    "Turn off torch's fast path for attention inside the block: it does not call the modules that are counted"
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally: torch.backends.mha.set_fastpath_enabled(fastpath)
+
 # %% ../../nbs/core/10_report.ipynb #ff8c6182
 def weight_uses(
     model:nn.Module,
     example_input, # A batch: a tensor, or a tuple or dict of the arguments of `forward`
 )->dict:
     "`id` of a weight -> how often each of its elements is used in one pass over `example_input`"
-    uses, fastpath = {}, torch.backends.mha.get_fastpath_enabled()
+    uses = {}
     def hook(m, args, kwargs, out):
         n = _n_positions(m, next(iter([*args, *kwargs.values()])), out[0] if isinstance(out, tuple) else out)
         for w in _weights_used(m): uses[id(w)] = uses.get(id(w), 0) + n
     handles = [m.register_forward_hook(hook, with_kwargs=True) for m in model.modules() if Granularities.has(m)]
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)   # it would not call the modules that are counted
-        with evaluating(model, handles): call_with(model, example_input)
-    finally: torch.backends.mha.set_fastpath_enabled(fastpath)
+    with _attention_by_modules(), evaluating(model, handles): call_with(model, example_input)
     return uses
 
 # %% ../../nbs/core/10_report.ipynb #93ad12c7
@@ -84,8 +93,8 @@ def _report_row(name, m, p, uses, notes):
     row = dict(layer=name, type=type(m).__name__, shape=shape, params=n, zeros=zeros.n_zero,
                sparsity_pct=zeros.percent, bytes=n*size, packed_bytes=packed_bytes(n, n_live, size))
     if uses is not None:
-        n_uses = uses.get(id(_weight_or_layer(m, p)), 0)
-        row |= dict(flops=2*n*n_uses, sparse_flops=2*n_live*n_uses)
+        per_weight = 2*uses.get(id(_weight_or_layer(m, p)), 0)
+        row |= dict(flops=per_weight*n, sparse_flops=per_weight*n_live)
     return dict(row, note=notes.get(name) or unmaskable(m, p) or _mask_note(get_mask(m, p), nonzero))
 
 # %% ../../nbs/core/10_report.ipynb #97345af7
@@ -111,7 +120,10 @@ def sparsity_report(
 # %% ../../nbs/core/10_report.ipynb #5ae07cad
 _table_line = '{:<30} {:<15} {:<10} {:<10} '
 
+def _flops_line(sparse, dense): return f'FLOPs: {sparse:,d} of {dense:,d}, {sparse/dense:.1%}'
+
 def _table_row(layer, kind, n, zeros):
+    "One line of the table"
     percent = f'{100*zeros/n if n else 0:>8.2f}%'
     return _table_line.format(layer, kind, f'{n:,d}', f'{zeros:,d}') + percent
 
@@ -134,9 +146,7 @@ def format_report(
     lines += [*(_table_row(r.layer, r.type, r.params, r.zeros) for r in df.itertuples()), '-'*80]
     lines.append(_table_row('Overall', 'all', int(df.params.sum()), int(df.zeros.sum())))
     if 'level_pct' in df: lines += _callback_lines(df)
-    if 'flops' in df and (dense := int(df.flops.sum())):
-        sparse = int(df.sparse_flops.sum())
-        lines.append(f'FLOPs: {sparse:,d} of {dense:,d}, {sparse/dense:.1%}')
+    if 'flops' in df and df.flops.sum(): lines.append(_flops_line(int(df.sparse_flops.sum()), int(df.flops.sum())))
     lines += [f'{r.layer}: {r.note}' for r in df.itertuples() if r.note not in ('', 'no mask')]
     return '\n'.join(lines)
 

@@ -92,14 +92,20 @@ class Sparsifier:
         del self.layers[name]
         self.dense[name] = why
 
+# %% ../../nbs/core/12_sparsifier.ipynb #ae2e1cf8
+@patch
+def _check_permute(self:Sparsifier):
+    "Raise `ValueError` if channels can't be permuted"
+    if not isinstance(self.granularity, NM):
+        raise ValueError(f"permute=True is for an N:M pattern, as nm=True or NM(2,4), not for {self.granularity!r}")
+    if not hasattr(self, 'permute'):
+        raise ValueError("permute=True needs fasterai_sparse.nm.permute_model, which is not imported")
+
 # %% ../../nbs/core/12_sparsifier.ipynb #dec7e890
 @patch
 def _check_arguments(self:Sparsifier):
     "Raise `ValueError` for arguments that don't fit each other"
-    if self.to_permute and not isinstance(self.granularity, NM):
-        raise ValueError(f"permute=True is for an N:M pattern, as nm=True or NM(2,4), not for {self.granularity!r}")
-    if self.to_permute and not hasattr(self, 'permute'):
-        raise ValueError("permute=True needs fasterai_sparse.nm.permute_model, which is not imported")
+    if self.to_permute: self._check_permute()
     if 'data' in self.criteria.needs and self.data is None:
         raise ValueError(f"The criterion {self.criteria.name!r} needs data=, a calibration batch")
     if not all(t is None or isinstance(t, type) for t in self._layer_types()):
@@ -182,6 +188,15 @@ def _norms(self:Sparsifier, names):
     if 'data' not in self.criteria.needs: return {}
     return self.share(input_norms(self.model, self.data, {n: self.layers[n][0] for n in names}))
 
+# %% ../../nbs/core/12_sparsifier.ipynb #5e971b2b
+@patch
+def _state_for(self:Sparsifier, kind, name, norms):
+    "The state called `kind` (one of `STATE`) of the weight called `name`"
+    if kind in ('init', 'prev'): return getattr(self, kind)[name].to(self.param(name).device)
+    if kind == 'grad': return self._grad(name)
+    if kind == 'opt': return self._opt_state(name)
+    return norms[self.layers[name][0]] if kind == 'data' else self.generator(name)
+
 # %% ../../nbs/core/12_sparsifier.ipynb #b9266aac
 @patch
 def scores(self:Sparsifier,
@@ -189,11 +204,8 @@ def scores(self:Sparsifier,
     norms, # From `_norms`
 )->torch.Tensor:
     "One score per group of the weight called `name`; raises `ValueError` for NaN"
-    here = lambda t: t.to(self.param(name).device)
-    get = dict(init=lambda: here(self.init[name]), prev=lambda: here(self.prev[name]), grad=lambda: self._grad(name),
-               opt=lambda: self._opt_state(name), data=lambda: norms[self.layers[name][0]],
-               generator=lambda: self.generator(name))
-    s = self.criteria(self.param(name), self.groups[name], **{k: get[k]() for k in self.criteria.needs})
+    state = {k: self._state_for(k, name, norms) for k in self.criteria.needs}
+    s = self.criteria(self.param(name), self.groups[name], **state)
     if not has_nan(s): return s
     raise ValueError(f"The scores of {name} hold NaN, which can't be ranked: look for NaN in its weights or gradients")
 
@@ -239,13 +251,19 @@ def new_mask(self:Sparsifier,
     "Bool mask like `scores` of the groups to keep. Extension point: training algorithms override this method"
     return self.groups[name].select(scores, n_keep, self.live(name), partial(self.revival, name))
 
+# %% ../../nbs/core/12_sparsifier.ipynb #188c1a83
+@patch
+def _matched_by(self:Sparsifier, key):
+    "Names of the weights that `key` stands for, also of those that stay dense or are refused"
+    module = key if isinstance(key, nn.Module) else dict(self.model.named_modules(remove_duplicate=False)).get(key)
+    own = set() if module is None else {id(p) for p in module._parameters.values() if p is not None}
+    return [n for n,(m,p) in self.matched.items() if key == n or m is module or id(m._parameters.get(p)) in own]
+
 # %% ../../nbs/core/12_sparsifier.ipynb #dedce5cb
 @patch
 def _name_of(self:Sparsifier, key):
     "Names of the weights of `key`: a layer, its name, or the name of a weight; raises `ValueError` if there are none"
-    module = key if isinstance(key, nn.Module) else dict(self.model.named_modules(remove_duplicate=False)).get(key)
-    own = set() if module is None else {id(p) for p in module._parameters.values() if p is not None}
-    names = [n for n,(m,p) in self.matched.items() if key == n or m is module or id(m._parameters.get(p)) in own]
+    names = self._matched_by(key)
     for n in names:
         if n in self.layers: continue
         raise ValueError(f"Layer {n!r} can't be sparsified: {self.refused.get(n) or self.dense[n]}")
@@ -261,6 +279,15 @@ def check_refused(self:Sparsifier)->None:
     why = '; '.join(f"Layer {n!r} {why}" for n,why in self.refused.items())
     raise ValueError(f"{why}; or name the other layers in a dict")
 
+# %% ../../nbs/core/12_sparsifier.ipynb #20fa34ba
+@patch
+def _asked_by_name(self:Sparsifier, sparsities):
+    "Name of a weight -> fraction, from the dict `sparsities`; raises `ValueError` if it is empty or names one twice"
+    if not sparsities: raise ValueError(f"The dict of sparsities is empty; name some of {list(self.layers)}")
+    pairs = [(n, as_fraction(s)) for k,s in sparsities.items() for n in self._name_of(k)]
+    if len(dict(pairs)) == len(pairs): return dict(pairs)
+    raise ValueError(f"The dict of sparsities names a weight twice: {[n for n,_ in pairs]}")
+
 # %% ../../nbs/core/12_sparsifier.ipynb #e10ac7cd
 @patch
 def targets(self:Sparsifier,
@@ -272,10 +299,7 @@ def targets(self:Sparsifier,
         return Targets(as_fraction(sparsity), tuple(self.layers))
     if self.allocation is not uniform_sparsity:
         raise ValueError("A dict of sparsities leaves nothing to share out: it needs context='local'")
-    if not sparsity: raise ValueError(f"The dict of sparsities is empty; name some of {list(self.layers)}")
-    pairs = [(n, as_fraction(s)) for k,s in sparsity.items() for n in self._name_of(k)]
-    asked = dict(pairs)
-    if len(asked) < len(pairs): raise ValueError(f"The dict of sparsities names a weight twice: {[n for n,_ in pairs]}")
+    asked = self._asked_by_name(sparsity)
     return Targets(asked, tuple(asked))
 
 # %% ../../nbs/core/12_sparsifier.ipynb #80673364
@@ -382,6 +406,15 @@ def _copy_of_changed(changes):
     return [(m, p, m._parameters[p].detach().clone(), None if old is None else old.clone())
             for (m,p,_),old in zip(changes, masks)]
 
+# %% ../../nbs/core/12_sparsifier.ipynb #37ce6778
+def _differs(mask, old): return mask.logical_not() if old is None else mask != old
+
+def _set_and_revive(m, p, mask):
+    "Set the mask of the parameter `p` of `m`; weights of BatchNorm that come back become 1"
+    old = get_mask(m, p)
+    if isinstance(m, BatchNorm) and p == 'weight' and old is not None: m.weight[mask & ~old] = 1.
+    set_mask(m, mask, p)
+
 # %% ../../nbs/core/12_sparsifier.ipynb #4fbb4c79
 @patch
 @torch.no_grad()
@@ -392,11 +425,17 @@ def _set(self:Sparsifier, changes, on_change=None):
     watch_loads(self.model)
     copies = None if self._history is None else _copy_of_changed(changes)
     for m,p,mask in changes:
-        old = get_mask(m, p)
-        if on_change: on_change(m._parameters[p], mask.logical_not() if old is None else mask != old)
-        if isinstance(m, BatchNorm) and p == 'weight' and old is not None: m.weight[mask & ~old] = 1.
-        set_mask(m, mask, p)
+        if on_change: on_change(m._parameters[p], _differs(mask, get_mask(m, p)))
+        _set_and_revive(m, p, mask)
     if copies is not None: self._history.append((copies, self.n_calls, {n: t.clone() for n,t in self.prev.items()}, []))
+
+# %% ../../nbs/core/12_sparsifier.ipynb #e79751de
+@patch
+def _note_update(self:Sparsifier, name, mask):
+    "Remember, after an update, which groups are live and what the weights are, as far as the criterion needs it"
+    full = get_mask(*self.layers[name])
+    self._lives[name] = full, full._version, mask if self._group_size(name) > 1 else full.bool()
+    if self.prev: self.prev[name].copy_(self.param(name))
 
 # %% ../../nbs/core/12_sparsifier.ipynb #b8098def
 @patch
@@ -411,11 +450,7 @@ def apply(self:Sparsifier,
     if self.to_permute: self.permute()
     plan = self.choose(target, round_to)
     self._set([c for n,mask in plan for c in self._changes(n, mask)], on_change)
-    for n,mask in plan:
-        full = get_mask(*self.layers[n])
-        self._lives[n] = full, full._version, mask if self._group_size(n) > 1 else full.bool()
-    for n in self._as_targets(target).names:
-        if self.prev: self.prev[n].copy_(self.param(n))
+    for n,mask in plan: self._note_update(n, mask)
     self.n_calls += 1
 
 # %% ../../nbs/core/12_sparsifier.ipynb #f5a8e1b4

@@ -33,7 +33,7 @@ def _drop_sorted(scores, sizes, budget):
 def _threshold_bracket(arrays, sizes, budget, among):
     "Two values between which the threshold should lie, estimated from a sample"
     step = sum(map(len, arrays))//100_000 + 1
-    parts = [a[::step] if l is None else a[::step][l[::step]] for a,l in zip(arrays, among)]
+    parts = [a[::step] if live is None else a[::step][live[::step]] for a,live in zip(arrays, among)]
     vals = np.concatenate(parts)
     slack = len(vals)//250 + 1
     if len(set(sizes)) == 1: vals, at = np.sort(vals), budget//(sizes[0]*step)
@@ -47,8 +47,8 @@ def _n_weights(counts, sizes): return sum(int(c)*z for c,z in zip(counts, sizes)
 
 def _between(arrays, lo, hi, among):
     "How many values of each array are below `lo`, and the values from `lo` to `hi`"
-    below = [_among(a<lo, l) for a,l in zip(arrays, among)]
-    reach = [_among(a<=hi, l) for a,l in zip(arrays, among)]
+    below = [_among(a<lo, live) for a,live in zip(arrays, among)]
+    reach = [_among(a<=hi, live) for a,live in zip(arrays, among)]
     return [np.count_nonzero(b) for b in below], [a[np.flatnonzero(b ^ r)] for a,b,r in zip(arrays, below, reach)]
 
 # %% ../../nbs/core/06_allocation.ipynb #67929caf
@@ -87,8 +87,8 @@ def _drop_to_threshold(parts, sizes, budget):
 def _drop_counted(scores, sizes, budget, live):
     "`_drop_sorted`, by counting; groups that are not `live` are dropped first"
     arrays = [s.reshape(-1).numpy() for s in scores]
-    among = [None if l is None else l.reshape(-1).numpy() for l in live]
-    dead = [0 if l is None else len(l)-np.count_nonzero(l) for l in among]
+    among = [None if mask is None else mask.reshape(-1).numpy() for mask in live]
+    dead = [0 if mask is None else len(mask)-np.count_nonzero(mask) for mask in among]
     budget -= _n_weights(dead, sizes)
     if budget == 0: return dead
     below, parts, rest = _near_threshold(arrays, sizes, budget, among)
@@ -98,7 +98,7 @@ def _drop_counted(scores, sizes, budget, live):
 def _drop_ranked(scores, sizes, budget, live):
     "Number of groups each layer drops in one ranking of all; groups that are not `live` are dropped first"
     if scores[0].is_cpu: return _drop_counted(scores, sizes, budget, live)
-    return _drop_sorted([s if l is None else demote_dead(s, l) for s,l in zip(scores, live)], sizes, budget)
+    return _drop_sorted([s if mask is None else demote_dead(s, mask) for s,mask in zip(scores, live)], sizes, budget)
 
 # %% ../../nbs/core/06_allocation.ipynb #a8b22b32
 def _keep_best(s, live):
@@ -198,10 +198,16 @@ def largest_remainder(
     wanted = math.floor(sum(shares) + Fraction(1,2) + Fraction(1,10**7))   # sums of floats may fall short of a half
     total = min(wanted, sum(caps))
     least, most = _limits(shares, caps, now, now is None or total >= sum(now))
-    counts = [min(max(math.floor(s), l), m) for s,l,m in zip(shares, least, most)]
+    counts = [min(max(math.floor(s), low), high) for s,low,high in zip(shares, least, most)]
     missing = _adjust(counts, shares, least if total < sum(counts) else most, total-sum(counts))
     _adjust(counts, shares, caps if missing > 0 else [0]*len(caps), missing)
     return counts
+
+# %% ../../nbs/core/06_allocation.ipynb #60ee5534
+def _checked_fractions(fractions, n_layers):
+    "Return `fractions`; raises `ValueError` unless there is one from 0 to 1 for each layer"
+    if len(fractions) == n_layers and all(0 <= f <= 1 for f in fractions): return fractions
+    raise ValueError(f"An allocation returns one fraction from 0 to 1 per layer, {n_layers} here, not {fractions}")
 
 # %% ../../nbs/core/06_allocation.ipynb #8edc9fb0
 def n_dropped(
@@ -211,9 +217,7 @@ def n_dropped(
     now=None, # Groups that each layer has dropped already
 )->list:
     "How many groups each layer drops; raises `ValueError` unless there is one fraction from 0 to 1 for each"
-    fractions, n_layers = list(fractions), len(n_groups)
-    if len(fractions) != n_layers or not all(0 <= f <= 1 for f in fractions):
-        raise ValueError(f"An allocation returns one fraction from 0 to 1 per layer, {n_layers} here, not {fractions}")
+    fractions = _checked_fractions(list(fractions), len(n_groups))
     caps = [n if f==1 else n-1 for f,n in zip(fractions, n_groups)]
     if max(sizes, default=1) > 1: return [min(n_zeros(f, n), c) for f,n,c in zip(fractions, n_groups, caps)]
     return largest_remainder([as_ratio(f)*n for f,n in zip(fractions, n_groups)], caps, now)

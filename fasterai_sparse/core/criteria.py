@@ -136,6 +136,14 @@ def _function_name(f):
     "Name of the function `f`, or of the one inside a `partial`"
     return getattr(f, '__name__', None) or getattr(getattr(f, 'func', f), '__name__', repr(f))
 
+# %% ../../nbs/core/05_criteria.ipynb #39613805
+def _check_state_names(f, required):
+    "Raise `ValueError` if the score function `f` requires arguments that are not in `STATE`"
+    unknown = [n for n in required if n not in STATE]
+    if not unknown: return
+    choices = f"a score function may ask for {list(STATE)}"
+    raise ValueError(f"The criterion {_function_name(f)!r} asks for {unknown}; {choices}")
+
 # %% ../../nbs/core/05_criteria.ipynb #288c9d45
 def needed_state(
     f, # Score function
@@ -144,10 +152,7 @@ def needed_state(
     try: params = list(inspect.signature(f).parameters.values())[1:]
     except ValueError: return frozenset()   # a builtin such as torch.abs
     params = [q for q in params if q.kind != q.VAR_POSITIONAL]
-    unknown = [q.name for q in params if q.name not in STATE and q.default is q.empty and q.kind != q.VAR_KEYWORD]
-    if unknown:
-        choices = f"a score function may ask for {list(STATE)}"
-        raise ValueError(f"The criterion {_function_name(f)!r} asks for {unknown}; {choices}")
+    _check_state_names(f, [q.name for q in params if q.default is q.empty and q.kind != q.VAR_KEYWORD])
     return frozenset(q.name for q in params if q.name in STATE)
 
 # %% ../../nbs/core/05_criteria.ipynb #11f0ca7b

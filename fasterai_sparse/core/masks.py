@@ -201,6 +201,12 @@ def _check_mask_shape(p, mask, name):
     if mask.dim() > p.dim() or any(a not in (1, b) for a,b in zip(reversed(mask.shape), reversed(p.shape))):
         raise ValueError(f"A mask of shape {tuple(mask.shape)} does not fit {name} of shape {tuple(p.shape)}")
 
+# %% ../../nbs/core/01_masks.ipynb #92dc840a
+def _add_mask(m, name):
+    "Give `m` a mask for its parameter `name`, with values yet to be written"
+    m.register_buffer(f'{name}_mask', torch.empty_like(m._parameters[name], dtype=torch.bool), persistent=False)
+    _follow_loads(m)
+
 # %% ../../nbs/core/01_masks.ipynb #60b082b4
 @torch.no_grad()
 def set_mask(
@@ -212,9 +218,7 @@ def set_mask(
     if why := unmaskable(m, name): raise ValueError(f"{type(m).__name__} {why}")
     p, mask = m._parameters[name], torch.as_tensor(mask)
     _check_mask_shape(p, mask, name)
-    if get_mask(m, name) is None:
-        m.register_buffer(f'{name}_mask', torch.empty_like(p, dtype=torch.bool), persistent=False)
-        _follow_loads(m)
+    if get_mask(m, name) is None: _add_mask(m, name)
     get_mask(m, name).copy_(mask)
     write_masked(p, mask.to(p.device).bool(), lift=name != 'bias')
     note_sparsity(m, name)

@@ -114,6 +114,13 @@ def _to_schedule(s):
     if n not in (1, 3): raise ValueError(f"No schedule: {s!r}. {_schedule_choices}")
     return Schedule(partial(_at_position, s) if n==1 else s)
 
+# %% ../../nbs/core/07_schedules.ipynb #baba7f6d
+def _check_share(v, pct):
+    "Raise `ValueError` unless `v`, the value of a schedule at `pct` of training, is a share of the target"
+    if -1e-9 <= v <= 1+1e-9: return
+    allowed = "it must stay from 0 to 1, the share of the target"
+    raise ValueError(f"The schedule gives {v:.4g} at {pct:.0%} of training; {allowed}")
+
 # %% ../../nbs/core/07_schedules.ipynb #b87c5000
 def as_schedule(
     s, # A `Schedule`, a function `f(start, end, pos)` or `f(pos)`, or a `partial` of one
@@ -124,9 +131,7 @@ def as_schedule(
         try: v = float(sched.progress(i/200))
         except (TypeError, AttributeError, ZeroDivisionError) as e:
             raise ValueError(f"No schedule: {s!r} fails with {e}. {_schedule_choices}") from e
-        if -1e-9 <= v <= 1+1e-9: continue
-        where = f"gives {v:.4g} at {i/200:.0%} of training"
-        raise ValueError(f"The schedule {where}; it must stay from 0 to 1, the share of the target")
+        _check_share(v, i/200)
     return sched
 
 # %% ../../nbs/core/07_schedules.ipynb #8ee83614

@@ -4,7 +4,7 @@ import os, sys
 from fastai.callback.tracker import SaveModelCallback
 
 from callback_helpers import at, collect, fit, learner, sparse, zeros
-from fasterai_sparse.core.sparsifier import masks_from_zeros
+from fasterai_sparse.core.from_zeros import masks_from_zeros
 
 N_EPOCH, BROKEN = 6, 3
 

@@ -25,7 +25,8 @@ from fasterai_sparse.core.masks import get_mask, mask_sparsity, masked_params
 from fasterai_sparse.core.report import format_report, sparsity_report
 from fasterai_sparse.core.schedules import agp, cos, lin, sched_one_shot, Schedule
 from fasterai_sparse.core.select import n_zeros
-from fasterai_sparse.core.sparsifier import masks_from_zeros, Sparsifier
+from fasterai_sparse.core.from_zeros import masks_from_zeros
+from fasterai_sparse.core.sparsifier import Sparsifier
 from fasterai_sparse.train.bn_adaptation import adapt_batchnorm
 from fasterai_sparse.train.keep_masks import KeepMasks
 from fasterai_sparse.train.updates import bake_masks

@@ -41,7 +41,7 @@ from fasterai_sparse.core.criteria import grad_crit, large_final, movement, rand
 from fasterai_sparse.core.masks import masked_params
 from fasterai_sparse.core.schedules import agp, dsd, lin, one_shot
 from fasterai_sparse.core.select import n_zeros
-from fasterai_sparse.core.sparsifier import masks_from_zeros
+from fasterai_sparse.core.from_zeros import masks_from_zeros
 from fasterai_sparse.train.keep_masks import KeepMasks
 from fasterai_sparse.train.sparsify_callback import SparsifyCallback
 from fasterai_sparse.train.updates import bake_masks

@@ -20,7 +20,8 @@ from fasterai_sparse.core.criteria import (
 from fasterai_sparse.core.masks import get_mask, masked_params
 from fasterai_sparse.core.schedules import agp, cos, dsd, iterative, lin, one_cycle, one_shot, Schedule
 from fasterai_sparse.core.select import as_ratio, n_zeros, top_k_mask
-from fasterai_sparse.core.sparsifier import masks_from_zeros, Sparsifier
+from fasterai_sparse.core.from_zeros import masks_from_zeros
+from fasterai_sparse.core.sparsifier import Sparsifier
 from fasterai_sparse.train.keep_masks import KeepMasks
 from fasterai_sparse.train.sparsify_callback import SparsifyCallback
 from fasterai_sparse.train.updates import bake_masks

@@ -16,7 +16,8 @@ import fasterai_sparse.all as ours
 
 N = 9
 RUNS = [('resnet50', 'weight'), ('vit', 'weight'), *[('resnet50', g) for g in ('row', 'column', 'kernel')],
-        *[('resnet50', g) for g in ('filter', 'channel', 'vertical_slice', 'horizontal_slice', 'shared_weight', 'shared_kernel',
+        *[('resnet50', g) for g in ('filter', 'channel', 'vertical_slice', 'horizontal_slice', 'shared_weight',
+                                    'shared_kernel',
                                     'shared_channel', 'shared_column', 'shared_row')]]
 
 class MLP(nn.Module):
@@ -52,7 +53,8 @@ def speed_rows():
             pairs = [(seconds(sparsify_ours, model, granularity, context, layer_type),
                       seconds(sparsify_theirs, model, granularity, context, layer_type)) for _ in range(N)]
             ours_s, theirs_s = (sorted(t) for t in zip(*pairs))
-            yield (f'| {name} {granularity} {context} | {ours_s[N//2]/theirs_s[N//2]:.2f} | {ours_s[0]/theirs_s[0]:.2f} '
+            yield (f'| {name} {granularity} {context} | {ours_s[N//2]/theirs_s[N//2]:.2f} | '
+                   f'{ours_s[0]/theirs_s[0]:.2f} '
                    f'| {1e3*ours_s[N//2]:.0f} | {1e3*theirs_s[N//2]:.0f} |')
 
 def tensor_bytes(root):
@@ -87,15 +89,19 @@ def memory_rows():
 
 def main():
     lines = ['# One-shot sparsification to 90 % by magnitude', '',
-        f'`python benchmarks/one_shot.py`: fasterai_sparse {version("fasterai_sparse")} and fasterai {version("fasterai")} '
-        f'alternating in one process, {N} times each; torch {version("torch")}, {torch.get_num_threads()} threads, {platform.machine()}. '
+        f'`python benchmarks/one_shot.py`: fasterai_sparse {version("fasterai_sparse")} and fasterai '
+        f'{version("fasterai")} '
+        f'alternating in one process, {N} times each; torch {version("torch")}, {torch.get_num_threads()} threads, '
+        f'{platform.machine()}. '
         'A run makes the Sparsifier and sparsifies a fresh copy. `vit` is the MLPs of ViT-B: 56.6 M weights.', '',
         '| work | ours / fasterai, median | of the minima | ours, ms | fasterai, ms |', '|---|---|---|---|---|']
     for row in speed_rows():
         print(row, flush=True)
         lines.append(row)
-    lines += ['', '## Memory while sparse, and the checkpoint', '', 'Times the dense model: tensors held by model and Sparsifier, and the file of the `state_dict`.', '',
-        '| model | resident, ours | resident, fasterai | checkpoint, ours | checkpoint, fasterai |', '|---|---|---|---|---|', *memory_rows()]
+    lines += ['', '## Memory while sparse, and the checkpoint', '', 'Times the dense model: tensors held by model and '
+                                                                    'Sparsifier, and the file of the `state_dict`.', '',
+        '| model | resident, ours | resident, fasterai | checkpoint, ours | checkpoint, fasterai |',
+        '|---|---|---|---|---|', *memory_rows()]
     Path(__file__).with_suffix('.md').write_text('\n'.join(lines) + '\n')
 
 if __name__ == '__main__': main()

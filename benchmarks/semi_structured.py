@@ -1,6 +1,7 @@
 """2:4 beside dense on a GPU, in turn in one process: `python benchmarks/semi_structured.py`
 
-Writes benchmarks/semi_structured.md: MLPs of ViT-B and ViT-L and BERT-base (`transformers`), random weights of which magnitude leaves 2 of 4. Needs a CUDA device."""
+Writes benchmarks/semi_structured.md: MLPs of ViT-B and ViT-L, and BERT-base (`transformers`), with random weights that
+are 2:4 by magnitude. Needs a CUDA device."""
 import argparse
 from functools import partial
 from importlib.metadata import version
@@ -49,15 +50,17 @@ def compiled(net, x):
 
 @torch.no_grad()
 def measure(name, images, dtype, compile, device='cuda'):
-    "Milliseconds of each, how many layers run as 2:4, the error, and why nothing does"
+    "Milliseconds of each variant, number of layers that run as 2:4, the error, and why none does"
     torch.compiler.reset()
     net, x = network(name, dtype, device), batch_for(name, images, dtype, device)
     fast, report = accelerate_cuda(net, x)
-    nets = dict(dense=net, ours=fast) | ({'dense, compiled': compiled(net, x), 'ours, compiled': compiled(fast, x)} if compile else {})
+    nets = dict(dense=net, ours=fast) | ({'dense, compiled': compiled(net, x), 'ours, compiled': compiled(fast, x)}
+                                         if compile else {})
     want, got = net(x).float(), fast(x).float()
     nets = {n: m for n,m in nets.items() if m is not None}
     ms = dict(zip(nets, cuda_race(*(partial(m, x) for m in nets.values()))))
-    return ms, sum(isinstance(m, Linear24) for m in fast.modules()), len(report), float((got-want).norm()/want.norm()), report.attrs['note']
+    return ms, sum(isinstance(m, Linear24)
+                   for m in fast.modules()), len(report), float((got-want).norm()/want.norm()), report.attrs['note']
 
 def ratio(ms, a, b): return f'{ms[a]/ms[b]:.2f}' if a in ms and b in ms else '–'
 
@@ -66,16 +69,22 @@ def row(case, found):
     start = f'| {name}, {images} | {str(dtype).removeprefix("torch.")} | '
     if found is None: return start + 'out of memory' + ' |'*9
     ms, n, total, error, note = found
-    times = ' | '.join(f'{ms[k]:.3f}' if k in ms else '–' for k in ('dense', 'ours', 'dense, compiled', 'ours, compiled'))
-    return start + f'{ratio(ms, "dense", "ours")} | {ratio(ms, "dense, compiled", "ours, compiled")} | {n} of {total} | {times} | {error:.0e} | {note} |'
+    times = ' | '.join(f'{ms[k]:.3f}' if k in ms else '–' for k in ('dense', 'ours', 'dense, compiled',
+                                                                    'ours, compiled'))
+    return (start + f'{ratio(ms, "dense", "ours")} | {ratio(ms, "dense, compiled", "ours, compiled")} | {n} of '
+                    f'{total} | {times} | {error:.0e} | {note} |')
 
 def table(rows, probed):
     packages = ', '.join(f'{p} {version(p)}' for p in ('fasterai_sparse', 'torch', 'transformers') if find_spec(p))
     return '\n'.join(['# 2:4 beside dense on a GPU', '',
-        f'`python benchmarks/semi_structured.py`: {packages}; {torch.cuda.get_device_name()}; the least of each, in turn.', '',
-        '| network, batch | type | dense / ours | both compiled | layers as 2:4 | dense, ms | ours, ms | dense compiled, ms | ours compiled, ms | error | note |', '|---'*11 + '|', *rows, '',
-        '- What `accelerate_cuda` returns at that batch: layers that are quicker as 2:4, or the dense model (0 layers, ratio 1 but for noise), and then why.',
-        f'- Tokens: {", ".join(f"{n} {t}" for n,t in TOKENS.items())}. Error: distance from the dense output over its length.',
+        f'`python benchmarks/semi_structured.py`: {packages}; {torch.cuda.get_device_name()}; the least of each, in '
+        f'turn.', '',
+        '| network, batch | type | dense / ours | both compiled | layers as 2:4 | dense, ms | ours, ms | dense '
+        'compiled, ms | ours compiled, ms | error | note |', '|---'*11 + '|', *rows, '',
+        '- What `accelerate_cuda` returns at that batch: layers that are quicker as 2:4, or the dense model (0 '
+        'layers, ratio 1 but for noise), and then why.',
+        f'- Tokens: {", ".join(f"{n} {t}" for n,t in TOKENS.items())}. Error: distance from the dense output over its '
+        f'length.',
         '- Back ends: ' + '; '.join(f'{n}: {why or "runs"}' for n,why in probed.items()) + '.', ''])
 
 def main(args):

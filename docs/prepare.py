@@ -1,13 +1,15 @@
 "Notebooks of nbs/ to Sphinx sources in docs/_src: nbdev runs `show_doc`, then directives and Quarto syntax become MyST"
-import ast,json,re,shutil
+import ast, json, re, shutil
 from itertools import groupby
 from pathlib import Path
-from fastcore.nbio import NbCell,read_nb
-from fastcore.utils import L,first,partition
-from nbdev.config import get_config,nbpath2html
+from fastcore.nbio import NbCell, read_nb
+from fastcore.utils import L, first
+from nbdev.config import get_config, nbpath2html
 from nbdev.doclinks import NbdevLookup
 from nbdev.serve import proc_nbs
 from nbdev.showdoc import showdoc_nm
+
+from house import FOLDERS, House
 
 cfg = get_config()
 dest = cfg.config_path/'docs'/'_src'
@@ -131,13 +133,23 @@ def toctree(caption, paths, opt):
     "Table of contents of `paths`, which the sidebar shows"
     return markdown('\n'.join(['```{toctree}', f':caption: {caption}', opt, '', *map(str, paths), '```']))
 
+def captions(pages):
+    "Caption in the sidebar -> pages below it: tutorials, one caption for each folder, then the rest"
+    titles = House(cfg.config_path).titles
+    in_folder = {f: [p for p in sorted(pages) if p.parent.name == f] for f in ('tutorials', *FOLDERS)}
+    rest = [p for p in sorted(pages) if not p.parent.name and p.name != 'index.ipynb']
+    return {'Tutorials': in_folder['tutorials'], 'The code': ['architecture', *rest],
+            **{f'{f}: {titles[f]}': in_folder[f] for f in FOLDERS if f in titles}}
+
 def index(pages):
-    "The landing page: index.ipynb with hidden tables of contents, or else nothing but these"
-    cs = pages.get(Path('index.ipynb'))
-    tuts,refs = map(sorted, partition(set(pages)-{Path('index.ipynb')}, lambda p: p.parent.name=='tutorials'))
-    opt = ':hidden:' if cs else ':maxdepth: 1'
-    trees = [toctree(c, ps, opt) for c,ps in (('Tutorials',tuts), ('Reference',refs)) if ps]
-    return (cs or [markdown(f'# {cfg.lib_name}')]) + trees
+    "The landing page: index.ipynb with hidden tables of contents"
+    return pages[Path('index.ipynb')] + [toctree(c, ps, ':hidden:') for c,ps in captions(pages).items() if ps]
+
+def copy_documents():
+    "The written pages of docs/, whose links to notebooks start at the top of the site"
+    for path in (cfg.config_path/'docs').glob('*.md'):
+        (dest/path.name).write_text(path.read_text(encoding='utf-8').replace('](../nbs/', ']('), encoding='utf-8')
+    shutil.copytree(cfg.config_path/'docs'/'_static', dest/'_static')
 
 def main():
     proc = proc_nbs(n_workers=2, force=True)
@@ -145,6 +157,7 @@ def main():
     shutil.copytree(proc, dest)
     pages = {p.relative_to(proc): page(proc, p.relative_to(proc)) for p in proc.rglob('*.ipynb')}
     for p,cs in {**pages, Path('index.ipynb'): index(pages)}.items():
-        (dest/p).write_text(relink(json.dumps(notebook(cs)), pages))
+        (dest/p).write_text(relink(json.dumps(notebook(cs)), pages), encoding='utf-8')
+    copy_documents()
 
 if __name__=='__main__': main()

@@ -1,1 +1,1 @@
-"Masks that move while a sparse network learns: random masks, drop and grow, and the callback"
+"Masks that move during training: random masks, dropping and growing weights, and the callback"

@@ -1,1 +1,1 @@
-"The N:M pattern: searching the channel order that keeps most, permuting a model into it, and proving the pattern"
+"N:M patterns: the search for the best order of channels, permuting a model into it, and proof that the pattern is there"

@@ -1,1 +1,1 @@
-"NNCF's sparsity algorithms, schedules and configuration files"
+"The sparsity algorithms of NNCF: RB, magnitude and constant sparsity, schedules by epoch and configuration files"

@@ -1,1 +1,1 @@
-"What knows nothing of sparsity: batches, model modes, files, checks, timing and the compiled library"
+"Helpers that know nothing of sparsity: batches, model modes, files, checks, timing and the compiled library"

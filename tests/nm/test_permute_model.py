@@ -75,7 +75,7 @@ def heads(s, x):
 def stirred(model):
     "`model` with BatchNorm that has seen something"
     for m in model.modules():
-        if isinstance(m, nn.modules.batchnorm.BatchNorm): m.running_mean.normal_(), m.running_var.uniform_(.5, 2), m.weight.data.uniform_(.5, 2), m.bias.data.normal_()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.running_mean.normal_(), m.running_var.uniform_(.5, 2), m.weight.data.uniform_(.5, 2), m.bias.data.normal_()
     return model.eval()
 
 def outputs(model, x): return [t for outs in outputs_of(model, x)[0] for t in outs]

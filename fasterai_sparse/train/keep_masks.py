@@ -1,4 +1,4 @@
-"""What sparse training asks of a learner
+"""Zeros stay zero in every fit, whatever the optimizer does
 
 Docs: https://fasterai-sparse.github.io/fasterai_sparse/train/keep_masks.html.md"""
 
@@ -9,7 +9,7 @@ __all__ = ['KeepMasks', 'copy_masks']
 
 # %% ../../nbs/train/02_keep_masks.ipynb #aacca987
 import torch
-from fastai.basics import Callback, num_distrib
+from fastai.basics import Callback, num_distrib, patch
 from fastai.callback.training import GradientClip
 from torch import nn
 
@@ -20,21 +20,24 @@ from .opt_state import optimizers_in
 
 # %% ../../nbs/train/02_keep_masks.ipynb #cb1971fd
 class KeepMasks(Callback):
-    "Zero what the masks drop after each step of the optimizer"
-    order = GradientClip.order - .2   # gradients under a mask go before their norm is clipped, after a dynamic updater has read them
+    "Zero the masked weights after each step of the optimizer"
+    order = GradientClip.order - .2   # after a dynamic updater has read the gradients, before their norm is clipped
     run_valid = False
-    spare_grads = False # Leave gradients under the masks for this step
+    spare_grads = False   # Set for one step by a callback whose criterion reads masked gradients: they are not zeroed
+    grad_norm_matters = False   # A norm of the gradients is read in this fit: masked ones are zeroed before each step
+    dropped_rows = None   # Cache: id of a mask -> (mask, its version, numbers of its rows that are all False or None)
 
     def before_fit(self):
-        self.spare_grads, self.rows = False, {}
+        self.spare_grads, self.dropped_rows = False, {}
         watch_loads(unwrapped(self.model))
-        _spare_broadcast(self.model)
-        _share_masks(self.model, self.learn.cbs)
+        _exclude_from_broadcast(self.model)
+        _copy_from_first_rank(self.model, self.learn.cbs)
         apply_masks(self.model)
-        self.reads_norms = any(isinstance(cb, GradientClip) for cb in self.learn.cbs) or _is_layerwise(self.opt)
+        clips = any(isinstance(cb, GradientClip) for cb in self.learn.cbs)
+        self.grad_norm_matters = clips or _scales_by_norms(self.opt)
 
     def before_step(self):
-        if not self.reads_norms or self.spare_grads: return
+        if not self.grad_norm_matters or self.spare_grads: return
         for _,_,p,mask in masked_params(self.model):
             if p.grad is not None: zero_masked(p.grad, mask)
 
@@ -42,56 +45,68 @@ class KeepMasks(Callback):
         with torch.no_grad():
             for *_,p,mask in masked_params(self.model): self._apply(p, mask)
 
-    def _apply(self, p, mask):
-        "Zero in `p` what `mask` drops, whole rows by their number: a fraction of the memory to go through"
-        seen, version, rows = self.rows.get(id(mask), (None, None, None))
-        if seen is not mask or version != mask._version:
-            rows = dead_rows(mask)
-            self.rows[id(mask)] = mask, mask._version, rows
-        if rows is None: zero_masked(p, mask)
-        else: p.index_fill_(0, rows, 0)
-
-    def before_validate(self): apply_masks(self.model)   # a step may have been cut short by a callback that cancelled it
-
+    def before_validate(self): apply_masks(self.model)   # another callback may have cancelled the last step halfway
     def after_fit(self): apply_masks(self.model)
 
+# %% ../../nbs/train/02_keep_masks.ipynb #b2c42976
+@patch
+def _apply(self:KeepMasks, p, mask):
+    "Zero the masked weights of `p`"
+    seen, version, rows = self.dropped_rows.get(id(mask), (None, None, None))
+    if seen is not mask or version != mask._version:
+        rows = dead_rows(mask)
+        self.dropped_rows[id(mask)] = mask, mask._version, rows
+    if rows is None: zero_masked(p, mask)
+    else: p.index_fill_(0, rows, 0)
+
+# %% ../../nbs/train/02_keep_masks.ipynb #b11b9708
+def _scales_by_norms(opt):
+    "Whether `opt` scales the step of a layer by the norm of its gradient (LARC and LAMB)"
+    steps = {getattr(f, '__name__', '') for o in optimizers_in(opt) for f in getattr(o, 'cbs', [])}
+    return not steps.isdisjoint(('larc_layer_lr', 'larc_step', 'lamb_step'))
+
 # %% ../../nbs/train/02_keep_masks.ipynb #d09367fd
-def _spare_broadcast(model):
-    "Have `DistributedDataParallel`, which wraps the model after this or has done so, leave masks out of what it sends at each batch: ranks agree on them anyway"
+def _exclude_from_broadcast(model):
+    "Keep masks out of the buffers that `DistributedDataParallel` sends, whether it wraps `model` already or later"
     masks = {id(mask) for *_,mask in masked_params(model)}
     if not masks or num_distrib() <= 1: return
-    ignored, names = set(getattr(model, '_ddp_params_and_buffers_to_ignore', [])), {n for n,b in model.named_buffers() if id(b) in masks}
-    if isinstance(model, nn.parallel.DistributedDataParallel): model.modules_buffers = [b for b in model.modules_buffers if id(b) not in masks]
-    else: model._ddp_params_and_buffers_to_ignore = sorted(ignored | names)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model.modules_buffers = [b for b in model.modules_buffers if id(b) not in masks]
+        return
+    ignored = set(getattr(model, '_ddp_params_and_buffers_to_ignore', []))
+    names = {n for n,b in model.named_buffers() if id(b) in masks}
+    model._ddp_params_and_buffers_to_ignore = sorted(ignored | names)
 
 # %% ../../nbs/train/02_keep_masks.ipynb #4b70ba85
-def _share_masks(model, cbs):
-    "Where ranks train one model together, have all go by the masks of the first, as they go by its weights"
-    together = isinstance(model, nn.parallel.DistributedDataParallel) or any(type(cb).__name__ == 'DistributedTrainer' for cb in cbs)
-    if not together or not torch.distributed.is_initialized(): return
+def _copy_from_first_rank(model, cbs):
+    "Give all ranks that train `model` together the masks of the first"
+    wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
+    will_be = any(type(cb).__name__ == 'DistributedTrainer' for cb in cbs)
+    if not (wrapped or will_be) or not torch.distributed.is_initialized(): return
     for *_,mask in masked_params(model):
         sent = mask.to(torch.uint8)
         torch.distributed.broadcast(sent, 0)
         mask.copy_(sent)
 
-# %% ../../nbs/train/02_keep_masks.ipynb #b11b9708
-def _is_layerwise(opt):
-    "Whether `opt` scales its step by the norm of a layer's gradient"
-    return any(getattr(f, '__name__', '') in ('larc_layer_lr', 'larc_step', 'lamb_step') for o in optimizers_in(opt) for f in getattr(o, 'cbs', []))
-
 # %% ../../nbs/train/02_keep_masks.ipynb #83ab57a9
 def copy_masks(
     source:nn.Module, # A model with masks
-    dest:nn.Module, # Another of the same layers
-):
-    "Set the masks of `source` on `dest`, whose weights are zeroed where they drop; returns `dest`"
-    names, layers = {m: n for n,m in unwrapped(source).named_modules()}, dict(unwrapped(dest).named_modules())
+    dest:nn.Module, # A model with the same layers
+)->nn.Module:
+    """Set the masks of `source` on `dest` too, and zero its weights under them; returns `dest`. Raises `ValueError`,
+    and changes nothing, if `dest` lacks a layer with a mask or has it in another shape"""
+    names = {m: n for n,m in unwrapped(source).named_modules()}
+    layers = dict(unwrapped(dest).named_modules())
     found = [(names[m], p, mask) for m,p,_,mask in masked_params(unwrapped(source))]
-    for n,p,mask in found:
-        other = getattr(layers.get(n), '_parameters', {}).get(p)
-        if other is None or other.shape != mask.shape: raise ValueError(f"The model to copy masks to has no {p} of shape {tuple(mask.shape)} in a layer {n!r}")
+    for n,p,mask in found: _check_has_param(layers.get(n), n, p, mask.shape)
     for n,p,mask in found:
         mask, old = mask.to(layers[n]._parameters[p].device), get_mask(layers[n], p)
         if old is None or not torch.equal(mask, old): set_mask(layers[n], mask, p)
     watch_loads(unwrapped(dest))
     return dest
+
+# %% ../../nbs/train/02_keep_masks.ipynb #5c891029
+def _check_has_param(layer, name, param, shape):
+    own = getattr(layer, '_parameters', {}).get(param)
+    if own is None or own.shape != shape:
+        raise ValueError(f"The model to copy masks to has no {param} of shape {tuple(shape)} in a layer {name!r}")

@@ -64,11 +64,11 @@ def why_off_target(
 )->str:
     "Why the model is not as sparse as `targets` ask for"
     if trained_last is not None and trained_last.percent - now.percent > .1:
-        return (f'The weights that were loaded at the end are less sparse than those trained last ({trained_last}): they '
-                'are of an epoch before the end of the schedule, which SaveModelCallback may choose')
+        return ('The weights that were loaded at the end are less sparse than those trained last '
+                f'({trained_last}): they are of an epoch before the end of the schedule, as SaveModelCallback chooses')
     if position < 1: return f'The target was not reached: training ended when {position:.0%} of it was done'
     if is_behind:
         return ('The target was not reached: the last batches had no finite loss, or lacked the gradients that the '
                 'criterion reads')
-    return (f'This is not the target of {targets}: groups are dropped as a whole, the context shares the sparsity among '
-            'layers in another way, or other weights have been loaded')
+    return (f'This is not the target of {targets}: groups are dropped as a whole, the context shares the sparsity '
+            'among layers in another way, or other weights have been loaded')

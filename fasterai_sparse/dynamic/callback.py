@@ -154,8 +154,9 @@ def tear_down(self:DynamicSparseTrainingCallback):
 @patch
 def _check_modules(self:DynamicSparseTrainingCallback):
     "Raise `ValueError` where one of `sparse_modules` has no mask, or does not belong to the model"
-    names, known = {m: type(m).__name__ for m in self.sparse_modules or ()}, set(self.model.modules())
-    for m,name in names.items():
+    known = set(self.model.modules())
+    for m in self.sparse_modules or ():
+        name = type(m).__name__
         if m not in known: raise ValueError(f"sparse_modules must be layers of the learner's model, not another {name}")
         if self.sparsity is None and not sparse_params(m):
             raise ValueError(f"A {name} of sparse_modules has no mask: call sparsify_model(model, 0.9) first")
@@ -187,10 +188,14 @@ def _make_sparsifier(self:DynamicSparseTrainingCallback):
     context = None if self.sparsity is None else ifnone(self.context, 'global')
     s = DropGrow(unwrapped(self.model), self.keep_score_f, self.grow_score_f, self.redistribute, self.granularity,
                  context, self.sparse_modules, self.seed)
-    if not accepts(s.allocation, 'scores'):   # it can be tried now
-        params = [s.param(n) for n in s.layers]
-        s.allocation(params, ifnone(self.target, 0), **accepted_by(s.allocation, names=list(s.layers)))
+    _try_allocation(s, ifnone(self.target, 0))
     return s
+
+# %% ../../nbs/dynamic/02_callback.ipynb #109e959f
+def _try_allocation(s, target):
+    "Have an allocation that needs no scores raise its errors now"
+    if accepts(s.allocation, 'scores'): return
+    s.allocation([s.param(n) for n in s.layers], target, **accepted_by(s.allocation, names=list(s.layers)))
 
 # %% ../../nbs/dynamic/02_callback.ipynb #ddab9400
 @patch
@@ -268,11 +273,13 @@ def _see_gradients(self:DynamicSparseTrainingCallback):
     if 'opt' in s.needs: self._track_averages()
     self.update_due = self._is_due()
     if not self.update_due: return False
-    grads = [p.grad for p in map(s.param, s.layers) if p.grad is not None]
-    if not all(g.sum().isfinite() for g in grads): return self._postpone()
+    if not all(_is_finite(s.param(n).grad) for n in s.layers): return self._postpone()
     s.n_calls = self.n_seen   # random choices depend on it
     self._update() if self.replace_step else s.read()
     return True
+
+# %% ../../nbs/dynamic/02_callback.ipynb #b991ed30
+def _is_finite(grad): return grad is None or bool(grad.sum().isfinite())
 
 # %% ../../nbs/dynamic/02_callback.ipynb #d8fecbb1
 @patch
@@ -368,7 +375,7 @@ def _opt_state(self:DynamicSparseTrainingCallback, p):
 def _track_averages(self:DynamicSparseTrainingCallback):
     "Update the averages of the gradients (0.9 old, 0.1 new), but for gradients that are not finite"
     for p in map(self.sparsifier.param, self.sparsifier.layers):
-        if p.grad is None or not p.grad.sum().isfinite(): continue
+        if p.grad is None or not _is_finite(p.grad): continue
         if id(p) in self.grad_averages: self.grad_averages[id(p)].lerp_(p.grad, .1)
         else: self.grad_averages[id(p)] = .1*p.grad
 
@@ -414,17 +421,15 @@ def _log_update(self:DynamicSparseTrainingCallback):
     if not self.log_rows: self.layer_rows = [{**self.layer_rows[0], 'epoch': self.first_batch/self.n_iter}]
     epoch, live_before = self.n_seen/self.n_iter, _n_live(self.zeros_now)
     live = _n_live(self._log_layers(epoch))
-    grown = (self.n_changed+live-live_before)//2   # what is dropped and what is grown is n_changed together
-    self.log_rows.append(dict(
-        epoch=epoch, drop_share=self.sparsifier.drop, dropped=live_before-live+grown, grown=grown,
-        changed=grown/max(live, 1), live=live, **self._log_masks()))
+    grown = (self.n_changed+live-live_before)//2   # dropped and grown are n_changed together
+    row = dict(epoch=epoch, drop_share=self.sparsifier.drop, dropped=live_before-live+grown, grown=grown)
+    self.log_rows.append({**row, 'changed': grown/max(live, 1), 'live': live, **self._log_masks()})
 
 def _n_live(zeros): return zeros.n - zeros.n_zero
 
 # %% ../../nbs/dynamic/02_callback.ipynb #80170ca5
 @patch
 def _log_masks(self:DynamicSparseTrainingCallback):
-    "How far the masks have come"
     s = self.sparsifier
     masks = {id(s.param(n)): (m, get_mask(m, p).bool()) for n,(m,p) in s.layers.items()}
     still_live = sum(n_true(mask & self.masks_at_start[i]) for i,(_,mask) in masks.items())
@@ -441,9 +446,9 @@ def _n_dead(m, mask):
 # %% ../../nbs/dynamic/02_callback.ipynb #067351ae
 @patch
 def plot(self:DynamicSparseTrainingCallback,
-    axs=None, # Two axes of matplotlib; None: new ones
+    axs=None, # Two axes of matplotlib
 ):
-    "Plot the layers' sparsities over the last fit, and how far its masks have come; returns the axes"
+    "Plot the sparsities of the layers, and how far the masks have come; returns the axes"
     import matplotlib.pyplot as plt
     if not self.layer_rows: raise ValueError("There is nothing to plot before a fit")
     if axs is None: _,axs = plt.subplots(1, 2, figsize=(10,3.5), layout='constrained')

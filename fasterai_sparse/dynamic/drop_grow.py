@@ -7,7 +7,7 @@ __all__ = ['random_score', 'weight_magnitude', 'gradient_magnitude', 'gradient_m
            'drawn_places', 'DropGrow', 'check_drop_grow', 'mean_momentum', 'shared_out']
 
 # %% ../../nbs/dynamic/01_drop_grow.ipynb #3755808e
-import inspect, math
+import inspect
 from fractions import Fraction
 
 import torch
@@ -72,8 +72,8 @@ def magnitude_and_gradient(
 
 # %% ../../nbs/dynamic/01_drop_grow.ipynb #2039071d
 def drawn_places(
-    free, # Bool tensor of the places that can be drawn
-    n:int, # How many to draw
+    free, # Bool tensor: places that can be drawn
+    n:int,
     generator, # On the CPU
 )->torch.Tensor:
     "A bool tensor like `free` in which `n` of its True are left, drawn by `generator`"
@@ -258,19 +258,16 @@ def _check_outputs_grow(self:DropGrow, name):
 
 # %% ../../nbs/dynamic/01_drop_grow.ipynb #e5985072
 def check_drop_grow(
-    keep, # As for `DropGrow`
-    grow, # As for `DropGrow`
-    granularity, # As for `DropGrow`
-    redistribute=None, # As for `DropGrow`
+    keep, grow, granularity, redistribute=None, # As for `DropGrow`
 )->None:
     "Raise `ValueError` where `DropGrow` can't work with these arguments, whatever the model"
     if isinstance(granularity, NM):
         raise ValueError("Weights that are dropped and grown one by one keep no N:M pattern: use another granularity")
-    _check_scores(as_criteria(keep).needs, as_criteria(grow).needs)
+    _check_needs(as_criteria(keep).needs, as_criteria(grow).needs)
     if redistribute is not None: _check_redistribute(redistribute)
 
 # %% ../../nbs/dynamic/01_drop_grow.ipynb #dd7acdd2
-def _check_scores(keep_needs, grow_needs):
+def _check_needs(keep_needs, grow_needs):
     unknown = grow_needs - {'grad', 'opt', 'generator'} | keep_needs & {'data'}
     if unknown: raise ValueError(f"Drop and grow have no {sorted(unknown)} for scores: a grow score may ask for "
                                  "grad, opt and generator, a keep score for init and prev too")

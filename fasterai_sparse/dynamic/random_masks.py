@@ -34,8 +34,8 @@ def sparsify_model(
     scores=random_criteria, # Score of the weights that are kept: a function or a `Criteria`
 )->Hooks:
     """Give each layer in `sparseable_modules` a mask and a buffer with its sparsity, unless it stays dense.
-    `remove()` of the result ends the enforcement; masks and zeros stay. Raises `ValueError` for a sparsity outside 0 to 1, for
-    layers that can't carry a mask, and for hooks on a compiled model, which would never run."""
+    `remove()` of the result ends the enforcement; masks and zeros stay. Raises `ValueError` for a sparsity outside
+    0 to 1, for layers that can't carry a mask, and for hooks on a compiled model, which would never run."""
     model = model_of(model)
     check_fraction(model_sparsity)
     _check_hooks_run(model, enforce_mask)

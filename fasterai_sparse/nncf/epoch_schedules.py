@@ -100,6 +100,10 @@ class Polynomial(EpochSchedule):
     def level_at(self, state, epoch, step, n_steps):
         return self.level(epoch, step, n_steps) if self.update_per_optimizer_step else state.level
 
+    def over(self, n_epochs):
+        if not self.update_per_optimizer_step: return super().over(n_epochs)
+        return Schedule(_PolynomialSteps(self, n_epochs))
+
 # %% ../../nbs/nncf/00_epoch_schedules.ipynb #93fc0bfd
 @patch
 def level(self:Polynomial,
@@ -311,13 +315,6 @@ class _EpochSteps:
     def __call__(self, start, end, pos):
         part = math.ceil(pos*len(self.shares) - 1e-9) - 1
         return start + (end-start)*self.shares[min(max(part, 0), len(self.shares)-1)]
-
-# %% ../../nbs/nncf/00_epoch_schedules.ipynb #a87de79f
-@patch
-def over(self:Polynomial, n_epochs)->Schedule:
-    "As for all schedules, but with `update_per_optimizer_step` the level moves on within the epochs too"
-    if not self.update_per_optimizer_step: return super(Polynomial, self).over(n_epochs)
-    return Schedule(_PolynomialSteps(self, n_epochs))
 
 # %% ../../nbs/nncf/00_epoch_schedules.ipynb #79546b17
 @dataclass(frozen=True)

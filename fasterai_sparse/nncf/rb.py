@@ -231,7 +231,7 @@ def after_loss(self:RBSparsityCallback):
     self.add_to_log(overall)
     self.gaps = self._density_gaps(zeros, overall)
     squares = [(gap/self.p)**2 for gap in self.gaps.values()]
-    self.losses.append(sum(squares)/(len(squares) if self.context == 'global' else 1))
+    self.losses.append(squares[0] if self.context == 'global' else sum(squares))
     self.learn.loss_grad = self.learn.loss_grad + self.losses[-1]
 
 # %% ../../nbs/nncf/02_rb.ipynb #0337271e

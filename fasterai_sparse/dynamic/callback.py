@@ -97,12 +97,15 @@ _SHARE = 'a share from 0 to 1', lambda v: 0 <= v <= 1
 
 def _check_times(batches_per_update, epochs_per_update, start_pct, stop_pct):
     check_whole('batches_per_update', batches_per_update)
-    is_positive = is_number(epochs_per_update) and epochs_per_update > 0
-    if epochs_per_update is not None and (batches_per_update is not None or not is_positive):
-        raise ValueError("epochs_per_update is a positive number in place of batches_per_update, "
-                         f"not {epochs_per_update!r} beside {batches_per_update!r}")
+    if epochs_per_update is not None: _check_epochs(epochs_per_update, batches_per_update)
     for n,v in dict(start_pct=start_pct, stop_pct=stop_pct).items(): check_number(n, v, *_SHARE)
     if start_pct >= stop_pct: raise ValueError(f"Updates need start_pct < stop_pct, not {start_pct} to {stop_pct}")
+
+# %% ../../nbs/dynamic/02_callback.ipynb #6b4d7b7e
+def _check_epochs(epochs, batches):
+    if batches is None and is_number(epochs) and epochs > 0: return
+    raise ValueError("epochs_per_update is a positive number in place of batches_per_update, "
+                     f"not {epochs!r} beside {batches!r}")
 
 # %% ../../nbs/dynamic/02_callback.ipynb #22a0cf8d
 def _checked_target(sparsity, context):
@@ -128,14 +131,18 @@ def set_up(self:DynamicSparseTrainingCallback)->bool:
     self.grad_averages, self.first_batch, self.update_due, self.is_done, self.unreached = {}, None, False, False, ()
     self.keep_masks()   # first of all: processes that train together have the same masks from here on
     self._start_log()
-    if not s.layers:
-        if self.opt: warnings.warn("All layers with masks are frozen: waiting for a fit in which they train")
-        return False
-    with torch.no_grad():   # a mask that the user has registered may keep weights that are zero
-        for n,(m,p) in s.layers.items(): write_masked(s.param(n), get_mask(m, p).bool())
+    if s.layers: self._join_in()
+    elif self.opt: warnings.warn("All layers with masks are frozen: waiting for a fit in which they train")
+    return bool(s.layers)
+
+# %% ../../nbs/dynamic/02_callback.ipynb #5217f5d6
+@patch
+@torch.no_grad()
+def _join_in(self:DynamicSparseTrainingCallback):
+    s = self.sparsifier
+    for n,(m,p) in s.layers.items(): write_masked(s.param(n), get_mask(m, p).bool())   # a user's mask may keep zeros
     s.opt = self._opt_state
     self.add_companion(_UpdateSteps)
-    return True
 
 # %% ../../nbs/dynamic/02_callback.ipynb #2629bfa9
 @patch
@@ -181,10 +188,14 @@ def _make_sparsifier(self:DynamicSparseTrainingCallback):
     context = None if self.sparsity is None else ifnone(self.context, 'global')
     s = DropGrow(unwrapped(self.model), self.keep_score_f, self.grow_score_f, self.redistribute, self.granularity,
                  context, self.sparse_modules, self.seed)
-    if not accepts(s.allocation, 'scores'):   # it can be tried now
-        params = [s.param(n) for n in s.layers]
-        s.allocation(params, ifnone(self.target, 0), **accepted_by(s.allocation, names=list(s.layers)))
+    _try_allocation(s, ifnone(self.target, 0))
     return s
+
+# %% ../../nbs/dynamic/02_callback.ipynb #109e959f
+def _try_allocation(s, target):
+    "Have an allocation that needs no scores raise its errors now"
+    if accepts(s.allocation, 'scores'): return
+    s.allocation([s.param(n) for n in s.layers], target, **accepted_by(s.allocation, names=list(s.layers)))
 
 # %% ../../nbs/dynamic/02_callback.ipynb #ddab9400
 @patch
@@ -258,15 +269,17 @@ def _lacks_last(self:DynamicSparseTrainingCallback):
 @patch
 def _see_gradients(self:DynamicSparseTrainingCallback):
     "Read the gradients for an update, if one is due and they are finite; returns whether it comes"
-    if 'opt' in self.sparsifier.needs: self._track_averages()
+    s = self.sparsifier
+    if 'opt' in s.needs: self._track_averages()
     self.update_due = self._is_due()
     if not self.update_due: return False
-    grads = [p.grad for p in map(self.sparsifier.param, self.sparsifier.layers) if p.grad is not None]
-    if not all(g.sum().isfinite() for g in grads): return self._postpone()
-    self.sparsifier.n_calls = self.n_seen   # random choices depend on it
-    if self.replace_step: self._update()
-    else: self.sparsifier.read()
+    if not all(_is_finite(s.param(n).grad) for n in s.layers): return self._postpone()
+    s.n_calls = self.n_seen   # random choices depend on it
+    self._update() if self.replace_step else s.read()
     return True
+
+# %% ../../nbs/dynamic/02_callback.ipynb #b991ed30
+def _is_finite(grad): return grad is None or bool(grad.sum().isfinite())
 
 # %% ../../nbs/dynamic/02_callback.ipynb #d8fecbb1
 @patch
@@ -278,16 +291,20 @@ def _postpone(self:DynamicSparseTrainingCallback):
 # %% ../../nbs/dynamic/02_callback.ipynb #60199cd8
 @patch
 def _begin(self:DynamicSparseTrainingCallback):
-    "Note at which batch the fit starts, and make the courses of sparsity and share to drop"
+    "Note at which batch the fit starts"
     self.first_batch = self.n_seen = max(self._n_done()-1, 0)
-    total, every = self.n_epoch*self.n_iter, self._every()
+    self._make_courses()
+    self._warn_without_update(self.n_epoch*self.n_iter, self._every())
+
+# %% ../../nbs/dynamic/02_callback.ipynb #18a2cfff
+@patch
+def _make_courses(self:DynamicSparseTrainingCallback):
     in_window = partial(windowed, start=self.start_pct, end=self.stop_pct)
     self.drop_course = Course(in_window(self.drop_schedule))
-    schedule, last_update = in_window(self.sparsity_schedule), self.first_batch//every*every
-    share = schedule.progress(last_update/total) if last_update else 0.
+    schedule, n_before = in_window(self.sparsity_schedule), self.first_batch//self._every()*self._every()
+    share = schedule.progress(n_before/(self.n_epoch*self.n_iter)) if n_before else 0.
     found = self.zeros_at_start.fraction
     self.course = _CourseFromHere(schedule, self.target, freeze_pct=self.stop_pct, found=found, share=share)
-    self._warn_without_update(total, every)
 
 # %% ../../nbs/dynamic/02_callback.ipynb #c3edb887
 @dataclass
@@ -358,7 +375,7 @@ def _opt_state(self:DynamicSparseTrainingCallback, p):
 def _track_averages(self:DynamicSparseTrainingCallback):
     "Update the averages of the gradients (0.9 old, 0.1 new), but for gradients that are not finite"
     for p in map(self.sparsifier.param, self.sparsifier.layers):
-        if p.grad is None or not p.grad.sum().isfinite(): continue
+        if p.grad is None or not _is_finite(p.grad): continue
         if id(p) in self.grad_averages: self.grad_averages[id(p)].lerp_(p.grad, .1)
         else: self.grad_averages[id(p)] = .1*p.grad
 
@@ -404,17 +421,15 @@ def _log_update(self:DynamicSparseTrainingCallback):
     if not self.log_rows: self.layer_rows = [{**self.layer_rows[0], 'epoch': self.first_batch/self.n_iter}]
     epoch, live_before = self.n_seen/self.n_iter, _n_live(self.zeros_now)
     live = _n_live(self._log_layers(epoch))
-    grown = (self.n_changed+live-live_before)//2   # what is dropped and what is grown is n_changed together
-    self.log_rows.append(dict(
-        epoch=epoch, drop_share=self.sparsifier.drop, dropped=live_before-live+grown, grown=grown,
-        changed=grown/max(live, 1), live=live, **self._log_masks()))
+    grown = (self.n_changed+live-live_before)//2   # dropped and grown are n_changed together
+    row = dict(epoch=epoch, drop_share=self.sparsifier.drop, dropped=live_before-live+grown, grown=grown)
+    self.log_rows.append({**row, 'changed': grown/max(live, 1), 'live': live, **self._log_masks()})
 
 def _n_live(zeros): return zeros.n - zeros.n_zero
 
 # %% ../../nbs/dynamic/02_callback.ipynb #80170ca5
 @patch
 def _log_masks(self:DynamicSparseTrainingCallback):
-    "How far the masks have come"
     s = self.sparsifier
     masks = {id(s.param(n)): (m, get_mask(m, p).bool()) for n,(m,p) in s.layers.items()}
     still_live = sum(n_true(mask & self.masks_at_start[i]) for i,(_,mask) in masks.items())
@@ -431,9 +446,9 @@ def _n_dead(m, mask):
 # %% ../../nbs/dynamic/02_callback.ipynb #067351ae
 @patch
 def plot(self:DynamicSparseTrainingCallback,
-    axs=None, # Two axes of matplotlib; None: new ones
+    axs=None, # Two axes of matplotlib
 ):
-    "Plot the layers' sparsities over the last fit, and how far its masks have come; returns the axes"
+    "Plot the sparsities of the layers, and how far the masks have come; returns the axes"
     import matplotlib.pyplot as plt
     if not self.layer_rows: raise ValueError("There is nothing to plot before a fit")
     if axs is None: _,axs = plt.subplots(1, 2, figsize=(10,3.5), layout='constrained')

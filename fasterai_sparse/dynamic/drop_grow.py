@@ -7,7 +7,7 @@ __all__ = ['random_score', 'weight_magnitude', 'gradient_magnitude', 'gradient_m
            'drawn_places', 'DropGrow', 'check_drop_grow', 'mean_momentum', 'shared_out']
 
 # %% ../../nbs/dynamic/01_drop_grow.ipynb #3755808e
-import inspect, math
+import inspect
 from fractions import Fraction
 
 import torch
@@ -72,16 +72,16 @@ def magnitude_and_gradient(
 
 # %% ../../nbs/dynamic/01_drop_grow.ipynb #2039071d
 def drawn_places(
-    free, # Bool tensor of the places that can be drawn
-    n:int, # How many to draw
-    generator, # A CPU generator
+    free, # Bool tensor: places that can be drawn
+    n:int,
+    generator, # On the CPU
 )->torch.Tensor:
-    "A bool tensor like `free` in which `n` of its True, drawn by `generator`, are True"
+    "A bool tensor like `free` in which `n` of its True are left, drawn by `generator`"
     n_free, flat = n_true(free), free.flatten().cpu()
     if not 0 <= n <= n_free: raise ValueError(f"Can't draw {n} of {n_free} places")
     are_few = 4*n_free < 3*len(flat) or 4*n > n_free
-    picked = (_draw_from_list if are_few else _draw_anywhere)(flat, n, generator)
-    return picked.to(free.device).view(free.shape)
+    draw = _draw_from_list if are_few else _draw_anywhere
+    return draw(flat, n, generator).to(free.device).view(free.shape)
 
 # %% ../../nbs/dynamic/01_drop_grow.ipynb #21aad0f3
 def _draw_from_list(free, n, generator):
@@ -173,13 +173,18 @@ def _scores_to_grow(self:DropGrow, name):
 # %% ../../nbs/dynamic/01_drop_grow.ipynb #8d38a1f4
 @patch
 def _plan(self:DropGrow, names, allocation, fraction, round_to, norms):
-    check_number('drop', self.drop, 'a share of the live weights from 0 to 1', lambda v: 0 <= v <= 1)
-    if fraction and allocation == self.current_sparsities: raise ValueError(
-        f"Each layer keeps as many weights as it has: "
-        f"a target of {float(fraction):.2%} needs a context that shares it out")
+    self._check_drop(allocation, fraction)
     names, self.n_stay = [n for n in names if self._is_reached(n)], {}
     plan = self._with_drops(super(DropGrow, self)._plan(names, allocation, fraction, round_to, norms)) if names else []
     return plan if self.redistribute is None else self._redistributed(list(plan))
+
+# %% ../../nbs/dynamic/01_drop_grow.ipynb #13dae31f
+@patch
+def _check_drop(self:DropGrow, allocation, fraction):
+    check_number('drop', self.drop, 'a share of the live weights from 0 to 1', lambda v: 0 <= v <= 1)
+    if fraction and allocation == self.current_sparsities: raise ValueError(
+        "Each layer keeps as many weights as it has: "
+        f"a target of {float(fraction):.2%} needs a context that shares it out")
 
 # %% ../../nbs/dynamic/01_drop_grow.ipynb #34df66d3
 @patch
@@ -231,8 +236,7 @@ def _find_layers(self:DropGrow):
     names = {m: n for n,m in self.model.named_modules()}
     for m,p,w,_ in masked_params(self.model):
         if w.dim() < 2 or chosen is not None and m not in chosen: continue
-        path = [names[m], '' if p == 'weight' else p]
-        self._add_layer('.'.join(filter(None, path)) or 'model', m, p)
+        self._add_layer('.'.join(filter(None, [names[m], '' if p == 'weight' else p])) or 'model', m, p)
     if not self.layers: raise ValueError("There are no masks to go by: call sparsify_model(model, 0.9) first")
 
 # %% ../../nbs/dynamic/01_drop_grow.ipynb #676e6e1f
@@ -241,26 +245,32 @@ def _add_layer(self:DropGrow, name, m, p):
     self.matched[name] = self.layers[name] = m, p
     self.groups[name] = g = Spanning() if self.granularity == 'weight' else group_weights(m, self.granularity)
     if why := g.misfit(self.param(name).shape): raise ValueError(f"{name} {why}")
-    if Granularities.has(m) and drops_outputs(m, g) and self.grow.f is not random_score: raise ValueError(
-        f"The outputs of {name} that are dropped have no gradient to grow by (their BatchNorm is masked too): "
-        f"with granularity {self.granularity!r}, grow by random_score")
+    if Granularities.has(m) and drops_outputs(m, g): self._check_outputs_grow(name)
     if not torch.equal(g.expand(self.live(name), self.param(name).shape), get_mask(m, p).bool()):
         raise ValueError(f"The mask of {name} does not keep or drop whole groups of granularity {self.granularity!r}")
 
+# %% ../../nbs/dynamic/01_drop_grow.ipynb #175a2eed
+@patch
+def _check_outputs_grow(self:DropGrow, name):
+    if self.grow.f is not random_score: raise ValueError(
+        f"The outputs of {name} that are dropped have no gradient to grow by (their BatchNorm is masked too): "
+        f"with granularity {self.granularity!r}, grow by random_score")
+
 # %% ../../nbs/dynamic/01_drop_grow.ipynb #e5985072
 def check_drop_grow(
-    keep, # As for `DropGrow`
-    grow, # As for `DropGrow`
-    granularity, # As for `DropGrow`
-    redistribute=None, # As for `DropGrow`
+    keep, grow, granularity, redistribute=None, # As for `DropGrow`
 )->None:
     "Raise `ValueError` where `DropGrow` can't work with these arguments, whatever the model"
     if isinstance(granularity, NM):
         raise ValueError("Weights that are dropped and grown one by one keep no N:M pattern: use another granularity")
-    unknown = as_criteria(grow).needs - {'grad', 'opt', 'generator'} | as_criteria(keep).needs & {'data'}
+    _check_needs(as_criteria(keep).needs, as_criteria(grow).needs)
+    if redistribute is not None: _check_redistribute(redistribute)
+
+# %% ../../nbs/dynamic/01_drop_grow.ipynb #dd7acdd2
+def _check_needs(keep_needs, grow_needs):
+    unknown = grow_needs - {'grad', 'opt', 'generator'} | keep_needs & {'data'}
     if unknown: raise ValueError(f"Drop and grow have no {sorted(unknown)} for scores: a grow score may ask for "
                                  "grad, opt and generator, a keep score for init and prev too")
-    if redistribute is not None: _check_redistribute(redistribute)
 
 # %% ../../nbs/dynamic/01_drop_grow.ipynb #2f3bc5eb
 def _check_redistribute(f):

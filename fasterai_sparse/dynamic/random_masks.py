@@ -19,7 +19,7 @@ from ..core.allocation import uniform_sparsity
 from ..core.criteria import random_criteria
 from ..core.granularity import Granularities
 from ..core.masks import apply_masks, get_mask, masked_params, note_sparsity
-from ..core.select import as_ratio, n_true, n_zeros, top_k_mask
+from ..core.select import as_ratio, measured, n_zeros, top_k_mask, Zeros
 from ..core.sparsifier import Sparsifier
 from ..core.targets import check_fraction
 
@@ -33,9 +33,9 @@ def sparsify_model(
     seed:int=None, # For random scores; None: torch's own generator
     scores=random_criteria, # Score of the weights that are kept: a function or a `Criteria`
 )->Hooks:
-    """Give each layer in `sparseable_modules` a mask and a buffer with its sparsity, unless it stays dense. `remove()` of the
-    result ends the enforcement; masks and zeros stay. Raises `ValueError` for a sparsity outside 0 to 1, for hooks on a
-    compiled model, which would never run, and for layers that can't carry a mask."""
+    """Give each layer in `sparseable_modules` a mask and a buffer with its sparsity, unless it stays dense.
+    `remove()` of the result ends the enforcement; masks and zeros stay. Raises `ValueError` for a sparsity outside
+    0 to 1, for layers that can't carry a mask, and for hooks on a compiled model, which would never run."""
     model = model_of(model)
     check_fraction(model_sparsity)
     _check_hooks_run(model, enforce_mask)
@@ -63,10 +63,10 @@ def _sparseable_types(model):
 # %% ../../nbs/dynamic/00_random_masks.ipynb #882a1d18
 def _warn_of_revival(s, old, sparsity):
     "Warn where the masks `old` keep fewer weights than are asked for now"
-    params = {n: s.param(n) for n in old}
-    n_live = sum(p.numel() if old[n] is None else n_true(old[n].bool()) for n,p in params.items())
-    n_all = sum(p.numel() for p in params.values())
-    if n_all - n_zeros(sparsity, n_all) > n_live: warnings.warn(
+    zeros = [Zeros(0, s.param(n).numel()) if mask is None else measured([mask]) for n,mask in old.items()]
+    overall = sum(zeros, Zeros(0, 0))
+    n_live = overall.n - overall.n_zero
+    if overall.n_zero > n_zeros(sparsity, overall.n): warnings.warn(
         f"The model has masks that keep {n_live:,} weights, fewer than are asked for now: "
         "those that come back start from zero")
 
@@ -109,7 +109,7 @@ def sparse_mask(
     sparsity:float, # Fraction that is False
     seed:int=None, # None: torch's own generator
 )->torch.Tensor:
-    "A random bool mask of the shape `sizes`, in which exactly `n_zeros(sparsity, n)` of the `n` elements are False"
+    "A random bool mask with exactly `n_zeros(sparsity, n)` of its `n` elements False"
     check_fraction(sparsity)
     n, sizes = math.prod(sizes), tuple(sizes)
     gen = None if seed is None else torch.Generator().manual_seed(seed)

@@ -39,8 +39,11 @@ _params = {'const_sparsity': (),
            'rb_sparsity': (*_schedule_keys, 'sparsity_level_setting_mode')}
 
 # %% ../../nbs/nncf/05_config.ipynb #e442a7b0
-def _check_key(where, key, allowed):
-    if key not in allowed: raise ValueError(f"{where} has no key {key!r}; it may have {list(allowed)}")
+def _check_keys(where, d, allowed):
+    "Raise `ValueError` unless `d` is a dict with no other keys than those that are `allowed`"
+    if not isinstance(d, dict): raise ValueError(f"{where} is a dict, not {d!r}")
+    for k in d:
+        if k not in allowed: raise ValueError(f"{where} has no key {k!r}; it may have {list(allowed)}")
 
 # %% ../../nbs/nncf/05_config.ipynb #ea95ddd2
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class SparsityAlgorithm:
 
     def __post_init__(self):
         _check_choice('algorithm', self.algorithm, list(ALGORITHMS))
-        for k in self.params: _check_key('params', k, _params[self.algorithm])
+        _check_keys('params', self.params, _params[self.algorithm])
         self._check_values()
         for n in ('ignored_scopes', 'target_scopes'): object.__setattr__(self, n, _as_scopes(n, getattr(self, n)))
         self.schedule   # raises where its parameters are wrong
@@ -96,10 +99,13 @@ def _as_scopes(name, value):
     scopes = (value,) if isinstance(value, str) else value
     if not isinstance(scopes, (list,tuple)) or not all(isinstance(s, str) for s in scopes):
         raise ValueError(f"{name} is a name or a list of names, not {scopes!r}")
-    for s in scopes:
-        try: '{re}' in s and re.compile(s.replace('{re}', ''))
-        except re.error as e: raise ValueError(f"{name} has {s!r}, which is not a regular expression: {e}") from e
+    for s in scopes: _check_scope(name, s)
     return tuple(scopes)
+
+# %% ../../nbs/nncf/05_config.ipynb #7e74c85b
+def _check_scope(name, scope):
+    try: '{re}' in scope and re.compile(scope.replace('{re}', ''))
+    except re.error as e: raise ValueError(f"{name} has {scope!r}, which is not a regular expression: {e}") from e
 
 # %% ../../nbs/nncf/05_config.ipynb #2f9b99b0
 @patch
@@ -114,10 +120,9 @@ def _warn_of_no_effect(self:SparsityAlgorithm):
 @patch(as_prop=True)
 def bn_samples(self:SparsityAlgorithm)->int:
     "Samples for BatchNorm adaptation; 0 without an initializer"
-    for k in self.initializer: _check_key('initializer', k, ['batchnorm_adaptation'])
     adaptation = self.initializer.get('batchnorm_adaptation', {})
-    if not isinstance(adaptation, dict): raise ValueError(f"batchnorm_adaptation is a dict, not {adaptation!r}")
-    for k in adaptation: _check_key('batchnorm_adaptation', k, ['num_bn_adaptation_samples'])
+    _check_keys('initializer', self.initializer, ['batchnorm_adaptation'])
+    _check_keys('batchnorm_adaptation', adaptation, ['num_bn_adaptation_samples'])
     return adaptation.get('num_bn_adaptation_samples', 2048) if self.initializer else 0
 
 # %% ../../nbs/nncf/05_config.ipynb #08d1d30e
@@ -134,12 +139,17 @@ def schedule(self:SparsityAlgorithm):
 def _config_of(source):
     "The dict (or list) that `source` is, or that its file or text holds"
     if isinstance(source, (dict, list)): return deepcopy(source)
-    is_text = isinstance(source, str) and any(c in source for c in '{[\n')
-    text, where = (source, 'The configuration') if is_text else (Path(source).read_text('utf-8-sig'), str(source))
+    text, where = _text_of(source)
     if not text.strip(): raise ValueError(f"{where} is empty")
     try: return hjson.loads(text.lstrip('\ufeff'), object_pairs_hook=_unique_keys)
     except hjson.HjsonDecodeError as e:
         raise ValueError(f"{where} can't be read: {e.msg}, line {e.lineno}, column {e.colno}") from e
+
+# %% ../../nbs/nncf/05_config.ipynb #1df64652
+def _text_of(source):
+    "The text that `source` is, or that its file holds, and what to call it in an error"
+    is_text = isinstance(source, str) and any(c in source for c in '{[\n')
+    return (source, 'The configuration') if is_text else (Path(source).read_text('utf-8-sig'), str(source))
 
 # %% ../../nbs/nncf/05_config.ipynb #10161f21
 def _unique_keys(pairs):
@@ -153,9 +163,7 @@ def _algorithm(d):
     "The `SparsityAlgorithm` of the dict `d`"
     if not isinstance(d, dict): raise ValueError(f"An algorithm is a dict with the key 'algorithm', not {d!r}")
     _check_choice('algorithm', d.get('algorithm'), list(ALGORITHMS))
-    for k in d: _check_key(d['algorithm'], k, _keys[d['algorithm']])
-    for k in ('params', 'initializer'):
-        if not isinstance(d.get(k, {}), dict): raise ValueError(f"{k} is a dict, not {d[k]!r}")
+    _check_keys(d['algorithm'], d, _keys[d['algorithm']])
     return SparsityAlgorithm(**d)
 
 # %% ../../nbs/nncf/05_config.ipynb #48dae7a9
@@ -209,16 +217,20 @@ def _scope_matches(scope, names):
 def scoped_layers(
     a:SparsityAlgorithm,
     model:nn.Module, # The whole model
-    layer_type=CONV_AND_LINEAR, # Layers that scopes can select, a module class or a tuple of them
+    layer_type=CONV_AND_LINEAR, # A module class or a tuple of them
 )->list:
     "Names of the layers that the scopes of `a` select; raises `ValueError` for one without a match, if it validates"
     names = _both_names(unwrapped(model), layer_type)
-    targets = a.target_scopes
+    if a.validate_scopes: _check_matches((*a.ignored_scopes, *(a.target_scopes or ())), names)
     matches = lambda scopes, layer: any(_scope_matches(s, names[layer]) for s in scopes)
-    lost = [s for s in (*a.ignored_scopes, *(targets or ())) if not any(matches([s], n) for n in names)]
-    if lost and a.validate_scopes:
-        raise ValueError(f"The scope {lost[0]!r} matches no layer; the layers are {list(names)}")
-    return [n for n in names if (targets is None or matches(targets, n)) and not matches(a.ignored_scopes, n)]
+    meant = [n for n in names if a.target_scopes is None or matches(a.target_scopes, n)]
+    return [n for n in meant if not matches(a.ignored_scopes, n)]
+
+# %% ../../nbs/nncf/05_config.ipynb #0807c642
+def _check_matches(scopes, names):
+    for s in scopes:
+        if any(_scope_matches(s, both) for both in names.values()): continue
+        raise ValueError(f"The scope {s!r} matches no layer; the layers are {list(names)}")
 
 # %% ../../nbs/nncf/05_config.ipynb #6e47062d
 def _both_names(model, layer_type):
@@ -233,10 +245,9 @@ def _both_names(model, layer_type):
 def callbacks_from_config(
     cfg:SparsityConfig,
     learn, # The learner that they are for; its model has the layers
-    mask_lr:float=.1, # Learning rate of RB's logits, to be multiplied by `compression_lr_multiplier`
+    mask_lr:float=.1, # Learning rate of RB's logits, before `compression_lr_multiplier`
 )->list:
-    """The callbacks, one for each algorithm of `cfg`. Raises `ValueError` where the scopes leave no layer, and
-    where two algorithms would mask the same layer."""
+    "The callbacks, one for each algorithm; raises `ValueError` where one has no layer, or two have the same one"
     layers = [scoped_layers(a, learn.model) for a in cfg.algorithms]
     _check_disjoint(cfg.algorithms, layers)
     return [_callback(a, names, mask_lr) for a,names in zip(cfg.algorithms, layers)]

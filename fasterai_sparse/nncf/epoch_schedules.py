@@ -100,18 +100,22 @@ class Polynomial(EpochSchedule):
     def level_at(self, state, epoch, step, n_steps):
         return self.level(epoch, step, n_steps) if self.update_per_optimizer_step else state.level
 
+    def over(self, n_epochs):
+        if not self.update_per_optimizer_step: return super().over(n_epochs)
+        return Schedule(_PolynomialSteps(self, n_epochs))
+
 # %% ../../nbs/nncf/00_epoch_schedules.ipynb #93fc0bfd
 @patch
 def level(self:Polynomial,
     epoch:float, # From 0
     step:int=0, # Batch of the epoch, from 0
-    n_steps:int=1, # Batches in the epoch; `steps_per_epoch` is used in its place where it is given
+    n_steps:int=1, # Batches in the epoch, unless `steps_per_epoch` is given
 )->float:
     "The level at the start of `epoch`, or at its batch `step`"
-    n_epochs, n_steps = self.sparsity_target_epoch, self.steps_per_epoch or n_steps
-    x = min((epoch + step/n_steps)/n_epochs, 1.) if n_epochs else 1.
-    init, target = self.sparsity_init, self.sparsity_target
-    return target - (target-init)*(1-x)**self.power if self.concave else init + (target-init)*x**self.power
+    n_epochs = self.sparsity_target_epoch
+    x = min((epoch + step/(self.steps_per_epoch or n_steps))/n_epochs, 1.) if n_epochs else 1.
+    i, t, k = self.sparsity_init, self.sparsity_target, self.power
+    return t - (t-i)*(1-x)**k if self.concave else i + (t-i)*x**k
 
 # %% ../../nbs/nncf/00_epoch_schedules.ipynb #2f139406
 @dataclass(frozen=True)
@@ -191,11 +195,10 @@ epoch_schedules = dict(polynomial=Polynomial, exponential=Exponential, adaptive=
 # %% ../../nbs/nncf/00_epoch_schedules.ipynb #959a8e1e
 def epoch_schedule(
     schedule:str='polynomial', # Name of one of `epoch_schedules`
-    **params, # Its parameters; those of another schedule are ignored, with a warning that names them
+    **params, # Its parameters; a warning names those that only another schedule has
 )->EpochSchedule:
-    "The `EpochSchedule` of the name `schedule`; raises `ValueError` for an unknown name or parameter"
-    if not isinstance(schedule, str) or schedule not in epoch_schedules:
-        raise ValueError(f"No schedule {schedule!r}; use one of {list(epoch_schedules)}")
+    "The `EpochSchedule` of that name; raises `ValueError` for an unknown name or parameter"
+    _check_known(schedule, params)
     used = _used_params(schedule, params)
     unused = [n for n in params if n not in used]
     if unused: warnings.warn(f"The schedule {schedule!r} does not use {', '.join(unused)}")
@@ -203,12 +206,19 @@ def epoch_schedule(
 
 # %% ../../nbs/nncf/00_epoch_schedules.ipynb #59d3f8e4
 def _used_params(schedule, params):
-    "Those of `params` that `schedule` uses; raises `ValueError` for one that no schedule has"
-    own, *others = [{f.name: None for f in fields(c)} for c in (epoch_schedules[schedule], *epoch_schedules.values())]
-    if unknown := sorted(set(params).difference(*others)):
-        raise ValueError(f"No parameter {unknown[0]!r} of a schedule; {schedule} has {list(own)}")
+    "Those of `params` that `schedule` uses"
     from_levels = ('sparsity_init', 'sparsity_target') if schedule == 'multistep' else ()
-    return {n: v for n,v in params.items() if n in own and n not in from_levels}
+    return {n: v for n,v in params.items() if n in _names_of(epoch_schedules[schedule]) and n not in from_levels}
+
+def _names_of(cls): return [f.name for f in fields(cls)]
+
+# %% ../../nbs/nncf/00_epoch_schedules.ipynb #af403874
+def _check_known(schedule, params):
+    if not isinstance(schedule, str) or schedule not in epoch_schedules:
+        raise ValueError(f"No schedule {schedule!r}; use one of {list(epoch_schedules)}")
+    known = {n for cls in epoch_schedules.values() for n in _names_of(cls)}
+    if unknown := sorted(set(params) - known): raise ValueError(
+        f"No parameter {unknown[0]!r} of a schedule; {schedule} has {_names_of(epoch_schedules[schedule])}")
 
 # %% ../../nbs/nncf/00_epoch_schedules.ipynb #9805a2c0
 @dataclass
@@ -228,9 +238,9 @@ class EpochCourse:
 
     def level(self,
         position:float, # Share of the fit that is over when the batch is; 0: before training
-        measured:float=None, # Sparsity of the model, a fraction, for schedules that wait until a level is reached
+        measured:float=None, # Sparsity of the model, a fraction
     )->float:
-        "The level that is due in the batch that ends at `position`, a fraction"
+        "The level, a fraction, in the batch that ends at `position`"
         batch = math.ceil(position*self.n_epoch*self.n_iter - 1e-6) - 1
         if batch < 0: return self.schedule.sparsity_init
         epoch, step = divmod(batch, self.n_iter)
@@ -270,12 +280,12 @@ class EpochEndCourse(Course):
 # %% ../../nbs/nncf/00_epoch_schedules.ipynb #4c5e422a
 def epoch_course(
     schedule, # An `EpochSchedule` or a `Schedule`
-    n_epoch:int, # Epochs of the fit
+    n_epoch:int, # Of the fit
     n_iter:int, # Batches of an epoch
-    target:float=None, # Level at the end of a `Schedule`, a fraction
-    freeze_pct:float=1., # Share of the fit from which the masks stay, with a `Schedule`
+    target=None, # Of a `Schedule`, a fraction
+    freeze_pct=1., # Of a `Schedule`: share of the fit from which masks stay
 ):
-    "The course of a fit in which the level changes with the epochs"
+    "The course of a fit whose level changes with the epochs"
     if isinstance(schedule, EpochSchedule): return EpochCourse(schedule, n_epoch, n_iter)
     return EpochEndCourse(schedule, target, freeze_pct=freeze_pct, n_epoch=n_epoch)
 
@@ -285,11 +295,16 @@ def over(self:EpochSchedule,
     n_epochs:int, # Of the fit
 )->Schedule:
     "The same levels as a `Schedule` of a fit of `n_epochs`; from the freeze on the level stays"
-    levels = self.levels(n_epochs)
-    levels = [levels[min(e, max(self.sparsity_freeze_epoch-1, 0))] for e in range(n_epochs)]
-    if max(levels) > self.sparsity_target:
-        raise ValueError(f"A `Schedule` can't be above its target, {self.sparsity_target}, as this one is ({max(levels)})")
-    return Schedule(_EpochSteps(tuple(l/self.sparsity_target if self.sparsity_target else 0. for l in levels)))
+    levels, last = self.levels(n_epochs), max(self.sparsity_freeze_epoch-1, 0)
+    return Schedule(_EpochSteps(tuple(self._share(levels[min(e, last)]) for e in range(n_epochs))))
+
+# %% ../../nbs/nncf/00_epoch_schedules.ipynb #1db08371
+@patch
+def _share(self:EpochSchedule, level):
+    "`level` as a share of the target"
+    if level > self.sparsity_target:
+        raise ValueError(f"A `Schedule` can't be above its target, {self.sparsity_target}, and this one is at {level}")
+    return level/self.sparsity_target if self.sparsity_target else 0.
 
 # %% ../../nbs/nncf/00_epoch_schedules.ipynb #88b6e2e7
 @dataclass(frozen=True)
@@ -300,13 +315,6 @@ class _EpochSteps:
     def __call__(self, start, end, pos):
         part = math.ceil(pos*len(self.shares) - 1e-9) - 1
         return start + (end-start)*self.shares[min(max(part, 0), len(self.shares)-1)]
-
-# %% ../../nbs/nncf/00_epoch_schedules.ipynb #a87de79f
-@patch
-def over(self:Polynomial, n_epochs)->Schedule:
-    "As for all schedules, but with `update_per_optimizer_step` the level moves on within the epochs too"
-    if not self.update_per_optimizer_step: return super(Polynomial, self).over(n_epochs)
-    return Schedule(_PolynomialSteps(self, n_epochs))
 
 # %% ../../nbs/nncf/00_epoch_schedules.ipynb #79546b17
 @dataclass(frozen=True)

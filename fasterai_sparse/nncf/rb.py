@@ -174,11 +174,15 @@ def _earlier_logits(self:RBSparsityCallback):
     "The logits that were loaded, or those that this callback has learned for the same parameters"
     if self.loaded_logits is None:
         return {n: s for n,s in self.logits.items() if self.soft.params.get(n) is self.params.get(n)}
-    shapes = {n: tuple(p.shape) for n,p in self.params.items()}
-    for n,s in self.loaded_logits.items():
-        if shapes.get(n) == tuple(s.shape): continue
-        raise ValueError(f"The logits that were loaded have {n!r} of shape {tuple(s.shape)}; the layers are {shapes}")
+    _check_shapes(self.loaded_logits, self.params)
     return self.loaded_logits
+
+# %% ../../nbs/nncf/02_rb.ipynb #19ae230d
+def _check_shapes(logits, params):
+    shapes = {n: tuple(p.shape) for n,p in params.items()}
+    wrong = [(n, tuple(s.shape)) for n,s in logits.items() if shapes.get(n) != tuple(s.shape)]
+    for n,shape in wrong[:1]:
+        raise ValueError(f"The logits that were loaded have {n!r} of shape {shape}; the layers are {shapes}")
 
 # %% ../../nbs/nncf/02_rb.ipynb #5df48fc1
 @patch
@@ -227,7 +231,7 @@ def after_loss(self:RBSparsityCallback):
     self.add_to_log(overall)
     self.gaps = self._density_gaps(zeros, overall)
     squares = [(gap/self.p)**2 for gap in self.gaps.values()]
-    self.losses.append(sum(squares)/(len(squares) if self.context == 'global' else 1))
+    self.losses.append(squares[0] if self.context == 'global' else sum(squares))
     self.learn.loss_grad = self.learn.loss_grad + self.losses[-1]
 
 # %% ../../nbs/nncf/02_rb.ipynb #0337271e
@@ -261,15 +265,22 @@ def _step_logits(self:RBSparsityCallback):
 # %% ../../nbs/nncf/02_rb.ipynb #b850abb5
 @patch
 def _add_level_grad(self:RBSparsityCallback, n):
-    s, is_scaled = self.logits[n], any(isinstance(cb, MixedPrecision) for cb in self.learn.cbs)
-    scale = self.learn.scaler.get_scale() if is_scaled else 1.
-    n_logits = s.numel() if self.context == 'local' else sum(s.numel() for s in self.logits.values())
-    factor = 2*self.gaps[n]/self.p**2/n_logits
+    s, scale, factor = self.logits[n], self._grad_scale(), 2*self.gaps[n]/self.p**2/self._n_logits(n)
     for s_part,grad in _cache_parts(s, s.grad):
         p = s_part.sigmoid()
         if scale != 1: grad.div_(scale)
         grad.add_(p.addcmul_(p, p, value=-1), alpha=factor)   # p - p², the slope of the sigmoid
     if isinstance(self.model, DistributedDataParallel): _average_over_ranks(s.grad)
+
+# %% ../../nbs/nncf/02_rb.ipynb #7a2d0d81
+@patch
+def _grad_scale(self:RBSparsityCallback):
+    return self.learn.scaler.get_scale() if any(isinstance(cb, MixedPrecision) for cb in self.learn.cbs) else 1.
+
+@patch
+def _n_logits(self:RBSparsityCallback, n):
+    "How many logits share the level of the layer `n`"
+    return self.logits[n].numel() if self.context == 'local' else sum(s.numel() for s in self.logits.values())
 
 # %% ../../nbs/nncf/02_rb.ipynb #ac11cc47
 def _average_over_ranks(t):

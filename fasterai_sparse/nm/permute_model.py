@@ -36,7 +36,7 @@ class _Reader:
     def kept(self, n, m, source=None, stripes=slice(None)):
         """Sum of the scores that n:m keeps, in all stripes or some. After the reordering by `source`, where given:
         channel `c` is replaced by channel `source[c]`."""
-        order = torch.arange(len(self.at)) if source is None or self.place is None else _positions(self.at, source)
+        order = torch.arange(len(self.at)) if source is None or self.place is None else _source_positions(self.at, source)
         return self.scores[order.view(-1, m)[stripes]].topk(n, 1).values.double().sum().item()
 
     def bound(self, n, m):
@@ -54,7 +54,7 @@ def _occurrences(at):
     return by_channel, begin, earlier
 
 # %% ../../nbs/nm/05_permute_model.ipynb #78a6cfeb
-def _positions(at, source):
+def _source_positions(at, source):
     "Position from which each position gets its content when channel `c` is replaced by channel `source[c]`"
     by_channel, begin, earlier = _occurrences(at)
     return torch.from_numpy(by_channel[begin[source[at]] + earlier])
@@ -213,7 +213,7 @@ def _reorder(channels, tensors, source):
     "Reorder the `channels` in all `tensors` by `source`"
     for place,at in channels.places.items():
         if (source[at] == at).all(): continue
-        for t in tensors[place.name]: place.permute_(t.data, _positions(at, source))
+        for t in tensors[place.name]: place.permute_(t.data, _source_positions(at, source))
 
 # %% ../../nbs/nm/05_permute_model.ipynb #fdb74c51
 def _differs(x, y, tolerance):

@@ -36,7 +36,8 @@ class _Reader:
     def kept(self, n, m, source=None, stripes=slice(None)):
         """Sum of the scores that n:m keeps, in all stripes or some. After the reordering by `source`, where given:
         channel `c` is replaced by channel `source[c]`."""
-        order = torch.arange(len(self.at)) if source is None or self.place is None else _source_positions(self.at, source)
+        moves = source is not None and self.place is not None
+        order = _source_positions(self.at, source) if moves else torch.arange(len(self.at))
         return self.scores[order.view(-1, m)[stripes]].topk(n, 1).values.double().sum().item()
 
     def bound(self, n, m):

@@ -37,7 +37,8 @@ class ExactMode(TorchFunctionMode):
 
 # %% ../../nbs/nm/04_channels.ipynb #91794b29
 def _double_copy(x):
-    "Copy of the tensors in lists, tuples and dicts of `x`: without subclasses, and in float64 where they are floating point"
+    """Copy of the tensors in lists, tuples and dicts of `x`: without subclasses, and in float64 where they are
+    floating point"""
     if torch.is_tensor(x):
         copy = x.to(torch.float64, copy=True) if x.is_floating_point() else x.clone()
         return copy.as_subclass(torch.Tensor)
@@ -78,8 +79,8 @@ def outputs_of(
     model:nn.Module,
     example_input, # A batch (tensor, or tuple or dict of the arguments of `forward`)
 )->tuple[list,str]:
-    """Tensors that a copy of `model` returns in float64 and without dropout: a list for eval mode and one for training mode.
-    And why it can't run in training mode, or ''. Neither `model` nor a random state changes."""
+    """Tensors that a copy of `model` returns in float64 and without dropout: a list for eval mode and one for
+    training mode. And why it can't run in training mode, or ''. Neither `model` nor a random state changes."""
     return _run_in_both_modes(_exact_copy(model), _double_copy(example_input), ExactMode())
 
 # %% ../../nbs/nm/04_channels.ipynb #ebdf0872
@@ -155,7 +156,8 @@ def _conflict(place, others):
     "Why the channels at `place` can't be told, as one of `others` reads the same tensor in another way, or None"
     for p in others:
         if p.name != place.name or p == place: continue
-        if None in (p.axis, place.axis) or p.axis == place.axis and None in (p.rows, place.rows): return 'is read in different ways'
+        whole_and_part = p.axis == place.axis and None in (p.rows, place.rows)
+        if None in (p.axis, place.axis) or whole_and_part: return 'is read in different ways'
 
 # %% ../../nbs/nm/04_channels.ipynb #53f94873
 def _reasons(labels, places, channel, n):
@@ -205,8 +207,8 @@ def follow_channels(
     twin:nn.Module=None, # A copy of `model` with other values, which runs in its place
 )->tuple[Channels,list,str]:
     """The `Channels` of `model`; its outputs, and why it can't run in training mode, as `outputs_of` returns them.
-    Raises `ValueError` where the model can't run on the example, and where it chooses a path by values that it computes, as
-    for another input it may do something that was not seen."""
+    Raises `ValueError` where the model can't run on the example, and where it chooses a path by values that it
+    computes, as for another input it may do something that was not seen."""
     name = type(model).__name__
     try: watch, outs, why = _watched_run(model if twin is None else twin, example_input)
     except Exception as e: raise ValueError(f"{name} can't run on the example: {type(e).__name__}: {e}") from e

@@ -36,7 +36,8 @@ class _Reader:
     def kept(self, n, m, source=None, stripes=slice(None)):
         """Sum of the scores that n:m keeps, in all stripes or some. After the reordering by `source`, where given:
         channel `c` is replaced by channel `source[c]`."""
-        order = torch.arange(len(self.at)) if source is None or self.place is None else _positions(self.at, source)
+        moves = source is not None and self.place is not None
+        order = _source_positions(self.at, source) if moves else torch.arange(len(self.at))
         return self.scores[order.view(-1, m)[stripes]].topk(n, 1).values.double().sum().item()
 
     def bound(self, n, m):
@@ -54,7 +55,7 @@ def _occurrences(at):
     return by_channel, begin, earlier
 
 # %% ../../nbs/nm/05_permute_model.ipynb #78a6cfeb
-def _positions(at, source):
+def _source_positions(at, source):
     "Position from which each position gets its content when channel `c` is replaced by channel `source[c]`"
     by_channel, begin, earlier = _occurrences(at)
     return torch.from_numpy(by_channel[begin[source[at]] + earlier])
@@ -70,19 +71,30 @@ def _scores_of(layer, w, score_of):
     return s - s.min().clamp(max=0)   # a constant does not change the best order: the pattern always keeps as many
 
 # %% ../../nbs/nm/05_permute_model.ipynb #f334559e
+def _why_unsuited(module, pname, m):
+    "Why the parameter `pname` of `module` can't have a pattern of `m` inputs, or ''"
+    if why := unmaskable(module, pname): return why
+    n_inputs = module._parameters[pname].shape[out_in_axes(module)[1]]
+    return f'{n_inputs} inputs are no multiple of {m}' if n_inputs % m else ''
+
+def _candidates(model):
+    "Yield (layer, module, parameter name) of the weights whose inputs are channels; embeddings read numbers"
+    for layer,module,pname in maskable_weights(model):
+        known = module._parameters.get(pname) is not None
+        if known and not isinstance(module, (nn.Embedding, nn.EmbeddingBag)): yield layer, module, pname
+
+# %% ../../nbs/nm/05_permute_model.ipynb #8daa81da
 def _readers_of(model, channels, m, score_of):
     "The `_Reader`s of all layers with scores; and layer -> why it can't have the pattern"
     names, places, readers, unsuited = {id(p): n for n,p in model.named_parameters()}, defaultdict(list), [], {}
     for p in channels.places: places[p.name,p.axis].append(p)
-    for layer,module,pname in maskable_weights(model):
-        w = module._parameters.get(pname)
-        if w is None or isinstance(module, (nn.Embedding, nn.EmbeddingBag)): continue   # embeddings read numbers
-        axis = out_in_axes(module)[1]
-        misfit = f'{w.shape[axis]} inputs are no multiple of {m}' if w.shape[axis] % m else ''
-        if why := unmaskable(module, pname) or misfit: unsuited[layer] = why
+    for layer,module,pname in _candidates(model):
+        w, axis = module._parameters[pname], out_in_axes(module)[1]
+        if why := _why_unsuited(module, pname, m): unsuited[layer] = why
         elif (s := _scores_of(layer, w, score_of)) is not None:
-            for p in places[names[id(w)],axis] or [None]:
-                readers.append(_Reader(layer, p, (p or Place('', axis)).part(s).flatten(1), channels))
+            parts = places[names[id(w)],axis]
+            readers += [_Reader(layer, p, p.part(s).flatten(1), channels) for p in parts]
+            if not parts: readers.append(_Reader(layer, None, s.movedim(axis, 0).flatten(1), channels))
     return readers, unsuited
 
 # %% ../../nbs/nm/05_permute_model.ipynb #6282cf73
@@ -130,12 +142,15 @@ def _row_blocks(stripes, readers, where, channels):
     return blocks, n_rows
 
 # %% ../../nbs/nm/05_permute_model.ipynb #64b7e2c1
-def _stripe_with_fixed(reader, s, own, m):
-    """Positions in stripe `s` of what does not move, as it is none of the channels `own`; and the occurrence of
-    those that do"""
-    at = np.arange(s*m, (s+1)*m)
-    moves = np.isin(reader.at[at], own)
-    return at[~moves], _occurrences(reader.at)[2][at[moves][0]]
+def _copy_fixed(x, blocks, stripes, readers, where, m):
+    "Copy into the matrix `x` the scores that stand beside movable channels in their stripes"
+    for k,own in enumerate(stripes):
+        if len(own) == m: continue
+        for r,s in where[own]:
+            at = np.arange(s*m, (s+1)*m)
+            moves, earlier = np.isin(readers[r].at[at], own), _occurrences(readers[r].at)[2]
+            row = blocks[r,earlier[at[moves][0]]][0]
+            x[row:row+readers[r].n_rows, k*m+len(own):(k+1)*m] = readers[r].scores[at[~moves]].T
 
 # %% ../../nbs/nm/05_permute_model.ipynb #e24c3de8
 def _score_matrix(stripes, where, readers, kinds, m):
@@ -147,11 +162,7 @@ def _score_matrix(stripes, where, readers, kinds, m):
     x = readers[0].scores.new_zeros(n_rows, len(channel))
     for (r,_),(row,at) in blocks.items():
         x[row:row+readers[r].n_rows, [column[c] for c in readers[r].at[at]]] = readers[r].scores[at].T
-    partial = [(k, own, r, s) for k,own in enumerate(stripes) if len(own) < m for r,s in where[own]]
-    for k,own,r,s in partial:
-        at, occurrence = _stripe_with_fixed(readers[r], s, own, m)
-        row = blocks[r,occurrence][0]
-        x[row:row+readers[r].n_rows, k*m+len(own):(k+1)*m] = readers[r].scores[at].T
+    _copy_fixed(x, blocks, stripes, readers, where, m)
     return x, channel, np.where(channel >= 0, kinds[channel], -1)
 
 # %% ../../nbs/nm/05_permute_model.ipynb #8cea23f4
@@ -193,18 +204,20 @@ def _combined(orders, channels):
     return combined
 
 # %% ../../nbs/nm/05_permute_model.ipynb #7f0a1be7
+def _training_state(model, opt=None):
+    "Yield (parameter name, tensor) of the gradients, and of the state of `opt` that has the shape of the parameter"
+    for n,p in model.named_parameters():
+        if p.grad is not None: yield n, p.grad
+        if opt is not None: yield from ((n, t) for t in elementwise_state(opt, p))
+
 def _tensors_to_reorder(model, opt=None, copies=(), along=()):
-    """Name of each parameter and buffer -> list of the tensors of its shape that are reordered with it, itself
-    among them"""
+    "Name of each parameter and buffer -> the tensors of its shape that are reordered with it, itself among them"
     tensors, models = defaultdict(list), (model, *copies)
     names = {id(p): n for one in models for n,p in one.named_parameters()}
     for one in models:
         for n,t in (*one.named_parameters(), *one.named_buffers()): tensors[n].append(t)
         for _,_,p,mask in masked_params(one): tensors[names[id(p)]].append(mask)
-    for n,p in model.named_parameters():
-        if p.grad is not None: tensors[n].append(p.grad)
-        if opt is not None: tensors[n] += elementwise_state(opt, p)
-    for p,t in along: tensors[names[id(p)]].append(t)
+    for n,t in (*_training_state(model, opt), *((names[id(p)], t) for p,t in along)): tensors[n].append(t)
     return {n: list({id(t): t for t in ts}.values()) for n,ts in tensors.items()}
 
 # %% ../../nbs/nm/05_permute_model.ipynb #37f5f019
@@ -213,7 +226,7 @@ def _reorder(channels, tensors, source):
     "Reorder the `channels` in all `tensors` by `source`"
     for place,at in channels.places.items():
         if (source[at] == at).all(): continue
-        for t in tensors[place.name]: place.permute_(t.data, _positions(at, source))
+        for t in tensors[place.name]: place.permute_(t.data, _source_positions(at, source))
 
 # %% ../../nbs/nm/05_permute_model.ipynb #fdb74c51
 def _differs(x, y, tolerance):
@@ -277,14 +290,20 @@ def _sums(reader, channels, n, m, source):
                 naive=reader.kept(n, m), kept=reader.kept(n, m, source), row_bound=reader.bound(n, m))
 
 # %% ../../nbs/nm/05_permute_model.ipynb #2be7be12
+def _report_rows(searches, unsuited, weights):
+    "Layer -> row of the report without the sums over its readers; `weights` has the size of each layer's weight"
+    rows = {layer: dict(layer=layer, weights=weights[layer], note=why) for layer,why in unsuited.items()}
+    for r in searches.readers:
+        if r.layer not in rows:
+            rows[r.layer] = dict(layer=r.layer, weights=weights[r.layer], note=_why_some_stay(r, searches.channels))
+    return rows
+
 def _permutation_report(model, searches, unsuited, source):
     "The `DataFrame` that `permute_model` returns"
-    weights = {layer: module._parameters[p].numel() for layer,module,p in maskable_weights(model)
-               if module._parameters.get(p) is not None}
-    rows = {layer: dict(layer=layer, weights=weights.get(layer, 0), note=why) for layer,why in unsuited.items()}
+    weights = {layer: module._parameters[pname].numel() for layer,module,pname in _candidates(model)}
+    rows = _report_rows(searches, unsuited, weights)
     for r in searches.readers:
-        note = _why_some_stay(r, searches.channels)
-        row = rows.setdefault(r.layer, dict(layer=r.layer, weights=weights[r.layer], note=note))
+        row = rows[r.layer]
         for k,v in _sums(r, searches.channels, searches.n, searches.m, source).items(): row[k] = row.get(k, 0) + v
     columns = ['layer', 'weights', 'searched', 'total', 'naive', 'kept', 'row_bound', 'note']
     df = pd.DataFrame([rows[l] for l in weights if l in rows], columns=columns)
@@ -293,20 +312,24 @@ def _permutation_report(model, searches, unsuited, source):
     return df
 
 # %% ../../nbs/nm/05_permute_model.ipynb #6623ee89
+def _unfit_state(model, opt):
+    """Yield (parameter name, key) of the tensors in the state of `opt` that have neither the parameter's shape nor
+    one element"""
+    for n,p in model.named_parameters():
+        for k,t in state_of(opt, p).items():
+            if torch.is_tensor(t) and t.numel() > 1 and t.shape != p.shape: yield n, k
+
 def _check_reorderable(model, opt, copies):
     "Raises `ValueError` where `copies` or the state of `opt` can't be reordered with `model`"
-    name, params = type(model).__name__, dict(model.named_parameters())
-    shapes = {n: p.shape for n,p in params.items()}
-    if any({n: p.shape for n,p in c.named_parameters()} != shapes for c in copies):
+    name, params = type(model).__name__, {n: p.shape for n,p in model.named_parameters()}
+    if any({n: p.shape for n,p in c.named_parameters()} != params for c in copies):
         raise ValueError(f"copies= must have parameters of the same names and shapes as {name}")
     if opt is None: return
-    if not {id(p) for p in params_of(opt)} & {id(p) for p in params.values()}:
+    if not {id(p) for p in params_of(opt)} & {id(p) for p in model.parameters()}:
         raise ValueError(f"opt= has none of the parameters of {name}, but those of another model")
-    for n,p in params.items():
-        for k,t in state_of(opt, p).items():
-            if torch.is_tensor(t) and t.numel() > 1 and t.shape != p.shape:
-                raise ValueError(f"{type(opt).__name__} keeps {k!r} of {n}, which is not of the weight's shape and "
-                                 "can't be reordered: permute with a new optimizer")
+    for n,k in _unfit_state(model, opt):
+        raise ValueError(f"{type(opt).__name__} keeps {k!r} of {n}, which is not of the weight's shape and can't be "
+                         "reordered: permute with a new optimizer")
 
 # %% ../../nbs/nm/05_permute_model.ipynb #15f5ea73
 def _warn_of_unread(model, channels, why):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 
 from ..utils.batches import tensors_in
+from ..utils.checks import is_whole
 from ..utils.operations import kind_of
 from .labels import (
     _collapsed, _expand_along, _is_uniform, _no_labels, _reason_of, _varying_dims, ChannelLabels, NoRule)
@@ -121,7 +122,7 @@ def _reduced_dims(call):
     n, dims = call.x.dim(), call.kwargs.get('dim', call.argument('axis', position))
     if dims is None or dims == (): return set(range(n))
     if isinstance(dims, int): dims = [dims]
-    if any(isinstance(d, bool) or not isinstance(d, int) for d in dims): raise NoRule(f'this form of {call.name} has no rule')
+    if not all(is_whole(d) for d in dims): raise NoRule(f'this call of {call.name} has no rule')
     return {d % n for d in dims}
 
 # %% ../../nbs/nm/03_rules.ipynb #db9b011b
@@ -186,7 +187,9 @@ def per_channel(self:ChannelLabels, name, x, params):
     return labels
 
 @patch
-def rule_normalizes(self:ChannelLabels, call): return self.per_channel(call.name, call.x, [t for t in call.inputs if t is not call.x])
+def rule_normalizes(self:ChannelLabels, call):
+    "All tensors but the first are one number per channel"
+    return self.per_channel(call.name, call.x, [t for t in call.inputs if t is not call.x])
 
 # %% ../../nbs/nm/03_rules.ipynb #0e1b1553
 @patch
@@ -219,16 +222,20 @@ def of_rms_norm(self:ChannelLabels, input, normalized_shape, weight=None, eps=No
 # %% ../../nbs/nm/03_rules.ipynb #1345cd1e
 @patch
 def linear(self:ChannelLabels, x, w, b, out, in_axis=1):
-    "Rule for the product of the last dimension of `x` with the parameter `w`, whose inputs are along `in_axis`, plus `b`"
+    "Rule for `x` times the parameter `w`, whose inputs are along `in_axis`, plus `b`"
     if w.dim() != 2 or b is not None and b.dim() > 1: raise NoRule('a layer reads it with a weight that is computed')
     labels, last = self.labels_of(x), x.dim()-1
     varying, read, given = _varying_dims(labels), self.at_axis(w, in_axis), self.at_axis(w, 1-in_axis)
     if b is not None: self.merge(self.labels_of(b), given)
-    if varying and last not in varying:   # it mixes positions, and treats the channels alike
-        for l in (read, given): self.fix(l, 'reads positions, not channels')
-        return _collapsed(labels, set(range(last))).expand(out.shape)
+    if varying and last not in varying: return self.mixed_positions(labels, read, given).expand(out.shape)
     self.merge(read, self.along(labels, last), _reason_of(x))
     return _expand_along(given, last, out.shape)
+
+@patch
+def mixed_positions(self:ChannelLabels, labels, read, given):
+    "Labels where a layer with inputs `read` and outputs `given` mixes positions in the last dimension, not channels"
+    for l in (read, given): self.fix(l, 'reads positions, not channels')
+    return _collapsed(labels, set(range(labels.dim()-1)))
 
 # %% ../../nbs/nm/03_rules.ipynb #7ab08cee
 @patch
@@ -258,15 +265,15 @@ def _conv_arguments(call, transposed):
 @patch
 def rule_convolves(self:ChannelLabels, call):
     "The inputs are merged with those of the weight, and its filters label the outputs"
-    transposed = 'transpose' in call.name   # then the weight is inputs × filters of a group, else filters × inputs of a group
+    transposed = 'transpose' in call.name   # then the weight is inputs × filters, else filters × inputs
     x, w, b, groups = _conv_arguments(call, transposed)
     if self.name_of(w) is None: raise NoRule('a layer reads it with a weight that is computed')
     if x.dim() != w.dim(): raise NoRule('a convolution without a batch has no rule')
-    read = self.along(self.labels_of(x), 1)
+    read, in_axis = self.along(self.labels_of(x), 1), 0 if transposed else 1
     if groups > 1: given = self.grouped(x, w, read, groups, call.out.shape[1], transposed)
     else:
-        self.merge(self.at_axis(w, 0 if transposed else 1), read, _reason_of(x))
-        given = self.at_axis(w, 1 if transposed else 0)
+        self.merge(self.at_axis(w, in_axis), read, _reason_of(x))
+        given = self.at_axis(w, 1-in_axis)
     if b is not None: self.merge(self.labels_of(b), given)
     return _expand_along(given, 1, call.out.shape)
 
@@ -295,7 +302,7 @@ def depthwise(self:ChannelLabels, w, read, n_filters, transposed, reason):
 
 # %% ../../nbs/nm/03_rules.ipynb #631730af
 def _aligned(labels, dims, all_dims):
-    "`labels`, whose dimensions are called `dims`, with a dimension for each of `all_dims`, of length 1 where they lack it"
+    "`labels` of dimensions `dims`, with a dimension for each of `all_dims`, of length 1 where they lack it"
     labels = labels.permute([dims.index(d) for d in all_dims if d in dims])
     return labels[tuple(slice(None) if d in dims else None for d in all_dims)]
 
@@ -309,32 +316,31 @@ def product(self:ChannelLabels,
 ):
     "Labels of the product of two values"
     dims = [d for d in size if d in a_dims+b_dims]
-    a, b = _aligned(a, a_dims, dims), _aligned(b, b_dims, dims)
-    vary_a, vary_b, summed = _varying_dims(a), _varying_dims(b), {k for k,d in enumerate(dims) if d not in out_dims}
-    if (vary_a | vary_b) & summed: self.merge_summed(a, b, summed)
-    elif vary_a and vary_b:
+    a, b, size = _aligned(a, a_dims, dims), _aligned(b, b_dims, dims), [size[d] for d in out_dims]
+    varying = _varying_dims(a), _varying_dims(b)
+    if any(dims[k] not in out_dims for v in varying for k in v): self.merge_summed(a, b, dims, out_dims)
+    elif all(varying):
         for l in (a, b): self.fix(l, 'is multiplied with other channels')
-    else:
-        labels, others = (a, b_dims) if vary_a else (b, a_dims)
-        self.keep_position_along(labels, {k for k,d in enumerate(dims) if d in others})
-        return self.passed_on(labels, dims, out_dims, [size[d] for d in out_dims])
-    return _no_labels([size[d] for d in out_dims])
+    else: return self.passed_on(*((a, b_dims) if varying[0] else (b, a_dims)), dims, out_dims).expand(size)
+    return _no_labels(size)
 
 # %% ../../nbs/nm/03_rules.ipynb #95171987
 @patch
-def merge_summed(self:ChannelLabels, a, b, summed):
-    "Merge the channels of two factors whose product is summed over the dimensions `summed`"
-    vary_a, vary_b = _varying_dims(a), _varying_dims(b)
-    varying = vary_a | vary_b
-    self.merge(_collapsed(a, varying), _collapsed(b, varying), 'is multiplied with values that have no channels')
-    for l,vary in ((a, vary_a), (b, vary_b)): self.keep_position_along(l, vary-summed)
+def merge_summed(self:ChannelLabels, a, b, dims, out_dims):
+    "Merge the channels of two factors of dimensions `dims` whose product is summed over those not in `out_dims`"
+    summed, vary_a, vary_b = {k for k,d in enumerate(dims) if d not in out_dims}, _varying_dims(a), _varying_dims(b)
+    both = vary_a | vary_b
+    self.merge(_collapsed(a, both), _collapsed(b, both), 'is multiplied with values that have no channels')
+    for l,varying in ((a, vary_a), (b, vary_b)): self.keep_position_along(l, varying-summed)
 
 @patch
-def passed_on(self:ChannelLabels, labels, dims, out_dims, size):
-    "`labels` with the dimensions `out_dims` of `dims`, expanded to `size`; they do not vary along the others"
+def passed_on(self:ChannelLabels, labels, other_dims, dims, out_dims):
+    """`labels` of one factor in `out_dims`; channels keep their positions along the dimensions `other_dims` of the
+    other factor"""
+    self.keep_position_along(labels, {k for k,d in enumerate(dims) if d in other_dims})
     summed = [k for k,d in enumerate(dims) if d not in out_dims]
     labels = _collapsed(labels, _varying_dims(labels)).permute([dims.index(d) for d in out_dims] + summed)
-    return labels[(...,)+(0,)*len(summed)].expand(size)
+    return labels[(...,)+(0,)*len(summed)]
 
 # %% ../../nbs/nm/03_rules.ipynb #f6e320ba
 _batch_letters = 'abcdefgh'
@@ -369,12 +375,16 @@ def of_einsum(self:ChannelLabels, equation, *operands, out):
 # %% ../../nbs/nm/03_rules.ipynb #a0567f5e
 @patch
 def of_scaled_dot_product_attention(self:ChannelLabels, query, key, value, attn_mask=None, *args, out, **kwargs):
-    "Queries and keys are merged; the channels of the values are passed on"
+    if hasattr(attn_mask, '_labels'): self.fix(attn_mask._labels, 'is an attention mask')
     q, k, v = (self.labels_of(t) for t in (query, key, value))
     if kwargs.get('enable_gqa'):   # several heads of queries share one of keys
         k, v = (t.repeat_interleave(q.shape[-3]//t.shape[-3], -3) for t in (k, v))
+    return self.attend(q, k, v)
+
+@patch
+def attend(self:ChannelLabels, q, k, v):
+    "Merge the labels of queries and keys, … × tokens × channels, and pass on those of the values"
     if not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]: raise NoRule('attention that broadcasts has no rule')
-    if attn_mask is not None and hasattr(attn_mask, '_labels'): self.fix(attn_mask._labels, 'is an attention mask')
     batch = _batch_letters[:q.dim()-2]
     size = dict(zip(batch+'nkmv', (*q.shape, k.shape[-2], v.shape[-1])))
     self.product(q, batch+'nk', k, batch+'mk', batch+'nm', size)
@@ -428,22 +438,26 @@ def recurrent_cell(self:ChannelLabels, weights, read, reason):
 
 # %% ../../nbs/nm/03_rules.ipynb #15f550c2
 @patch
+def recurrent_layers(self:ChannelLabels, weights, n_layers, n_weights, n_cells):
+    "List of the layers in `weights`, each a list of `n_cells` cells with `n_weights` each"
+    if len(weights) != n_layers*n_cells*n_weights or any(self.name_of(w) is None for w in weights):
+        raise NoRule('a recurrent layer with projections or computed weights has no rule')
+    cells = [weights[k:k+n_weights] for k in range(0, len(weights), n_weights)]
+    return [cells[k:k+n_cells] for k in range(0, len(cells), n_cells)]
+
+# %% ../../nbs/nm/03_rules.ipynb #09f61c06
+@patch
 def recurrent(self:ChannelLabels, *args, out, **kwargs):
     "Rule for `torch.lstm`, `torch.gru` and their like: labels of the output and of the last states"
     packed = torch.is_tensor(args[1]) and args[1].dim() == 1   # the batch sizes of a `PackedSequence`
     x, state, weights, biases, n_layers, _, _, both_ways = (args[0], *args[2:9]) if packed else args[:8]
-    n, n_cells = 4 if biases else 2, n_layers*(1+both_ways)   # weights of a cell; cells
-    if len(weights) != n_cells*n or any(self.name_of(w) is None for w in weights):
-        raise NoRule('a recurrent layer with projections or computed weights has no rule')
-    cells = [weights[k:k+n] for k in range(0, len(weights), n)]
     read, hidden = self.along(self.labels_of(x), -1), []
-    for k in range(0, n_cells, 1+both_ways):
-        units = [self.recurrent_cell(c, read, _reason_of(x)) for c in cells[k:k+1+both_ways]]
+    for cells in self.recurrent_layers(weights, n_layers, 4 if biases else 2, 1+both_ways):
+        units = [self.recurrent_cell(c, read, _reason_of(x)) for c in cells]
         read, hidden = torch.cat(units), hidden+units
     self.fix_where_given(state, hidden)
-    last = torch.stack(hidden)[:,None]
     output, *states = tensors_in(out)
-    return [_expand_along(read, -1, output.shape)] + [last.expand(s.shape) for s in states]
+    return [_expand_along(read, -1, output.shape)] + [torch.stack(hidden)[:,None].expand(s.shape) for s in states]
 
 # %% ../../nbs/nm/03_rules.ipynb #6a77eb50
 @patch

@@ -11,7 +11,7 @@ import re
 from torch import nn
 
 # %% ../../nbs/utils/07_operations.ipynb #e790d093
-_dims = range(1, 4)
+_spatial_dims = range(1, 4)
 _names_by_kind = {
     'moves': '''view view_as reshape reshape_as flatten unflatten permute transpose t T mT swapaxes swapdims movedim
         moveaxis unsqueeze squeeze expand expand_as broadcast_to repeat tile repeat_interleave chunk split tensor_split
@@ -27,12 +27,12 @@ _names_by_kind = {
     'drops': 'dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout',
     'reduces': 'mean sum amax amin prod logsumexp var std all any norm linalg_vector_norm',
     'along_dim': 'softmax log_softmax softmin normalize gumbel_softmax',
-    'pools': ' '.join([f'{a}{k}_pool{d}d' for a in ('', 'adaptive_') for k in ('avg', 'max') for d in _dims]
-        + [f'{a}max_pool{d}d_with_indices' for a in ('', 'adaptive_') for d in _dims]
-        + [f'lp_pool{d}d' for d in _dims]),
+    'pools': ' '.join([f'{a}{k}_pool{d}d' for a in ('', 'adaptive_') for k in ('avg', 'max') for d in _spatial_dims]
+        + [f'{a}max_pool{d}d_with_indices' for a in ('', 'adaptive_') for d in _spatial_dims]
+        + [f'lp_pool{d}d' for d in _spatial_dims]),
     'resizes': 'interpolate upsample',
     'normalizes': 'batch_norm instance_norm layer_norm group_norm rms_norm',
-    'convolves': ' '.join(f'conv{t}{d}d' for t in ('', '_transpose') for d in _dims),
+    'convolves': ' '.join(f'conv{t}{d}d' for t in ('', '_transpose') for d in _spatial_dims),
     'decides': '__bool__ __int__ __float__ __complex__ __index__ item tolist numpy equal allclose is_nonzero',
 }
 

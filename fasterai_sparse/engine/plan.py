@@ -15,15 +15,15 @@ from fastcore.basics import patch
 from torch import fx
 
 from ..utils.files import atomic_write
-from fasterai_sparse.engine.ops import (
-    Add, Attention, ChannelMean, Convolution, engine_library, engine_sets, Flat, Grid, LayerNorm, MatVec, MaxPool, Memory, Program,
-    Scale, Split, Transpose)
+from .ops import (
+    Add, Attention, ChannelMean, Convolution, engine_library, engine_sets, Flat, Grid, LayerNorm, MatVec, MaxPool,
+    Memory, Program, Scale, Split, Transpose)
 from .trace import Graph, Layer, Packed
 from .weights import conv_taps, Terms
 
 # %% ../../nbs/engine/03_plan.ipynb #32a7aea1
 class Plan:
-    """`model` for inputs of the sizes of `x`; call it with such inputs. Threads that call it at the same time wait for each other.
+    """`model` for inputs of the sizes of `x`; call it with such inputs. Only one thread runs it at a time.
     Raises `RuntimeError` where the engine is not available, `ValueError` where it can run nothing of the model"""
     def __init__(self,
         model,
@@ -34,19 +34,41 @@ class Plan:
         tune:bool=True, # Whether to try the forms of layers that `choices` does not know
     ):
         engine_library()
-        self.which, self.threads, self.choices, self.lock = which, threads, choices or Choices(), threading.Lock()
-        self.floats = list(engine_sets().values())[which]   # of a vector
-        self.graph = Graph(model, x)
-        self.layers = [l for l in self.graph.items if isinstance(l, Layer)]
-        if not any(l.kind == 'conv' for l in self.layers):
-            raise ValueError('no convolution, and no sparse Linear layer, that the engine can run')
-        self.masks, self.spare, self.activations, self.weights = {}, {}, Memory(), Memory()
-        self.ops, self.steps, self.weighted, self.untried = [], [], {}, {}   # the latter two: number of an operation -> its layer
+        self.start(model, x, which, threads, choices or Choices())
         self.lay_out()
         self.add_steps()
         self.program = Program(self.ops, which, threads)
         if tune and self.untried: self.tune(x)
         for i,l in self.weighted.items(): self.keep_chosen(i, l)
+
+    def __call__(self, *inputs):
+        with self.lock, torch.no_grad(): return self.run(*inputs)
+
+    def taps(self, l)->list:
+        "For rows and for columns: phase and shift of each weight of the kernel of `l`"
+        return [conv_taps(*axis) for axis in zip(l.weight.shape[2:], l.stride, l.dilation, l.before)]
+
+    def grid(self, v)->Grid:
+        "The grid of a value"
+        return self.grids.of(v, self.graph.dims(v)[0])
+
+    def flat_of(self, v)->Flat:
+        "Memory for a value"
+        return self.new_flat(self.grid(v), *self.graph.dims(v)[1:])
+
+# %% ../../nbs/engine/03_plan.ipynb #a6873457
+@patch
+def start(self:Plan, model, x, which, threads, choices):
+    "Trace `model`; nothing has a place or a step yet"
+    self.which, self.threads, self.choices, self.lock = which, threads, choices, threading.Lock()
+    self.floats = list(engine_sets().values())[which]   # of a vector
+    self.graph = Graph(model, x)
+    self.layers = [l for l in self.graph.items if isinstance(l, Layer)]
+    if not any(l.kind == 'conv' for l in self.layers):
+        raise ValueError('no convolution, and no sparse Linear layer, that the engine can run')
+    self.masks, self.spare, self.activations, self.weights = {}, {}, Memory(), Memory()
+    self.ops, self.steps = [], []
+    self.weighted, self.untried = {}, {}   # number of an operation -> its layer
 
 # %% ../../nbs/engine/03_plan.ipynb #cfdcddf9
 class _Grids:
@@ -68,18 +90,6 @@ class _Grids:
         root = self.root(v)
         if root not in self.grids: self.grids[root] = Grid(images)
         return self.grids[root]
-
-# %% ../../nbs/engine/03_plan.ipynb #ad04413c
-@patch
-def grid(self:Plan, v)->Grid:
-    "The grid of a value"
-    return self.grids.of(v, self.graph.dims(v)[0])
-
-# %% ../../nbs/engine/03_plan.ipynb #13e31da4
-@patch
-def taps(self:Plan, l)->list:
-    "For rows and for columns: phase and shift of each weight of the kernel"
-    return [conv_taps(*axis) for axis in zip(l.weight.shape[2:], l.stride, l.dilation, l.before)]
 
 # %% ../../nbs/engine/03_plan.ipynb #33ec2e75
 @patch
@@ -116,9 +126,6 @@ def new_flat(self:Plan, grid, channels, height, width)->Flat:
     "Memory for an activation, that of a spare one if there is one"
     spare = self.spare.get((id(grid), channels, height, width))
     return spare.pop() if spare else Flat(channels, height, width, grid, self.floats, self.activations)
-
-@patch
-def flat_of(self:Plan, v): return self.new_flat(self.grid(v), *self.graph.dims(v)[1:])
 
 @patch
 def release(self:Plan, f): self.spare.setdefault((id(f.grid), f.channels, f.height, f.width), []).append(f)
@@ -229,8 +236,10 @@ def _concatenated(l, x, y, mask):
 
 # %% ../../nbs/engine/03_plan.ipynb #e996a862
 _OPERATIONS = dict(   # kind of a layer -> the operations for its inputs `x` and output `y`
-    mean=lambda l, x, y, mask: [ChannelMean(*x, y)], pool=lambda l, x, y, mask: [MaxPool(*x, y, l.kernel, l.stride, l.before)],
-    add=_added, scale=lambda l, x, y, mask: [Scale(x[0], y, x[1], mask(y))], norm=_normed, attention=_attended, cat=_concatenated)
+    mean=lambda l, x, y, mask: [ChannelMean(*x, y)],
+    pool=lambda l, x, y, mask: [MaxPool(*x, y, l.kernel, l.stride, l.before)],
+    scale=lambda l, x, y, mask: [Scale(x[0], y, x[1], mask(y))],
+    add=_added, norm=_normed, attention=_attended, cat=_concatenated)
 
 @patch
 def add_layer(self:Plan, l):
@@ -270,7 +279,7 @@ def add_split(self:Plan, l, x, phases)->Flat:
 # %% ../../nbs/engine/03_plan.ipynb #f9382bb7
 @patch
 def add_weights(self:Plan, l, x, y, residual, phases):
-    "Run `l` on the phases `x` of its input, in the form that is known to be the fastest or, for now, in the simplest one"
+    "Run `l` on the phases `x` of its input, in the fastest form that is known or, for now, in the simplest one"
     l.terms, l.operands = Terms(l.weight, x, l.groups, l.stride, l.dilation, l.before, phases), (x, y, residual)
     l.sparsity, l.key, l.dims = 100*(1-l.terms.density), self.key(l, x, y), self.graph.dims(l.inputs[0])
     form = self.choices.get(l.key)
@@ -333,7 +342,8 @@ def forms_in_rows(self:Plan, l):
     return [(size, n, tile, self.chunks(y, tile, t.n_out//4)) for size,n,tile in found]
 
 # %% ../../nbs/engine/03_plan.ipynb #4839686a
-_BLOCK_FORMS = (4, 1, (1, 2, 3, 4, 6)), (4, 2, (4, 6)), (4, 4, (4, 6)), (4, 8, (4, 6)), (16, 1, (1,))   # size, parts, tiles
+_BLOCK_FORMS = (   # size, parts, tiles
+    (4, 1, (1, 2, 3, 4, 6)), (4, 2, (4, 6)), (4, 4, (4, 6)), (4, 8, (4, 6)), (16, 1, (1,)))
 
 @patch
 def forms_in_blocks(self:Plan, l):
@@ -344,51 +354,6 @@ def forms_in_blocks(self:Plan, l):
         tiles = sorted({min(n, y.vectors) for n in wanted})
         found += [(size, parts, tile, self.chunks(y, tile, t.n_out//size)) for tile in tiles]
     return found
-
-# %% ../../nbs/engine/03_plan.ipynb #2b08f344
-@patch
-def timed(self:Plan,
-    x:list, # Inputs
-    seconds:float=.05, # Run for so long, and at least twice
-) -> list[float]:
-    "The least number of seconds that each operation took"
-    best, start, runs = [float('inf')]*len(self.ops), time.perf_counter(), 0
-    def one_by_one(first, n):
-        for i in range(first, first+n):
-            begin = time.perf_counter()
-            self.program(i, 1)
-            best[i] = min(best[i], time.perf_counter()-begin)
-    while runs < 2 or time.perf_counter()-start < seconds:
-        self.run(*x, program=one_by_one)
-        runs += 1
-    return best
-
-# %% ../../nbs/engine/03_plan.ipynb #a6f329c2
-@patch
-def tune(self:Plan, x):
-    "Try the forms of each layer that `choices` does not know, and keep the fastest. Layers of one key are measured together"
-    forms, times = {i: self.forms(l) for i,l in self.untried.items()}, {l.key: {} for l in self.untried.values()}
-    self.run(*x)
-    for k in range(max(map(len, forms.values()))):
-        tried = {i: f[k] for i,f in forms.items() if k < len(f)}
-        for i,form in tried.items(): self.program.replace(i, self.in_form(self.untried[i], form))
-        seconds = self.timed(x)
-        for i,form in tried.items():
-            of_key = times[self.untried[i].key]
-            of_key[form] = of_key.get(form, 0) + seconds[i]
-    for key,of_form in times.items(): self.choices.found[key] = min(of_form, key=of_form.get)
-    self.choices.save()
-    for i,l in self.untried.items(): self.program.replace(i, self.in_form(l, tuple(self.choices.found[l.key])))
-
-# %% ../../nbs/engine/03_plan.ipynb #0f59aaf6
-@patch
-def keep_chosen(self:Plan, i, l):
-    "Keep the weights of operation `i` in its form only, in memory of the plan, and drop what made other forms"
-    op = self.ops[i]
-    if isinstance(op, Convolution): op.terms = self.weights.copy(op.terms)
-    else: op.values = self.weights.copy(op.values)
-    for name in ('terms', 'layout', 'weight', 'operands'): l.__dict__.pop(name, None)
-    self.program.replace(i, op)
 
 # %% ../../nbs/engine/03_plan.ipynb #935ceba8
 @lru_cache(None)
@@ -405,8 +370,9 @@ def key(self:Plan, l, x, y)->str:
     "All that the best form of the layer `l` depends on"
     t, kernel = l.terms, '×'.join(map(str, l.weight.shape[2:]))
     fill = 0 if t.groups > 1 else round(t.fill(4), 1)
-    return (f'{processor()}, {list(engine_sets())[self.which]}, {self.threads}: {t.n_out}×{t.n_in}/{t.groups} {kernel}, '
-            f'{y.vectors} vectors, width {x.grid.width}, {t.density:.2f}, {fill}, {l.act}, {l.residual is not None}')
+    return (f'{processor()}, {list(engine_sets())[self.which]}, {self.threads}: '
+            f'{t.n_out}×{t.n_in}/{t.groups} {kernel}, {y.vectors} vectors, '
+            f'width {x.grid.width}, {t.density:.2f}, {fill}, {l.act}, {l.residual is not None}')
 
 # %% ../../nbs/engine/03_plan.ipynb #eb9102fb
 def _is_form(form): return isinstance(form, (tuple,list)) and len(form) == 4 and all(isinstance(v, int) for v in form)
@@ -431,19 +397,15 @@ class Choices:
         if not self.path: return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(self.path) as f: f.write(json.dumps(Choices(self.path).found | self.found, indent=0).encode())
+            text = json.dumps(Choices(self.path).found | self.found, indent=0)
+            with atomic_write(self.path) as f: f.write(text.encode())
         except OSError: pass
 
 # %% ../../nbs/engine/03_plan.ipynb #a369d62a
 def choices_file() -> Path:
-    "Where choices are kept by default: `fasterai_sparse/engine.json` in the user's cache folder (`XDG_CACHE_HOME`, `LOCALAPPDATA`)"
+    "Where choices are kept by default: `engine.json` in the user's cache folder (`XDG_CACHE_HOME`, `LOCALAPPDATA`)"
     base = os.environ.get('XDG_CACHE_HOME') or (os.environ.get('LOCALAPPDATA') if os.name == 'nt' else None)
     return Path(base or Path.home()/'.cache')/'fasterai_sparse'/'engine.json'
-
-# %% ../../nbs/engine/03_plan.ipynb #b1ddb222
-@patch
-def __call__(self:Plan, *inputs):
-    with self.lock, torch.no_grad(): return self.run(*inputs)
 
 # %% ../../nbs/engine/03_plan.ipynb #7e32be18
 @patch
@@ -515,3 +477,48 @@ def _plain(v):
         return kind({k: _plain(x) for k,x in v.items()})
     if isinstance(v, list): return [_plain(x) for x in v]
     return tuple(_plain(x) for x in v) if type(v) is tuple else v
+
+# %% ../../nbs/engine/03_plan.ipynb #2b08f344
+@patch
+def timed(self:Plan,
+    x:list, # Inputs
+    seconds:float=.05, # Run for so long, and at least twice
+) -> list[float]:
+    "The least number of seconds that each operation took"
+    best, start, runs = [float('inf')]*len(self.ops), time.perf_counter(), 0
+    def one_by_one(first, n):
+        for i in range(first, first+n):
+            begin = time.perf_counter()
+            self.program(i, 1)
+            best[i] = min(best[i], time.perf_counter()-begin)
+    while runs < 2 or time.perf_counter()-start < seconds:
+        self.run(*x, program=one_by_one)
+        runs += 1
+    return best
+
+# %% ../../nbs/engine/03_plan.ipynb #a6f329c2
+@patch
+def tune(self:Plan, x):
+    "Try the forms of each layer that `choices` does not know, and keep the fastest; layers of one key share one"
+    forms, times = {i: self.forms(l) for i,l in self.untried.items()}, {l.key: {} for l in self.untried.values()}
+    self.run(*x)
+    for k in range(max(map(len, forms.values()))):
+        tried = {i: f[k] for i,f in forms.items() if k < len(f)}
+        for i,form in tried.items(): self.program.replace(i, self.in_form(self.untried[i], form))
+        seconds = self.timed(x)
+        for i,form in tried.items():
+            of_key = times[self.untried[i].key]
+            of_key[form] = of_key.get(form, 0) + seconds[i]
+    for key,of_form in times.items(): self.choices.found[key] = min(of_form, key=of_form.get)
+    self.choices.save()
+    for i,l in self.untried.items(): self.program.replace(i, self.in_form(l, tuple(self.choices.found[l.key])))
+
+# %% ../../nbs/engine/03_plan.ipynb #0f59aaf6
+@patch
+def keep_chosen(self:Plan, i, l):
+    "Keep the weights of operation `i` in its form only, in memory of the plan, and drop what made other forms"
+    op = self.ops[i]
+    if isinstance(op, Convolution): op.terms = self.weights.copy(op.terms)
+    else: op.values = self.weights.copy(op.values)
+    for name in ('terms', 'layout', 'weight', 'operands'): l.__dict__.pop(name, None)
+    self.program.replace(i, op)

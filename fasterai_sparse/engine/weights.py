@@ -18,7 +18,7 @@ def conv_taps(
     dilation:int,
     before:int, # Zeros that the input is padded with in front
 ) -> list[tuple[int, int]]:
-    "For each weight along one axis of a kernel: the phase of the input that it reads, and how many pixels it is shifted there"
+    "For each weight along one axis of a kernel: the phase of the input that it reads, and the shift in it, in pixels"
     first_pixels = [k*dilation - before for k in range(kernel)]
     return [(p % stride, p // stride) for p in first_pixels]
 
@@ -29,8 +29,8 @@ def check_offsets(
 ):
     "Raise `ValueError` unless all offsets from `lowest` to `highest` fit into 32 bits"
     if lowest < -1<<31 or highest >= 1<<31:
-        raise ValueError(f'A layer reads inputs {max(-lowest, highest):,} floats away from its output, and the engine addresses '
-                         f'{(1<<31) - 1:,} at most: use fewer or smaller images at a time')
+        raise ValueError(f'A layer reads inputs {max(-lowest, highest):,} floats away from its output, and the engine '
+                         f'addresses {(1<<31) - 1:,} at most: use fewer or smaller images at a time')
 
 # %% ../../nbs/engine/01_weights.ipynb #b9b755ec
 class Terms:
@@ -68,7 +68,7 @@ def _offsets(self:Terms, rows, columns, ky, kx, phases):
 
 # %% ../../nbs/engine/01_weights.ipynb #6072c34e
 def _starts(row, parts, rows):
-    "Where the terms of each row begin and end, int32, parts × (rows+1); `row` is part·rows + row of each term, in order"
+    "Where the terms of each row begin, int32, parts × (rows+1); `row` is part·rows + row of each term, in order"
     check_offsets(0, len(row))
     starts = np.zeros((parts, rows+1), np.int32)
     starts[:,1:] = np.bincount(row, minlength=parts*rows).cumsum().reshape(parts, -1)
@@ -99,7 +99,7 @@ def _part(self:Terms, parts): return self.input*parts//max(self.n_in, 1)   # of 
 # %% ../../nbs/engine/01_weights.ipynb #3fa3dd96
 @patch
 def _shared(self:Terms, size, parts=1):
-    "Each pair of a block of `size` outputs and an input: the number of the block, the input's offset; and the pair of each term"
+    "Pairs of a block of `size` outputs and an input: the block, the offset of the input; and the pair of each term"
     low, row = self.offset.min(initial=0), self._part(parts)*-(-self.n_out//size) + self.out//size
     pair, of_term = np.unique(row<<40 | self.offset-low, return_inverse=True)   # in order of parts, blocks, inputs
     return pair >> 40, (pair & (1<<40)-1) + low, of_term

@@ -137,7 +137,8 @@ def fresh():
 @compiled
 def test_the_lists_are_the_same(fresh):
     kinds, _ = ops._engine_of(native_library()[0])
-    assert set(kinds) == {op.kernel for op in Operation.__subclasses__()}
+    ours = [op.kernel for op in Operation.__subclasses__() if op.__module__ == ops.__name__]
+    assert sorted(kinds) == sorted(ours)
 
 @compiled
 @pytest.mark.parametrize('types', [dict(list(Convolution.types.items())[::-1]), {**Convolution.types, 'rows': 'number'},

@@ -173,25 +173,30 @@ def _act_number(act): return list(acts).index(act)
 # %% ../../nbs/engine/00_ops.ipynb #a3d7a8bf
 def _check_lists(lib):
     "Raise `RuntimeError` unless the library's operations, their arguments and the activations are those of this module"
-    theirs = {name: _names_in(args) for name,args in re.findall(r'(\w+)\((.*?)\)', lib.fs_operations().decode())}
+    theirs = re.findall(r'(\w+)\((.*?)\)', lib.fs_operations().decode())
+    theirs = {name: _names_in(args) for name,args in theirs}   # type, name, type, name…
     ours = {op.kernel: [w for n,t in op.types.items() for w in (t, n)] for op in Operation.__subclasses__()}
     different = [name for name,args in ours.items() if theirs.get(name) != args]
     if _names_in(lib.fs_activations().decode()) != [name or 'none' for name in acts]: different.append('activations')
-    if different:
-        raise RuntimeError(f'The compiled library is of another version ({", ".join(different)} differ): '
-                           'install fasterai_sparse again')
-    return list(theirs)
+    if not different: return list(theirs)
+    raise RuntimeError(f'The compiled library is of another version ({", ".join(different)} differ): '
+                       'install fasterai_sparse again')
+
+# %% ../../nbs/engine/00_ops.ipynb #0172174f
+def _declare_functions(lib):
+    "The engine's functions, with the types that csrc/engine.cpp gives them"
+    pointer, whole, small, text = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_char_p
+    for name in ('fs_operations', 'fs_activations'): library_function(lib, name, text)
+    library_function(lib, 'fs_engine_set', text, small, ctypes.POINTER(small))
+    library_function(lib, 'fs_run', small, pointer, whole, small, small, ctypes.POINTER(whole))
+    library_function(lib, 'fs_finite', small, pointer, whole)
 
 # %% ../../nbs/engine/00_ops.ipynb #aa558f0a
 @lru_cache(None)
 def _engine_of(lib):
     "Numbers of the operations of `lib`, and its instruction sets; both by name"
-    pointer, whole, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    for name in ('fs_operations', 'fs_activations'): library_function(lib, name, ctypes.c_char_p)
-    library_function(lib, 'fs_engine_set', ctypes.c_char_p, small, ctypes.POINTER(small))
-    library_function(lib, 'fs_run', small, pointer, whole, small, small, ctypes.POINTER(whole))
-    library_function(lib, 'fs_finite', small, pointer, whole)
-    sets, floats = {}, small()
+    _declare_functions(lib)
+    sets, floats = {}, ctypes.c_int()
     while name := lib.fs_engine_set(len(sets), ctypes.byref(floats)): sets[name.decode()] = floats.value
     return {name: i for i,name in enumerate(_check_lists(lib))}, sets
 
@@ -288,16 +293,26 @@ def arguments(self:Convolution):
 # %% ../../nbs/engine/00_ops.ipynb #7ade3ad3
 @patch
 def run_torch(self:Convolution):
-    n, x, block = len(self.mask), self.x, self.block
-    row = np.concatenate([np.repeat(np.arange(len(s)-1), np.diff(s)) for s in self.starts])   # of each term
-    output = torch.from_numpy(row[:,None]*block + np.arange(block))
-    inputs = [x.memory[x.begin+at:][:n] for at in self.terms['at'].tolist()]
-    inputs = torch.stack(inputs) if inputs else torch.zeros(0, n)
-    products = torch.from_numpy(self.terms['w'].copy()).double()[:,:,None]*inputs[:,None].double()
+    n = len(self.mask)
     out = torch.from_numpy(self.bias)[:,None].repeat(1, n).double()
-    out.index_add_(0, output.flatten(), products.flatten(0, 1))
+    out.index_add_(0, self.outputs(), self.products(n))
     if self.residual is not None: out = out + self.residual.flat[:,:n]
     self.y.flat[:,:n] = torch.where(torch.from_numpy(self.mask) != 0, acts[self.act](out.float()), 0.)
+
+# %% ../../nbs/engine/00_ops.ipynb #bdde1936
+@patch
+def outputs(self:Convolution)->torch.Tensor:
+    "Number of the output of each weight of each term"
+    row = np.concatenate([np.repeat(np.arange(len(s)-1), np.diff(s)) for s in self.starts])
+    return torch.from_numpy(row[:,None]*self.block + np.arange(self.block)).flatten()
+
+@patch
+def products(self:Convolution, n)->torch.Tensor:
+    "Each weight of each term times the `n` positions that it reads"
+    inputs = [self.x.memory[self.x.begin+at:][:n] for at in self.terms['at'].tolist()]
+    inputs = torch.stack(inputs) if inputs else torch.zeros(0, n)
+    weights = torch.from_numpy(self.terms['w'].copy()).double()
+    return (weights[:,:,None]*inputs[:,None].double()).flatten(0, 1)
 
 # %% ../../nbs/engine/00_ops.ipynb #a8a30785
 @dataclass
@@ -337,15 +352,20 @@ class MatVec(Operation, kernel='''matvec(
 def weight(self:MatVec) -> torch.Tensor: # Outputs × inputs
     "The dense weight, from the layout"
     w = np.zeros((self.blocks, self.size, self.x.channels), np.float32)
-    if self.block == 24:
-        bits = self.offsets.reshape(self.blocks, -1, 2).astype(np.uint32)[...,None]
-        input_of_four = bits >> 2*np.arange(16, dtype=np.uint32) & 3
-        block, four, _, output = np.indices(input_of_four.shape)
-        np.add.at(w, (block, output, 4*four + input_of_four), self.values.reshape(input_of_four.shape))
+    if self.block == 24: self.add_24(w)
     else:
         block = np.repeat(np.arange(self.blocks), np.diff(self.starts.ravel()))
         np.add.at(w, (block, slice(None), self.offsets), self.values.reshape(-1, self.size))
     return torch.from_numpy(w.reshape(-1, self.x.channels)[:self.y.channels])
+
+# %% ../../nbs/engine/00_ops.ipynb #6e3aed62
+@patch
+def add_24(self:MatVec, w):
+    "Add the weights in the layout of 2:4 to `w`, blocks × 16 × inputs"
+    bits = self.offsets.reshape(self.blocks, -1, 2).astype(np.uint32)[...,None]
+    input_of_four = bits >> 2*np.arange(16, dtype=np.uint32) & 3
+    block, four, _, output = np.indices(input_of_four.shape)
+    np.add.at(w, (block, output, 4*four + input_of_four), self.values.reshape(input_of_four.shape))
 
 # %% ../../nbs/engine/00_ops.ipynb #06b0a75a
 @dataclass

@@ -46,13 +46,18 @@ class Terms:
     ):
         w = weight.detach().float().cpu()
         if w.dim() == 2: w = w[:,:,None,None]
-        self.n_out, self.group_in = w.shape[:2]
-        self.n_in, self.x, self.groups, self.fills = self.group_in*groups, x, groups, {}
-        o, i, ky, kx = (t.numpy() for t in w.nonzero(as_tuple=True))
-        self.values, self.out, self.input = w[w != 0].numpy(), o, i + o//(self.n_out//groups)*self.group_in
-        taps = (np.array(conv_taps(*axis)).T for axis in zip(w.shape[2:], stride, dilation, before))
-        self.offset = self._offsets(*taps, ky, kx, list(phases))
-        self.density = len(self.values)/max(w.numel(), 1)
+        self.n_out, self.group_in, self.x, self.groups, self.fills = *w.shape[:2], x, groups, {}
+        self.n_in, self.density = self.group_in*groups, w.count_nonzero().item()/max(w.numel(), 1)
+        taps = [np.array(conv_taps(*axis)).T for axis in zip(w.shape[2:], stride, dilation, before)]
+        self._find(w, taps, list(phases))
+
+# %% ../../nbs/engine/01_weights.ipynb #ba3b2c28
+@patch
+def _find(self:Terms, w, taps, phases):
+    "Set what is known of each weight of `w` that is not zero"
+    o, i, ky, kx = (t.numpy() for t in w.nonzero(as_tuple=True))
+    self.values, self.out, self.input = w[w != 0].numpy(), o, i + o//(self.n_out//self.groups)*self.group_in
+    self.offset = self._offsets(*taps, ky, kx, phases)
 
 # %% ../../nbs/engine/01_weights.ipynb #9d835128
 @patch

@@ -22,17 +22,23 @@ def library_function(lib, name, result, *arguments):
         raise RuntimeError(f'The compiled library is of another version (no {name}): install fasterai_sparse again')
     f.restype, f.argtypes = result, arguments
 
+# %% ../../nbs/utils/06_native.ipynb #5f22030a
+def _declare(lib):
+    "The functions of csrc/sum_max.cpp; those of the engine are declared in `engine.ops`"
+    library_function(lib, 'fs_instruction_set', ctypes.c_char_p, ctypes.c_int)
+    types = [ctypes.c_void_p]*3 + [ctypes.c_int64]*3 + [ctypes.c_int]*2
+    library_function(lib, 'fs_sum_max', ctypes.c_int, *types)
+
 # %% ../../nbs/utils/06_native.ipynb #0278fda8
 @lru_cache(None)
 def native_library() -> tuple:
     "The compiled library and `''`, or `None` and why there is none; raises `RuntimeError` for one of another version"
-    files = [f for f in Path(fasterai_sparse.__file__).parent.glob('_native*') if f.suffix in ('.so', '.pyd', '.dylib')]
+    folder = Path(fasterai_sparse.__file__).parent
+    files = [f for f in folder.glob('_native*') if f.suffix in ('.so', '.pyd', '.dylib')]
     if not files: return None, 'not compiled: it takes a C++ compiler when the package is installed'
     try: lib = ctypes.CDLL(str(files[0]))
     except OSError as e: return None, f'{files[0].name} does not load: {e}'
-    pointer, whole, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library_function(lib, 'fs_instruction_set', ctypes.c_char_p, small)
-    library_function(lib, 'fs_sum_max', small, pointer, pointer, pointer, whole, whole, whole, small, small)
+    _declare(lib)
     return lib, ''
 
 # %% ../../nbs/utils/06_native.ipynb #bd0a6214

@@ -34,16 +34,18 @@ class Grid:
         self.pixel_rows = max(self.pixel_rows, height)
 
     @property
-    def border(self): return -(-(self.zeros_above*self.width + self.zeros_left)//16)*16   # zeros before and after a channel
+    def border(self):   # zeros before and after a channel
+        return -(-(self.zeros_above*self.width + self.zeros_left)//16)*16
     @property
     def image_stride(self): return self.rows*self.width   # floats from one image to the next
     @property
-    def length(self): return (self.images-1)*self.image_stride + self.pixel_rows*self.width   # first pixel to end of the last row
+    def length(self):   # floats from the first pixel to the end of the last row
+        return (self.images-1)*self.image_stride + self.pixel_rows*self.width
     @property
     def one_position(self): return (self.images, self.rows, self.width, self.border) == (1, 1, 1, 0)
 
     def mask(self, height, width, floats):
-        "int32 array of a channel's positions, in whole vectors of `floats`: -1 (all bits) at pixels of `height`×`width`, else 0"
+        "int32 for each position, in whole vectors of `floats`: -1 (all bits) at pixels of `height`×`width`, else 0"
         mask = np.zeros(-(-self.length//floats)*floats, np.int32)
         images, rows = np.arange(self.images)[:,None,None], np.arange(height)[:,None]
         mask[images*self.image_stride + rows*self.width + np.arange(width)] = -1
@@ -52,7 +54,7 @@ class Grid:
 # %% ../../nbs/engine/00_ops.ipynb #12468375
 class Memory:
     "Zeros, taken from pieces that grow with what has been taken so far"
-    def __init__(self): self.free, self.taken, self.held = torch.empty(0, dtype=torch.uint8), 0, 0   # the latter two in bytes
+    def __init__(self): self.free, self.taken, self.held = torch.empty(0, dtype=torch.uint8), 0, 0   # bytes
 
     def __call__(self,
         floats:int, # How many are wanted
@@ -66,7 +68,7 @@ class Memory:
         return taken.view(torch.float32)[:floats]
 
     def new_piece(self, n, page=1<<21):
-        "`n` bytes that begin at a page if they fill one, else at a cache line: less than a page would take a huge one as a whole"
+        "`n` bytes that begin at a page if they fill one, else at a cache line"
         align = page if n >= page else 64
         m = mmap.mmap(-1, n+align) if n >= page else bytearray(n+align)
         if n >= page and hasattr(mmap, 'MADV_HUGEPAGE'):
@@ -110,13 +112,15 @@ class Flat:
     @property
     def view(self):
         "Images × channels × height × width, in the same memory"
-        size, strides = (self.grid.images, self.channels, self.height, self.width), (self.grid.image_stride, self.stride, self.grid.width, 1)
+        size = self.grid.images, self.channels, self.height, self.width
+        strides = self.grid.image_stride, self.stride, self.grid.width, 1
         return self.memory[self.begin:].as_strided(size, strides)
     @property
-    def flat(self): return self.memory[self.begin:].as_strided((self.channels, self.stride), (self.stride, 1))   # with the zeros
+    def flat(self):   # channels × positions, with the zeros
+        return self.memory[self.begin:].as_strided((self.channels, self.stride), (self.stride, 1))
 
     def strides(self, name):
-        "Floats from one channel, image and row to the next, as kernels name them: `x_channel`, `x_image` and `x_row` for `'x'`"
+        "Floats from one channel, image and row to the next; for `'x'` named `x_channel`, `x_image` and `x_row`"
         return {f'{name}_channel': self.stride, f'{name}_image': self.grid.image_stride, f'{name}_row': self.grid.width}
 
 # %% ../../nbs/engine/00_ops.ipynb #4693825b
@@ -131,13 +135,13 @@ _ARGUMENT_TYPES = dict(
     input=(ctypes.c_void_p, _address), output=(ctypes.c_void_p, _address), indices=(ctypes.c_void_p, _address),
     integer=(ctypes.c_int64, int), number=(ctypes.c_float, float))   # in C, and how a value is converted
 
-def _words(text): return re.findall(r'\w+', text)
+def _names_in(text): return re.findall(r'\w+', text)
 
 # %% ../../nbs/engine/00_ops.ipynb #b11338e6
 class Operation:
-    "A step of a `Program`: `y` is computed from the other operands. `kernel=` repeats the operation's entry in `csrc/ops.def`"
+    "Computes `y` from the other operands. `kernel=` repeats the operation's entry in `csrc/ops.def`"
     def __init_subclass__(cls, kernel):
-        cls.kernel, *words = _words(kernel)
+        cls.kernel, *words = _names_in(kernel)
         cls.types = dict(zip(words[1::2], words[::2]))
         fields = [(n, _ARGUMENT_TYPES[t][0]) for n,t in cls.types.items()]
         cls.structure = type(f'{cls.kernel}_args', (ctypes.Structure,), {'_fields_': fields})
@@ -154,38 +158,45 @@ class Operation:
         "The arguments as C++ reads them. The operands have to live as long as it is used"
         values = self.arguments()
         if values.keys() != self.types.keys():
-            raise TypeError(f'{type(self).__name__}: arguments() and ops.def differ in {sorted(values.keys() ^ self.types.keys())}')
+            different = sorted(values.keys() ^ self.types.keys())
+            raise TypeError(f'{type(self).__name__}: arguments() and ops.def differ in {different}')
         return self.structure(**{n: _ARGUMENT_TYPES[self.types[n]][1](v) for n,v in values.items()})
 
 # %% ../../nbs/engine/00_ops.ipynb #c6edb798
 acts = {
     None: lambda x: x, 'relu': F.relu, 'relu6': F.relu6, 'silu': F.silu, 'hardswish': F.hardswish, 'gelu': F.gelu,
-    'gelu_tanh': partial(F.gelu, approximate='tanh'), 'sigmoid': torch.sigmoid, 'tanh': torch.tanh, 'hardsigmoid': F.hardsigmoid}
+    'gelu_tanh': partial(F.gelu, approximate='tanh'), 'sigmoid': torch.sigmoid, 'tanh': torch.tanh,
+    'hardsigmoid': F.hardsigmoid}
 
 def _act_number(act): return list(acts).index(act)
 
 # %% ../../nbs/engine/00_ops.ipynb #a3d7a8bf
 def _check_lists(lib):
     "Raise `RuntimeError` unless the library's operations, their arguments and the activations are those of this module"
-    theirs = {name: _words(args) for name,args in re.findall(r'(\w+)\((.*?)\)', lib.fs_operations().decode())}
+    theirs = re.findall(r'(\w+)\((.*?)\)', lib.fs_operations().decode())
+    theirs = {name: _names_in(args) for name,args in theirs}   # type, name, type, name…
     ours = {op.kernel: [w for n,t in op.types.items() for w in (t, n)] for op in Operation.__subclasses__()}
     different = [name for name,args in ours.items() if theirs.get(name) != args]
-    if _words(lib.fs_activations().decode()) != [name or 'none' for name in acts]: different.append('activations')
-    if different:
-        raise RuntimeError(f'The compiled library is of another version ({", ".join(different)} differ): '
-                           'install fasterai_sparse again')
-    return list(theirs)
+    if _names_in(lib.fs_activations().decode()) != [name or 'none' for name in acts]: different.append('activations')
+    if not different: return list(theirs)
+    raise RuntimeError(f'The compiled library is of another version ({", ".join(different)} differ): '
+                       'install fasterai_sparse again')
+
+# %% ../../nbs/engine/00_ops.ipynb #0172174f
+def _declare_functions(lib):
+    "The engine's functions, with the types that csrc/engine.cpp gives them"
+    pointer, whole, small, text = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_char_p
+    for name in ('fs_operations', 'fs_activations'): library_function(lib, name, text)
+    library_function(lib, 'fs_engine_set', text, small, ctypes.POINTER(small))
+    library_function(lib, 'fs_run', small, pointer, whole, small, small, ctypes.POINTER(whole))
+    library_function(lib, 'fs_finite', small, pointer, whole)
 
 # %% ../../nbs/engine/00_ops.ipynb #aa558f0a
 @lru_cache(None)
 def _engine_of(lib):
-    "Declare the engine's functions of `lib` and check its lists: the numbers of its operations and its instruction sets, by name"
-    pointer, whole, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    for name in ('fs_operations', 'fs_activations'): library_function(lib, name, ctypes.c_char_p)
-    library_function(lib, 'fs_engine_set', ctypes.c_char_p, small, ctypes.POINTER(small))
-    library_function(lib, 'fs_run', small, pointer, whole, small, small, ctypes.POINTER(whole))
-    library_function(lib, 'fs_finite', small, pointer, whole)
-    sets, floats = {}, small()
+    "Numbers of the operations of `lib`, and its instruction sets; both by name"
+    _declare_functions(lib)
+    sets, floats = {}, ctypes.c_int()
     while name := lib.fs_engine_set(len(sets), ctypes.byref(floats)): sets[name.decode()] = floats.value
     return {name: i for i,name in enumerate(_check_lists(lib))}, sets
 
@@ -199,7 +210,7 @@ def engine_library():
 
 # %% ../../nbs/engine/00_ops.ipynb #9a7b0c95
 def engine_sets() -> dict[str, int]:
-    "Instruction sets that the engine can run in here, the best first: name -> floats of a vector; empty where there is no library"
+    "Instruction sets of the engine here, the best first: name -> floats of a vector; empty where there is no library"
     lib, _ = native_library()
     return dict(_engine_of(lib)[1]) if lib else {}
 
@@ -222,25 +233,28 @@ class Program:
     def _load(self):
         self.lib = engine_library()
         kinds, _ = _engine_of(self.lib)
-        self.steps = (_Step*len(self.ops))(*[(kinds[o.kernel], ctypes.addressof(a)) for o,a in zip(self.ops, self.arguments)])
+        steps = [(kinds[op.kernel], ctypes.addressof(a)) for op,a in zip(self.ops, self.arguments)]
+        self.steps = (_Step*len(steps))(*steps)
         self.address, self.failed = ctypes.addressof(self.steps), ctypes.c_int64()
 
     def __call__(self, first=0, n=None):
         "Run `n` operations from number `first` on, by default all. Raises `MemoryError` or `RuntimeError`"
         if self.lib is None: self._load()
         n, threads = len(self.ops)-first if n is None else n, self.threads or torch.get_num_threads()
-        code = self.lib.fs_run(self.address + first*ctypes.sizeof(_Step), n, self.which, threads, ctypes.byref(self.failed))
+        address = self.address + first*ctypes.sizeof(_Step)
+        code = self.lib.fs_run(address, n, self.which, threads, ctypes.byref(self.failed))
         if code: self._raise(code, first + self.failed.value)
 
     def _raise(self, code, i):
         "The error of a run that failed in operation number `i`, or before the first if that is less than 0"
-        what = f'{type(self.ops[i]).__name__} (operation {i} of {len(self.ops)})' if i >= 0 else f'{len(self.ops)} operations'
+        n = len(self.ops)
+        what = f'{type(self.ops[i]).__name__} (operation {i} of {n})' if i >= 0 else f'{n} operations'
         check_outcome(code, f'The engine could not run {what}')
 
     def replace(self, i, op):
         "Put `op` in the place of operation number `i`"
         self.ops[i], self.arguments[i] = op, op.compiled()
-        if self.lib: self.steps[i].kind, self.steps[i].args = _engine_of(self.lib)[0][op.kernel], ctypes.addressof(self.arguments[i])
+        if self.lib: self.steps[i] = _engine_of(self.lib)[0][op.kernel], ctypes.addressof(self.arguments[i])
 
     def run_torch(self):
         "Run all operations with torch"
@@ -252,7 +266,7 @@ class Convolution(Operation, kernel='''conv(
     input x, output y, integer y_channel, indices mask, input residual, integer residual_channel,
     indices starts, input terms, input bias, integer act,
     integer rows, integer block, integer input_parts, integer vectors, integer tile, integer chunks)'''):
-    "y = act(bias + sums of shifted channels of `x` + residual): a convolution of stride 1, or a Linear layer over tokens"
+    "y = act(bias + W∗x + residual): a convolution of stride 1, or a Linear layer over tokens"
     x:Flat
     y:Flat
     bias:np.ndarray # float32, one for each output
@@ -279,16 +293,26 @@ def arguments(self:Convolution):
 # %% ../../nbs/engine/00_ops.ipynb #7ade3ad3
 @patch
 def run_torch(self:Convolution):
-    n, x, block = len(self.mask), self.x, self.block
-    row = np.concatenate([np.repeat(np.arange(len(s)-1), np.diff(s)) for s in self.starts])   # of each term
-    output = torch.from_numpy(row[:,None]*block + np.arange(block))
-    inputs = [x.memory[x.begin+at:][:n] for at in self.terms['at'].tolist()]
-    inputs = torch.stack(inputs) if inputs else torch.zeros(0, n)
-    products = torch.from_numpy(self.terms['w'].copy()).double()[:,:,None]*inputs[:,None].double()
+    n = len(self.mask)
     out = torch.from_numpy(self.bias)[:,None].repeat(1, n).double()
-    out.index_add_(0, output.flatten(), products.flatten(0, 1))
+    out.index_add_(0, self.outputs(), self.products(n))
     if self.residual is not None: out = out + self.residual.flat[:,:n]
     self.y.flat[:,:n] = torch.where(torch.from_numpy(self.mask) != 0, acts[self.act](out.float()), 0.)
+
+# %% ../../nbs/engine/00_ops.ipynb #bdde1936
+@patch
+def outputs(self:Convolution)->torch.Tensor:
+    "Number of the output of each weight of each term"
+    row = np.concatenate([np.repeat(np.arange(len(s)-1), np.diff(s)) for s in self.starts])
+    return torch.from_numpy(row[:,None]*self.block + np.arange(self.block)).flatten()
+
+@patch
+def products(self:Convolution, n)->torch.Tensor:
+    "Each weight of each term times the `n` positions that it reads"
+    inputs = [self.x.memory[self.x.begin+at:][:n] for at in self.terms['at'].tolist()]
+    inputs = torch.stack(inputs) if inputs else torch.zeros(0, n)
+    weights = torch.from_numpy(self.terms['w'].copy()).double()
+    return (weights[:,:,None]*inputs[:,None].double()).flatten(0, 1)
 
 # %% ../../nbs/engine/00_ops.ipynb #a8a30785
 @dataclass
@@ -328,23 +352,29 @@ class MatVec(Operation, kernel='''matvec(
 def weight(self:MatVec) -> torch.Tensor: # Outputs × inputs
     "The dense weight, from the layout"
     w = np.zeros((self.blocks, self.size, self.x.channels), np.float32)
-    if self.block == 24:
-        bits = self.offsets.reshape(self.blocks, -1, 2).astype(np.uint32)[...,None]
-        input_of_four = bits >> 2*np.arange(16, dtype=np.uint32) & 3
-        block, four, _, output = np.indices(input_of_four.shape)
-        np.add.at(w, (block, output, 4*four + input_of_four), self.values.reshape(input_of_four.shape))
+    if self.block == 24: self.add_24(w)
     else:
         block = np.repeat(np.arange(self.blocks), np.diff(self.starts.ravel()))
         np.add.at(w, (block, slice(None), self.offsets), self.values.reshape(-1, self.size))
     return torch.from_numpy(w.reshape(-1, self.x.channels)[:self.y.channels])
 
+# %% ../../nbs/engine/00_ops.ipynb #6e3aed62
+@patch
+def add_24(self:MatVec, w):
+    "Add the weights in the layout of 2:4 to `w`, blocks × 16 × inputs"
+    bits = self.offsets.reshape(self.blocks, -1, 2).astype(np.uint32)[...,None]
+    input_of_four = bits >> 2*np.arange(16, dtype=np.uint32) & 3
+    block, four, _, output = np.indices(input_of_four.shape)
+    np.add.at(w, (block, output, 4*four + input_of_four), self.values.reshape(input_of_four.shape))
+
 # %% ../../nbs/engine/00_ops.ipynb #06b0a75a
 @dataclass
 class Split(Operation, kernel='''split(
-    input x, integer x_channel, integer x_image, integer x_row, output y, integer y_channel, integer y_image, integer y_row,
+    input x, integer x_channel, integer x_image, integer x_row,
+    output y, integer y_channel, integer y_image, integer y_row,
     integer images, integer channels, integer x_height, integer x_width, integer y_height, integer y_width,
     integer down, integer across, indices phases, integer n_phases)'''):
-    "`y` has, for each channel of `x`, a channel for each of `phases`: the pixels from that row and column on, `stride` apart"
+    "`y` has, for each channel of `x` and each of `phases`, a channel of the pixels `stride` apart from there on"
     x:object # `Flat`, or a contiguous tensor of images × channels × height × width
     y:Flat
     stride:tuple = (1,1)
@@ -352,12 +382,13 @@ class Split(Operation, kernel='''split(
 
     def arguments(self):
         x, y, self.first_pixels = self.x, self.y, np.array(self.phases, np.int32).ravel()
-        if isinstance(x, Flat): strides, (height, width) = x.strides('x'), (x.height, x.width)
-        else: strides, (height, width) = dict(x_channel=x.stride(1), x_image=x.stride(0), x_row=x.stride(2)), x.shape[2:]
+        if isinstance(x, Flat): strides = x.strides('x')
+        else: strides = dict(x_channel=x.stride(1), x_image=x.stride(0), x_row=x.stride(2))
+        height, width = (x.view if isinstance(x, Flat) else x).shape[2:]
         return dict(
-            x=x, y=y, **strides, **y.strides('y'), images=y.grid.images, channels=y.channels//len(self.phases), x_height=height,
-            x_width=width, y_height=y.height, y_width=y.width, down=self.stride[0], across=self.stride[1],
-            phases=self.first_pixels, n_phases=len(self.phases))
+            x=x, y=y, **strides, **y.strides('y'), images=y.grid.images, channels=y.channels//len(self.phases),
+            x_height=height, x_width=width, y_height=y.height, y_width=y.width, down=self.stride[0],
+            across=self.stride[1], phases=self.first_pixels, n_phases=len(self.phases))
 
     def run_torch(self):
         x, y = self.x.view if isinstance(self.x, Flat) else self.x, self.y
@@ -368,9 +399,10 @@ class Split(Operation, kernel='''split(
 
 # %% ../../nbs/engine/00_ops.ipynb #d93e1e81
 @dataclass
-class Transpose(Operation, kernel='transpose(input x, integer x_row, output y, integer y_row, integer rows, integer columns)'):
+class Transpose(Operation, kernel='''transpose(
+    input x, integer x_row, output y, integer y_row, integer rows, integer columns)'''):
     """`y` gets the columns of the matrix `x` as its rows.
-    One is a `Flat` without gaps between its positions (channels × positions), the other a contiguous tensor (positions × channels)"""
+    One is a `Flat` without gaps (channels × positions), the other a contiguous tensor (positions × channels)"""
     x:object
     y:object
 
@@ -392,7 +424,8 @@ class Transpose(Operation, kernel='transpose(input x, integer x_row, output y, i
 # %% ../../nbs/engine/00_ops.ipynb #2cc8bb80
 @dataclass
 class MaxPool(Operation, kernel='''max_pool(
-    input x, integer x_channel, integer x_image, integer x_row, output y, integer y_channel, integer y_image, integer y_row,
+    input x, integer x_channel, integer x_image, integer x_row,
+    output y, integer y_channel, integer y_image, integer y_row,
     integer images, integer channels, integer x_height, integer x_width, integer y_height, integer y_width,
     integer down, integer across, integer kernel_height, integer kernel_width, integer top, integer left)'''):
     "The largest of each window of each channel of `x`, which has no negative values"
@@ -407,7 +440,8 @@ class MaxPool(Operation, kernel='''max_pool(
         return dict(
             x=x, y=y, **x.strides('x'), **y.strides('y'), images=x.grid.images, channels=y.channels, x_height=x.height,
             x_width=x.width, y_height=y.height, y_width=y.width, down=self.stride[0], across=self.stride[1],
-            kernel_height=self.kernel_size[0], kernel_width=self.kernel_size[1], top=self.before[0], left=self.before[1])
+            kernel_height=self.kernel_size[0], kernel_width=self.kernel_size[1], top=self.before[0],
+            left=self.before[1])
 
     def run_torch(self):
         x, y, (top, left) = self.x, self.y, self.before
@@ -446,12 +480,13 @@ class Add(Operation, kernel='''add(
     other:Flat = None
 
     def arguments(self):
-        x, y, other, mask, act = self.x, self.y, self.other, self.mask, _act_number(self.act)
-        strides, n, vectors = dict(x_channel=x.stride, other_channel=other.stride if other else 0, y_channel=y.stride), y.channels, y.vectors
+        x, y, other, mask, n, vectors = self.x, self.y, self.other, self.mask, self.y.channels, self.y.vectors
         if y.grid.one_position:
             mask = self.all_channels = np.full(-(-n//16)*16, -1, np.int32)
             n, vectors = 1, len(mask)//len(self.mask)
-        return dict(x=x, other=other, y=y, mask=mask, act=act, channels=n, vectors=vectors, **strides)
+        return dict(
+            x=x, x_channel=x.stride, other=other, other_channel=other.stride if other else 0, y=y, y_channel=y.stride,
+            mask=mask, act=_act_number(self.act), channels=n, vectors=vectors)
 
     def run_torch(self):
         x = self.x.view
@@ -503,8 +538,9 @@ class LayerNorm(Operation, kernel='''layer_norm(
 # %% ../../nbs/engine/00_ops.ipynb #03e4cc63
 @dataclass
 class Attention(Operation, kernel='''attention(
-    input q, integer q_channel, input k, integer k_channel, input v, integer v_channel, output y, integer y_channel, integer image,
-    integer images, integer heads, integer head_channels, integer positions, number scale, integer causal)'''):
+    input q, integer q_channel, input k, integer k_channel, input v, integer v_channel,
+    output y, integer y_channel, integer image, integer images, integer heads, integer head_channels,
+    integer positions, number scale, integer causal)'''):
     "softmax(scale · q·k)·v for each head, over the positions of each image; q, k, v and y have height 1"
     q:Flat
     k:Flat
@@ -517,12 +553,14 @@ class Attention(Operation, kernel='''attention(
     def arguments(self):
         y, of_channel = self.y, {f'{n}_channel': getattr(self, n).stride for n in 'qkvy'}
         return dict(
-            q=self.q, k=self.k, v=self.v, y=y, **of_channel, image=y.grid.image_stride, images=y.grid.images, heads=self.heads,
-            head_channels=y.channels//self.heads, positions=y.width, scale=self.scale, causal=self.causal)
+            q=self.q, k=self.k, v=self.v, y=y, **of_channel, image=y.grid.image_stride, images=y.grid.images,
+            heads=self.heads, head_channels=y.channels//self.heads, positions=y.width, scale=self.scale,
+            causal=self.causal)
 
     def run_torch(self):
-        def of_heads(f): return f.view[:,:,0].unflatten(1, (self.heads, -1)).transpose(2, 3)   # images × heads × positions × channels
-        out = F.scaled_dot_product_attention(*map(of_heads, (self.q, self.k, self.v)), is_causal=self.causal, scale=self.scale)
+        def of_heads(f): return f.view[:,:,0].unflatten(1, (self.heads, -1)).transpose(2, 3)
+        qkv = map(of_heads, (self.q, self.k, self.v))
+        out = F.scaled_dot_product_attention(*qkv, is_causal=self.causal, scale=self.scale)
         self.y.view.copy_(out.transpose(2, 3).flatten(1, 2)[:,:,None])
 
 # %% ../../nbs/engine/00_ops.ipynb #5a7423c6

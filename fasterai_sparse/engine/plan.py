@@ -15,15 +15,15 @@ from fastcore.basics import patch
 from torch import fx
 
 from ..utils.files import atomic_write
-from fasterai_sparse.engine.ops import (
-    Add, Attention, ChannelMean, Convolution, engine_library, engine_sets, Flat, Grid, LayerNorm, MatVec, MaxPool, Memory, Program,
-    Scale, Split, Transpose)
+from .ops import (
+    Add, Attention, ChannelMean, Convolution, engine_library, engine_sets, Flat, Grid, LayerNorm, MatVec, MaxPool,
+    Memory, Program, Scale, Split, Transpose)
 from .trace import Graph, Layer, Packed
 from .weights import conv_taps, Terms
 
 # %% ../../nbs/engine/03_plan.ipynb #32a7aea1
 class Plan:
-    """`model` for inputs of the sizes of `x`; call it with such inputs. Threads that call it at the same time wait for each other.
+    """`model` for inputs of the sizes of `x`; call it with such inputs. Only one thread runs it at a time.
     Raises `RuntimeError` where the engine is not available, `ValueError` where it can run nothing of the model"""
     def __init__(self,
         model,
@@ -34,19 +34,41 @@ class Plan:
         tune:bool=True, # Whether to try the forms of layers that `choices` does not know
     ):
         engine_library()
-        self.which, self.threads, self.choices, self.lock = which, threads, choices or Choices(), threading.Lock()
-        self.floats = list(engine_sets().values())[which]   # of a vector
-        self.graph = Graph(model, x)
-        self.layers = [l for l in self.graph.items if isinstance(l, Layer)]
-        if not any(l.kind == 'conv' for l in self.layers):
-            raise ValueError('no convolution, and no sparse Linear layer, that the engine can run')
-        self.masks, self.spare, self.activations, self.weights = {}, {}, Memory(), Memory()
-        self.ops, self.steps, self.weighted, self.untried = [], [], {}, {}   # the latter two: number of an operation -> its layer
+        self.start(model, x, which, threads, choices or Choices())
         self.lay_out()
         self.add_steps()
         self.program = Program(self.ops, which, threads)
         if tune and self.untried: self.tune(x)
-        for i,l in self.weighted.items(): self.keep_chosen(i, l)
+        for i,layer in self.weighted.items(): self.keep_chosen(i, layer)
+
+    def __call__(self, *inputs):
+        with self.lock, torch.no_grad(): return self.run(*inputs)
+
+    def taps(self, layer)->list:
+        "For rows and for columns: phase and shift of each weight of the kernel of `layer`"
+        return [conv_taps(*axis) for axis in zip(layer.weight.shape[2:], layer.stride, layer.dilation, layer.before)]
+
+    def grid(self, v)->Grid:
+        "The grid of a value"
+        return self.grids.of(v, self.graph.dims(v)[0])
+
+    def flat_of(self, v)->Flat:
+        "Memory for a value"
+        return self.new_flat(self.grid(v), *self.graph.dims(v)[1:])
+
+# %% ../../nbs/engine/03_plan.ipynb #a6873457
+@patch
+def start(self:Plan, model, x, which, threads, choices):
+    "Trace `model`; nothing has a place or a step yet"
+    self.which, self.threads, self.choices, self.lock = which, threads, choices, threading.Lock()
+    self.floats = list(engine_sets().values())[which]   # of a vector
+    self.graph = Graph(model, x)
+    self.layers = [layer for layer in self.graph.items if isinstance(layer, Layer)]
+    if not any(layer.kind == 'conv' for layer in self.layers):
+        raise ValueError('no convolution, and no sparse Linear layer, that the engine can run')
+    self.masks, self.spare, self.activations, self.weights = {}, {}, Memory(), Memory()
+    self.ops, self.steps = [], []
+    self.weighted, self.untried = {}, {}   # number of an operation -> its layer
 
 # %% ../../nbs/engine/03_plan.ipynb #cfdcddf9
 class _Grids:
@@ -69,46 +91,34 @@ class _Grids:
         if root not in self.grids: self.grids[root] = Grid(images)
         return self.grids[root]
 
-# %% ../../nbs/engine/03_plan.ipynb #ad04413c
-@patch
-def grid(self:Plan, v)->Grid:
-    "The grid of a value"
-    return self.grids.of(v, self.graph.dims(v)[0])
-
-# %% ../../nbs/engine/03_plan.ipynb #13e31da4
-@patch
-def taps(self:Plan, l)->list:
-    "For rows and for columns: phase and shift of each weight of the kernel"
-    return [conv_taps(*axis) for axis in zip(l.weight.shape[2:], l.stride, l.dilation, l.before)]
-
 # %% ../../nbs/engine/03_plan.ipynb #33ec2e75
 @patch
-def values_in_one_grid(self:Plan, l)->list:
-    "The values that have to lie in the same grid as the output of the layer `l`"
-    if l.kind in ('mean', 'pool'): return []
-    if l.kind == 'conv': values = l.inputs if tuple(l.stride) == (1,1) else []
-    else: values = l.inputs[:1] if l.kind == 'scale' else l.inputs   # factors are one position for each image
-    return values if l.residual is None else [*values, l.residual]
+def values_in_one_grid(self:Plan, layer)->list:
+    "The values that have to lie in the same grid as the output of the layer `layer`"
+    if layer.kind in ('mean', 'pool'): return []
+    if layer.kind == 'conv': values = layer.inputs if tuple(layer.stride) == (1,1) else []
+    else: values = layer.inputs[:1] if layer.kind == 'scale' else layer.inputs   # factors lie elsewhere
+    return values if layer.residual is None else [*values, layer.residual]
 
 # %% ../../nbs/engine/03_plan.ipynb #c0736e6c
 @patch
 def lay_out(self:Plan):
     "Find the grid of each value, and make it wide enough for all that lies in it"
     self.grids, dims = _Grids(), self.graph.dims
-    for l in self.layers:
-        for v in self.values_in_one_grid(l): self.grids.join(v, l.out)
-    for l in self.layers:
-        for v in [*l.reads, l.out]: self.grid(v).include(*dims(v)[2:])
-        if l.kind == 'conv': self.include_padding(l, dims(l.inputs[0])[2:], dims(l.out)[2:])
+    for layer in self.layers:
+        for v in self.values_in_one_grid(layer): self.grids.join(v, layer.out)
+    for layer in self.layers:
+        for v in [*layer.reads, layer.out]: self.grid(v).include(*dims(v)[2:])
+        if layer.kind == 'conv': self.include_padding(layer, dims(layer.inputs[0])[2:], dims(layer.out)[2:])
 
 # %% ../../nbs/engine/03_plan.ipynb #5368cc7d
 @patch
-def include_padding(self:Plan, l, of_input, of_output):
-    "Leave as many zeros around the input of `l` as its kernel reaches beyond it"
-    shifts = [[shift for _,shift in taps] for taps in self.taps(l)]
-    of_phase = (-(-n//s) for n,s in zip(of_input, l.stride))
-    self.grid(l.out).include(*of_phase, *(max(0, -min(s)) for s in shifts))
-    self.grid(l.out).include(*of_output, 0, 0, *(max(0, *s) for s in shifts))
+def include_padding(self:Plan, layer, of_input, of_output):
+    "Leave as many zeros around the input of `layer` as its kernel reaches beyond it"
+    shifts = [[shift for _,shift in taps] for taps in self.taps(layer)]
+    of_phase = (-(-n//s) for n,s in zip(of_input, layer.stride))
+    self.grid(layer.out).include(*of_phase, *(max(0, -min(s)) for s in shifts))
+    self.grid(layer.out).include(*of_output, 0, 0, *(max(0, *s) for s in shifts))
 
 # %% ../../nbs/engine/03_plan.ipynb #66bb72dc
 @patch
@@ -116,9 +126,6 @@ def new_flat(self:Plan, grid, channels, height, width)->Flat:
     "Memory for an activation, that of a spare one if there is one"
     spare = self.spare.get((id(grid), channels, height, width))
     return spare.pop() if spare else Flat(channels, height, width, grid, self.floats, self.activations)
-
-@patch
-def flat_of(self:Plan, v): return self.new_flat(self.grid(v), *self.graph.dims(v)[1:])
 
 @patch
 def release(self:Plan, f): self.spare.setdefault((id(f.grid), f.channels, f.height, f.width), []).append(f)
@@ -215,51 +222,52 @@ def add_reader(self:Plan, v, op):
     self.add_ops(op)
 
 # %% ../../nbs/engine/03_plan.ipynb #e94cfbf3
-def _added(l, x, y, mask): return [Add(x[0], y, mask(y), l.act, *x[1:])]
-def _normed(l, x, y, mask): return [LayerNorm(*x, y, l.weight.numpy(), l.bias.numpy(), l.eps, mask(y))]
+def _added(layer, x, y, mask): return [Add(x[0], y, mask(y), layer.act, *x[1:])]
+def _normed(layer, x, y, mask): return [LayerNorm(*x, y, layer.weight.numpy(), layer.bias.numpy(), layer.eps, mask(y))]
 
-def _attended(l, x, y, mask):
-    qkv = (f if part is None else f.part(*part) for f,part in zip(x, l.parts))
-    return [Attention(*qkv, y, l.heads, l.scale, l.causal)]
+def _attended(layer, x, y, mask):
+    qkv = (f if part is None else f.part(*part) for f,part in zip(x, layer.parts))
+    return [Attention(*qkv, y, layer.heads, layer.scale, layer.causal)]
 
-def _concatenated(l, x, y, mask):
+def _concatenated(layer, x, y, mask):
     "Each input is copied to its channels of `y`"
     ends = np.cumsum([0, *(f.channels for f in x)])
     return [Add(f, y.part(int(first), f.channels), mask(y)) for f,first in zip(x, ends)]
 
 # %% ../../nbs/engine/03_plan.ipynb #e996a862
 _OPERATIONS = dict(   # kind of a layer -> the operations for its inputs `x` and output `y`
-    mean=lambda l, x, y, mask: [ChannelMean(*x, y)], pool=lambda l, x, y, mask: [MaxPool(*x, y, l.kernel, l.stride, l.before)],
-    add=_added, scale=lambda l, x, y, mask: [Scale(x[0], y, x[1], mask(y))], norm=_normed, attention=_attended, cat=_concatenated)
+    mean=lambda layer, x, y, mask: [ChannelMean(*x, y)],
+    pool=lambda layer, x, y, mask: [MaxPool(*x, y, layer.kernel, layer.stride, layer.before)],
+    scale=lambda layer, x, y, mask: [Scale(x[0], y, x[1], mask(y))],
+    add=_added, norm=_normed, attention=_attended, cat=_concatenated)
 
 @patch
-def add_layer(self:Plan, l):
-    "Run the layer `l`"
-    if l.kind == 'conv': return self.add_conv(l)
-    x = [self.to_engine(v) for v in l.inputs]
-    y = self.flats[l.out] = self.flat_of(l.out)
-    self.add_ops(*_OPERATIONS[l.kind](l, x, y, self.mask))
+def add_layer(self:Plan, layer):
+    "Run the layer `layer`"
+    if layer.kind == 'conv': return self.add_conv(layer)
+    x = [self.to_engine(v) for v in layer.inputs]
+    y = self.flats[layer.out] = self.flat_of(layer.out)
+    self.add_ops(*_OPERATIONS[layer.kind](layer, x, y, self.mask))
 
 # %% ../../nbs/engine/03_plan.ipynb #cda5842a
 @patch
-def add_conv(self:Plan, l):
+def add_conv(self:Plan, layer):
     "Run a convolution, or a Linear layer as one"
-    source, strided = l.inputs[0], tuple(l.stride) != (1,1)
+    source, strided, (rows, columns) = layer.inputs[0], tuple(layer.stride) != (1,1), self.taps(layer)
     from_torch = strided and isinstance(source, Packed) and source not in self.flats
     x = None if from_torch else self.to_engine(source)
-    residual = None if l.residual is None else self.to_engine(l.residual)
-    y = self.flats[l.out] = self.flat_of(l.out)
-    phases = [(row, column) for row,_ in self.taps(l)[0] for column,_ in self.taps(l)[1]]
-    phases = sorted(set(phases))
-    if strided: x = self.add_split(l, x, phases)
-    self.add_weights(l, x, y, residual, phases)
+    residual = None if layer.residual is None else self.to_engine(layer.residual)
+    y = self.flats[layer.out] = self.flat_of(layer.out)
+    phases = sorted({(row, column) for row,_ in rows for column,_ in columns})
+    if strided: x = self.add_split(layer, x, phases)
+    self.add_weights(layer, x, y, residual, phases)
 
 # %% ../../nbs/engine/03_plan.ipynb #d603a7dd
 @patch
-def add_split(self:Plan, l, x, phases)->Flat:
-    "Split the input of `l`, which lies in `x` or is a tensor where that is None"
-    source, stride, size = l.inputs[0], tuple(l.stride), self.graph.dims(l.inputs[0])
-    split = self.new_flat(self.grid(l.out), size[1]*len(phases), *(-(-n//s) for n,s in zip(size[2:], stride)))
+def add_split(self:Plan, layer, x, phases)->Flat:
+    "Split the input of `layer`, which lies in `x` or is a tensor where that is None"
+    source, stride, size = layer.inputs[0], tuple(layer.stride), self.graph.dims(layer.inputs[0])
+    split = self.new_flat(self.grid(layer.out), size[1]*len(phases), *(-(-n//s) for n,s in zip(size[2:], stride)))
     if x is None:
         self.to_torch(source.node)
         self.add_reader(source, Split(torch.empty(size), split, stride, phases))
@@ -269,40 +277,49 @@ def add_split(self:Plan, l, x, phases)->Flat:
 
 # %% ../../nbs/engine/03_plan.ipynb #f9382bb7
 @patch
-def add_weights(self:Plan, l, x, y, residual, phases):
-    "Run `l` on the phases `x` of its input, in the form that is known to be the fastest or, for now, in the simplest one"
-    l.terms, l.operands = Terms(l.weight, x, l.groups, l.stride, l.dilation, l.before, phases), (x, y, residual)
-    l.sparsity, l.key, l.dims = 100*(1-l.terms.density), self.key(l, x, y), self.graph.dims(l.inputs[0])
-    form = self.choices.get(l.key)
-    self.weighted[len(self.ops)] = l
-    if form not in self.forms(l):
-        self.untried[len(self.ops)] = l
-        form = (1, 1, 0, 1) if y.grid.one_position else (1, 1, min(4, y.vectors), 1)
-    self.add_ops(self.in_form(l, form))
+def add_weights(self:Plan, layer, x, y, residual, phases):
+    "Run `layer` on the phases `x` of its input, in the fastest form that is known or, for now, in the simplest one"
+    layer.operands = x, y, residual
+    layer.terms = Terms(layer.weight, x, layer.groups, layer.stride, layer.dilation, layer.before, phases)
+    layer.sparsity, layer.key = 100*(1-layer.terms.density), self.key(layer, x, y)
+    layer.dims = self.graph.dims(layer.inputs[0])
+    self.add_ops(self.in_form(layer, self.known_form(layer, len(self.ops))))
+
+# %% ../../nbs/engine/03_plan.ipynb #17020d8c
+@patch
+def known_form(self:Plan, layer, i):
+    "The fastest form of operation `i`, as far as that is known; else it is still to be tried"
+    self.weighted[i], form, y = layer, self.choices.get(layer.key), layer.operands[1]
+    if form in self.forms(layer): return form
+    self.untried[i] = layer
+    return (1, 1, 0, 1) if y.grid.one_position else (1, 1, min(4, y.vectors), 1)
 
 # %% ../../nbs/engine/03_plan.ipynb #ccc5a695
 @patch
-def in_form(self:Plan, l, form):
-    "The operation of the layer `l` in this form"
-    (x, y, residual), (size, parts, tile, chunks), bias = l.operands, form, l.bias.numpy()
-    if y.grid.one_position: op = MatVec(x, y, bias, *l.terms.matvec_layout(size), size, l.act, residual, chunks)
-    else: op = Convolution(x, y, bias, *self.conv_layout(l, size, parts), self.mask(y), l.act, residual, tile, chunks)
+def in_form(self:Plan, layer, form):
+    "The operation of the layer `layer` in this form"
+    (x, y, residual), (size, parts, tile, chunks), bias = layer.operands, form, layer.bias.numpy()
+    if y.grid.one_position: op = MatVec(x, y, bias, *layer.terms.matvec_layout(size), size, layer.act, residual, chunks)
+    else:
+        layout = self.conv_layout(layer, size, parts)
+        op = Convolution(x, y, bias, *layout, self.mask(y), layer.act, residual, tile, chunks)
     op.choice = form
     return op
 
 # %% ../../nbs/engine/03_plan.ipynb #925d74a3
 @patch
-def conv_layout(self:Plan, l, size, parts):
-    "The weights of `l` in a layout; the last one is kept, since the next form to try often differs in `tile` only"
-    if getattr(l, 'layout', (None,))[0] != (size, parts): l.layout = (size, parts), l.terms.conv_layout(size, parts)
-    return l.layout[1]
+def conv_layout(self:Plan, layer, size, parts):
+    "The weights of `layer` in a layout; the last one is kept, since the next form to try often differs in `tile` only"
+    if getattr(layer, 'layout', (None,))[0] != (size, parts):
+        layer.layout = (size, parts), layer.terms.conv_layout(size, parts)
+    return layer.layout[1]
 
 # %% ../../nbs/engine/03_plan.ipynb #6e6f8124
 @patch
-def forms(self:Plan, l)->list[tuple]:
-    "The forms that are worth trying for `l`, a list of (size, parts, tile, chunks)"
-    if l.operands[1].grid.one_position: return self.forms_of_one_position(l.terms)
-    return self.forms_in_rows(l) + self.forms_in_blocks(l)
+def forms(self:Plan, layer)->list[tuple]:
+    "The forms that are worth trying for `layer`, a list of (size, parts, tile, chunks)"
+    if layer.operands[1].grid.one_position: return self.forms_of_one_position(layer.terms)
+    return self.forms_in_rows(layer) + self.forms_in_blocks(layer)
 
 # %% ../../nbs/engine/03_plan.ipynb #9cb3a44c
 @patch
@@ -323,8 +340,8 @@ def _fits_parts(terms, parts): return parts <= terms.group_in//16 and len(terms.
 
 # %% ../../nbs/engine/03_plan.ipynb #c5de3209
 @patch
-def forms_in_rows(self:Plan, l):
-    t, y = l.terms, l.operands[1]
+def forms_in_rows(self:Plan, layer):
+    t, y = layer.terms, layer.operands[1]
     if t.density >= .7 and t.groups == 1 and t.n_out % 4 == 0: return []   # blocks are better
     def tiles(wanted): return sorted({min(n, y.vectors) for n in wanted})
     found = [(1, 1, tile) for tile in tiles((2, 3, 4, 6, 8, 12))]
@@ -333,11 +350,12 @@ def forms_in_rows(self:Plan, l):
     return [(size, n, tile, self.chunks(y, tile, t.n_out//4)) for size,n,tile in found]
 
 # %% ../../nbs/engine/03_plan.ipynb #4839686a
-_BLOCK_FORMS = (4, 1, (1, 2, 3, 4, 6)), (4, 2, (4, 6)), (4, 4, (4, 6)), (4, 8, (4, 6)), (16, 1, (1,))   # size, parts, tiles
+_BLOCK_FORMS = (   # size, parts, tiles
+    (4, 1, (1, 2, 3, 4, 6)), (4, 2, (4, 6)), (4, 4, (4, 6)), (4, 8, (4, 6)), (16, 1, (1,)))
 
 @patch
-def forms_in_blocks(self:Plan, l):
-    t, y, found = l.terms, l.operands[1], []
+def forms_in_blocks(self:Plan, layer):
+    t, y, found = layer.terms, layer.operands[1], []
     for size,parts,wanted in _BLOCK_FORMS:
         fits = t.groups == 1 and t.n_out % size == 0 and (parts == 1 or _fits_parts(t, parts))
         if not fits or t.fill(size) <= .4: continue
@@ -345,68 +363,24 @@ def forms_in_blocks(self:Plan, l):
         found += [(size, parts, tile, self.chunks(y, tile, t.n_out//size)) for tile in tiles]
     return found
 
-# %% ../../nbs/engine/03_plan.ipynb #2b08f344
-@patch
-def timed(self:Plan,
-    x:list, # Inputs
-    seconds:float=.05, # Run for so long, and at least twice
-) -> list[float]:
-    "The least number of seconds that each operation took"
-    best, start, runs = [float('inf')]*len(self.ops), time.perf_counter(), 0
-    def one_by_one(first, n):
-        for i in range(first, first+n):
-            begin = time.perf_counter()
-            self.program(i, 1)
-            best[i] = min(best[i], time.perf_counter()-begin)
-    while runs < 2 or time.perf_counter()-start < seconds:
-        self.run(*x, program=one_by_one)
-        runs += 1
-    return best
-
-# %% ../../nbs/engine/03_plan.ipynb #a6f329c2
-@patch
-def tune(self:Plan, x):
-    "Try the forms of each layer that `choices` does not know, and keep the fastest. Layers of one key are measured together"
-    forms, times = {i: self.forms(l) for i,l in self.untried.items()}, {l.key: {} for l in self.untried.values()}
-    self.run(*x)
-    for k in range(max(map(len, forms.values()))):
-        tried = {i: f[k] for i,f in forms.items() if k < len(f)}
-        for i,form in tried.items(): self.program.replace(i, self.in_form(self.untried[i], form))
-        seconds = self.timed(x)
-        for i,form in tried.items():
-            of_key = times[self.untried[i].key]
-            of_key[form] = of_key.get(form, 0) + seconds[i]
-    for key,of_form in times.items(): self.choices.found[key] = min(of_form, key=of_form.get)
-    self.choices.save()
-    for i,l in self.untried.items(): self.program.replace(i, self.in_form(l, tuple(self.choices.found[l.key])))
-
-# %% ../../nbs/engine/03_plan.ipynb #0f59aaf6
-@patch
-def keep_chosen(self:Plan, i, l):
-    "Keep the weights of operation `i` in its form only, in memory of the plan, and drop what made other forms"
-    op = self.ops[i]
-    if isinstance(op, Convolution): op.terms = self.weights.copy(op.terms)
-    else: op.values = self.weights.copy(op.values)
-    for name in ('terms', 'layout', 'weight', 'operands'): l.__dict__.pop(name, None)
-    self.program.replace(i, op)
-
 # %% ../../nbs/engine/03_plan.ipynb #935ceba8
 @lru_cache(None)
 def processor() -> str:
     "Name of the processor"
     try: lines = Path('/proc/cpuinfo').read_text().splitlines()
     except OSError: lines = []
-    names = [l.split(':', 1)[1].strip() for l in lines if l.startswith('model name')]
+    names = [layer.split(':', 1)[1].strip() for layer in lines if layer.startswith('model name')]
     return names[0] if names else platform.processor() or platform.machine()
 
 # %% ../../nbs/engine/03_plan.ipynb #3818b0da
 @patch
-def key(self:Plan, l, x, y)->str:
-    "All that the best form of the layer `l` depends on"
-    t, kernel = l.terms, '×'.join(map(str, l.weight.shape[2:]))
+def key(self:Plan, layer, x, y)->str:
+    "All that the best form of the layer `layer` depends on"
+    t, kernel = layer.terms, '×'.join(map(str, layer.weight.shape[2:]))
     fill = 0 if t.groups > 1 else round(t.fill(4), 1)
-    return (f'{processor()}, {list(engine_sets())[self.which]}, {self.threads}: {t.n_out}×{t.n_in}/{t.groups} {kernel}, '
-            f'{y.vectors} vectors, width {x.grid.width}, {t.density:.2f}, {fill}, {l.act}, {l.residual is not None}')
+    return (f'{processor()}, {list(engine_sets())[self.which]}, {self.threads}: '
+            f'{t.n_out}×{t.n_in}/{t.groups} {kernel}, {y.vectors} vectors, '
+            f'width {x.grid.width}, {t.density:.2f}, {fill}, {layer.act}, {layer.residual is not None}')
 
 # %% ../../nbs/engine/03_plan.ipynb #eb9102fb
 def _is_form(form): return isinstance(form, (tuple,list)) and len(form) == 4 and all(isinstance(v, int) for v in form)
@@ -431,19 +405,15 @@ class Choices:
         if not self.path: return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(self.path) as f: f.write(json.dumps(Choices(self.path).found | self.found, indent=0).encode())
+            text = json.dumps(Choices(self.path).found | self.found, indent=0)
+            with atomic_write(self.path) as f: f.write(text.encode())
         except OSError: pass
 
 # %% ../../nbs/engine/03_plan.ipynb #a369d62a
 def choices_file() -> Path:
-    "Where choices are kept by default: `fasterai_sparse/engine.json` in the user's cache folder (`XDG_CACHE_HOME`, `LOCALAPPDATA`)"
+    "Where choices are kept by default: `engine.json` in the user's cache folder (`XDG_CACHE_HOME`, `LOCALAPPDATA`)"
     base = os.environ.get('XDG_CACHE_HOME') or (os.environ.get('LOCALAPPDATA') if os.name == 'nt' else None)
     return Path(base or Path.home()/'.cache')/'fasterai_sparse'/'engine.json'
-
-# %% ../../nbs/engine/03_plan.ipynb #b1ddb222
-@patch
-def __call__(self:Plan, *inputs):
-    with self.lock, torch.no_grad(): return self.run(*inputs)
 
 # %% ../../nbs/engine/03_plan.ipynb #7e32be18
 @patch
@@ -515,3 +485,58 @@ def _plain(v):
         return kind({k: _plain(x) for k,x in v.items()})
     if isinstance(v, list): return [_plain(x) for x in v]
     return tuple(_plain(x) for x in v) if type(v) is tuple else v
+
+# %% ../../nbs/engine/03_plan.ipynb #2b08f344
+@patch
+def timed(self:Plan,
+    x:list, # Inputs
+    seconds:float=.05, # Run for so long, and at least twice
+) -> list[float]:
+    "The least number of seconds that each operation took"
+    best, start, runs = [float('inf')]*len(self.ops), time.perf_counter(), 0
+    def one_by_one(first, n):
+        for i in range(first, first+n):
+            begin = time.perf_counter()
+            self.program(i, 1)
+            best[i] = min(best[i], time.perf_counter()-begin)
+    while runs < 2 or time.perf_counter()-start < seconds:
+        self.run(*x, program=one_by_one)
+        runs += 1
+    return best
+
+# %% ../../nbs/engine/03_plan.ipynb #a6f329c2
+@patch
+def tune(self:Plan, x):
+    "Try the forms of each layer that `choices` does not know, and keep the fastest; layers of one key share one"
+    forms = {i: self.forms(layer) for i,layer in self.untried.items()}
+    seconds = {layer.key: {} for layer in self.untried.values()}   # of each form
+    self.run(*x)
+    for k in range(max(map(len, forms.values()))):
+        self.try_forms(x, {i: f[k] for i,f in forms.items() if k < len(f)}, seconds)
+    for key,of_form in seconds.items(): self.choices.found[key] = min(of_form, key=of_form.get)
+    self.choices.save()
+    self.put_in_form({i: tuple(self.choices.found[layer.key]) for i,layer in self.untried.items()})
+
+@patch
+def put_in_form(self:Plan, forms):
+    for i,form in forms.items(): self.program.replace(i, self.in_form(self.untried[i], form))
+
+# %% ../../nbs/engine/03_plan.ipynb #c7fc46ef
+@patch
+def try_forms(self:Plan, x, forms, seconds):
+    "Run with operations in these `forms` and add what each took to the `seconds` of its layer's key"
+    self.put_in_form(forms)
+    took = self.timed(x)
+    for i,form in forms.items():
+        of_form = seconds[self.untried[i].key]
+        of_form[form] = of_form.get(form, 0) + took[i]
+
+# %% ../../nbs/engine/03_plan.ipynb #0f59aaf6
+@patch
+def keep_chosen(self:Plan, i, layer):
+    "Keep the weights of operation `i` in its form only, in memory of the plan, and drop what made other forms"
+    op = self.ops[i]
+    if isinstance(op, Convolution): op.terms = self.weights.copy(op.terms)
+    else: op.values = self.weights.copy(op.values)
+    for name in ('terms', 'layout', 'weight', 'operands'): layer.__dict__.pop(name, None)
+    self.program.replace(i, op)

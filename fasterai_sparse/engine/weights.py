@@ -18,7 +18,7 @@ def conv_taps(
     dilation:int,
     before:int, # Zeros that the input is padded with in front
 ) -> list[tuple[int, int]]:
-    "For each weight along one axis of a kernel: the phase of the input that it reads, and how many pixels it is shifted there"
+    "For each weight along one axis of a kernel: the phase of the input that it reads, and the shift in it, in pixels"
     first_pixels = [k*dilation - before for k in range(kernel)]
     return [(p % stride, p // stride) for p in first_pixels]
 
@@ -29,8 +29,8 @@ def check_offsets(
 ):
     "Raise `ValueError` unless all offsets from `lowest` to `highest` fit into 32 bits"
     if lowest < -1<<31 or highest >= 1<<31:
-        raise ValueError(f'A layer reads inputs {max(-lowest, highest):,} floats away from its output, and the engine addresses '
-                         f'{(1<<31) - 1:,} at most: use fewer or smaller images at a time')
+        raise ValueError(f'A layer reads inputs {max(-lowest, highest):,} floats away from its output, and the engine '
+                         f'addresses {(1<<31) - 1:,} at most: use fewer or smaller images at a time')
 
 # %% ../../nbs/engine/01_weights.ipynb #b9b755ec
 class Terms:
@@ -46,13 +46,18 @@ class Terms:
     ):
         w = weight.detach().float().cpu()
         if w.dim() == 2: w = w[:,:,None,None]
-        self.n_out, self.group_in = w.shape[:2]
-        self.n_in, self.x, self.groups, self.fills = self.group_in*groups, x, groups, {}
-        o, i, ky, kx = (t.numpy() for t in w.nonzero(as_tuple=True))
-        self.values, self.out, self.input = w[w != 0].numpy(), o, i + o//(self.n_out//groups)*self.group_in
-        taps = (np.array(conv_taps(*axis)).T for axis in zip(w.shape[2:], stride, dilation, before))
-        self.offset = self._offsets(*taps, ky, kx, list(phases))
-        self.density = len(self.values)/max(w.numel(), 1)
+        self.n_out, self.group_in, self.x, self.groups, self.fills = *w.shape[:2], x, groups, {}
+        self.n_in, self.density = self.group_in*groups, w.count_nonzero().item()/max(w.numel(), 1)
+        taps = [np.array(conv_taps(*axis)).T for axis in zip(w.shape[2:], stride, dilation, before)]
+        self._find(w, taps, list(phases))
+
+# %% ../../nbs/engine/01_weights.ipynb #ba3b2c28
+@patch
+def _find(self:Terms, w, taps, phases):
+    "Set what is known of each weight of `w` that is not zero"
+    o, i, ky, kx = (t.numpy() for t in w.nonzero(as_tuple=True))
+    self.values, self.out, self.input = w[w != 0].numpy(), o, i + o//(self.n_out//self.groups)*self.group_in
+    self.offset = self._offsets(*taps, ky, kx, phases)
 
 # %% ../../nbs/engine/01_weights.ipynb #9d835128
 @patch
@@ -68,7 +73,7 @@ def _offsets(self:Terms, rows, columns, ky, kx, phases):
 
 # %% ../../nbs/engine/01_weights.ipynb #6072c34e
 def _starts(row, parts, rows):
-    "Where the terms of each row begin and end, int32, parts × (rows+1); `row` is part·rows + row of each term, in order"
+    "Where the terms of each row begin, int32, parts × (rows+1); `row` is part·rows + row of each term, in order"
     check_offsets(0, len(row))
     starts = np.zeros((parts, rows+1), np.int32)
     starts[:,1:] = np.bincount(row, minlength=parts*rows).cumsum().reshape(parts, -1)
@@ -99,7 +104,7 @@ def _part(self:Terms, parts): return self.input*parts//max(self.n_in, 1)   # of 
 # %% ../../nbs/engine/01_weights.ipynb #3fa3dd96
 @patch
 def _shared(self:Terms, size, parts=1):
-    "Each pair of a block of `size` outputs and an input: the number of the block, the input's offset; and the pair of each term"
+    "Pairs of a block of `size` outputs and an input: the block, the offset of the input; and the pair of each term"
     low, row = self.offset.min(initial=0), self._part(parts)*-(-self.n_out//size) + self.out//size
     pair, of_term = np.unique(row<<40 | self.offset-low, return_inverse=True)   # in order of parts, blocks, inputs
     return pair >> 40, (pair & (1<<40)-1) + low, of_term

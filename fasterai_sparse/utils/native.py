@@ -18,20 +18,27 @@ import fasterai_sparse
 def library_function(lib, name, result, *arguments):
     "Declare the types of the library's function `name`; raises `RuntimeError` where the library lacks it"
     f = getattr(lib, name, None)
-    if f is None: raise RuntimeError(f'The compiled library has no {name}: it is of another version; install fasterai_sparse again')
+    if f is None:
+        raise RuntimeError(f'The compiled library is of another version (no {name}): install fasterai_sparse again')
     f.restype, f.argtypes = result, arguments
+
+# %% ../../nbs/utils/06_native.ipynb #5f22030a
+def _declare(lib):
+    "The functions of csrc/sum_max.cpp; those of the engine are declared in `engine.ops`"
+    library_function(lib, 'fs_instruction_set', ctypes.c_char_p, ctypes.c_int)
+    types = [ctypes.c_void_p]*3 + [ctypes.c_int64]*3 + [ctypes.c_int]*2
+    library_function(lib, 'fs_sum_max', ctypes.c_int, *types)
 
 # %% ../../nbs/utils/06_native.ipynb #0278fda8
 @lru_cache(None)
 def native_library() -> tuple:
-    "The compiled library and `''`, or `None` and the reason why there is none; raises `RuntimeError` for one of another version"
-    files = [f for f in Path(fasterai_sparse.__file__).parent.glob('_native*') if f.suffix in ('.so', '.pyd', '.dylib')]
+    "The compiled library and `''`, or `None` and why there is none; raises `RuntimeError` for one of another version"
+    folder = Path(fasterai_sparse.__file__).parent
+    files = [f for f in folder.glob('_native*') if f.suffix in ('.so', '.pyd', '.dylib')]
     if not files: return None, 'not compiled: it takes a C++ compiler when the package is installed'
     try: lib = ctypes.CDLL(str(files[0]))
     except OSError as e: return None, f'{files[0].name} does not load: {e}'
-    pointer, whole, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library_function(lib, 'fs_instruction_set', ctypes.c_char_p, small)
-    library_function(lib, 'fs_sum_max', small, pointer, pointer, pointer, whole, whole, whole, small, small)
+    _declare(lib)
     return lib, ''
 
 # %% ../../nbs/utils/06_native.ipynb #bd0a6214
@@ -66,7 +73,8 @@ def _check_operands(h, x, which):
         raise ValueError('sum_max needs two matrices with the same number of columns, a multiple of 16, not of shapes '
                          f'{h.shape} and {x.shape}')
     if not 0 <= which < len(instruction_sets()):
-        raise ValueError(f'which={which!r} is not the number of an instruction set; there are {dict(enumerate(instruction_sets()))}')
+        choices = dict(enumerate(instruction_sets()))
+        raise ValueError(f'which={which!r} is not the number of an instruction set; there are {choices}')
 
 # %% ../../nbs/utils/06_native.ipynb #95a4c008
 def sum_max(
@@ -83,5 +91,6 @@ def sum_max(
     out = np.empty((len(h), len(x)), np.float32)
     if not out.size: return out
     pointers = (a.ctypes.data for a in (h, x, out))
-    check_outcome(lib.fs_sum_max(*pointers, *out.shape, h.shape[1], which, threads or torch.get_num_threads()), 'sum_max')
+    code = lib.fs_sum_max(*pointers, *out.shape, h.shape[1], which, threads or torch.get_num_threads())
+    check_outcome(code, 'sum_max')
     return out

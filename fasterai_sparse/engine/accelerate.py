@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..utils.batches import as_call, call_with, without_target
-from ..utils.modes import model_of, unwrapped
+from ..utils.modes import evaluating, model_of, unwrapped
 from ..utils.native import native_library
 from ..utils.timing import least_ms
 from ..core.masks import masks_off
@@ -24,7 +24,7 @@ from ..core.select import measured
 from .modules import _outputs_agree, Accelerated, Layerwise, SparseConv2d, SparseLinear
 from .ops import engine_sets
 from .semi_structured import (
-    _layer_report, _plain_tensors, _slower_note, _weighted_layers, accelerate_cuda)
+    _layer_report, _plain_tensors, _race_attrs, _weighted_layers, accelerate_cuda)
 from .trace import _worth_skipping
 
 # %% ../../nbs/engine/06_accelerate.ipynb #83df5653
@@ -48,12 +48,17 @@ def accelerate(
     return model if attrs['note'] else fast, _layer_report(rows, **attrs)
 
 # %% ../../nbs/engine/06_accelerate.ipynb #e0bf4054
+def _first_batch(dls):
+    "The inputs of the first batch for validation, or for training where there are no others"
+    batch = next(iter(dls.valid if len(dls.loaders) > 1 else dls.train))
+    return without_target(batch, getattr(dls, 'n_inp', None))
+
+# %% ../../nbs/engine/06_accelerate.ipynb #cde2f310
 def _example(model, example_input):
     "`example_input` as a tuple of arguments or a dict of them; None: a batch of the Learner `model` without its target"
     if example_input is None:
         if not isinstance(model, Learner): raise ValueError('accelerate needs example_input=, a batch for the model')
-        loader = model.dls.valid if len(model.dls.loaders) > 1 else model.dls.train
-        example_input = without_target(next(iter(loader)), getattr(model.dls, 'n_inp', None))
+        example_input = _first_batch(model.dls)
     args, kwargs = as_call(example_input)
     return kwargs or _plain_tensors(args)
 
@@ -84,8 +89,8 @@ def _comparison(dense, fast, batch)->dict:
     "`dense_ms`, `sparse_ms` and `note` with the reason against `fast`, or ''"
     with torch.no_grad(): want, got = (call_with(m, batch) for m in (dense, fast))
     if not _outputs_agree(want, got): return dict(note='the engine computes something else than the model')
-    dense_ms, sparse_ms = least_ms(partial(call_with, dense, batch), partial(call_with, fast, batch))
-    return dict(dense_ms=dense_ms, sparse_ms=sparse_ms, note=_slower_note(dense_ms, sparse_ms, 'in the engine'))
+    ms = least_ms(partial(call_with, dense, batch), partial(call_with, fast, batch))
+    return _race_attrs(*ms, 'in the engine')
 
 # %% ../../nbs/engine/06_accelerate.ipynb #c2244ee5
 def _as_plan(dense, batch, threads, cache)->tuple:
@@ -96,10 +101,15 @@ def _as_plan(dense, batch, threads, cache)->tuple:
     with torch.no_grad():
         for fast in tries: fast(*batch)   # makes the plans
     tuning_s = time.perf_counter()-start
-    ms = least_ms(*(partial(fast, *batch) for fast in tries), seconds=.2*len(tries))
-    fast = tries[ms.index(min(ms))]
+    fast = _fastest_of(tries, batch)
     rows, attrs = _plan_report(fast, batch)
     return fast, rows, dict(threads=fast.threads, tuning_s=tuning_s) | attrs
+
+# %% ../../nbs/engine/06_accelerate.ipynb #b3d2de34
+def _fastest_of(models, batch):
+    "The one of `models` that takes the least time for `batch`"
+    ms = least_ms(*(partial(m, *batch) for m in models), seconds=.2*len(models))
+    return models[ms.index(min(ms))]
 
 # %% ../../nbs/engine/06_accelerate.ipynb #1b09752b
 def _plan_report(fast, batch)->tuple:
@@ -173,10 +183,7 @@ def _layer_inputs(model, batch)->dict:
     def record(name, m, args, kwargs): inputs.setdefault(name, []).append((*args, *kwargs.values())[0].detach())
     layers = {name: m for name,m in model.named_modules() if type(m) in (nn.Linear, nn.Conv2d)}
     handles = [m.register_forward_pre_hook(partial(record, name), with_kwargs=True) for name,m in layers.items()]
-    try:
-        with torch.no_grad(): call_with(model, batch)
-    finally:
-        for h in handles: h.remove()
+    with evaluating(model, handles): call_with(model, batch)
     return inputs
 
 # %% ../../nbs/engine/06_accelerate.ipynb #af8232f2
@@ -201,10 +208,15 @@ def _layer_by_layer(model, batch, threads, cache, why)->tuple:
         row, twin = _tried_layer(name, model.get_submodule(name), xs, threads, cache, why)
         rows.append(row)
         if twin is not None: twins[name] = twin
+    return Layerwise(_with_twins(model, twins)) if twins else None, rows
+
+# %% ../../nbs/engine/06_accelerate.ipynb #5912aeae
+def _with_twins(model, twins):
+    "A copy of `model` with `twins`, a dict by name, in place of its layers; the twin itself where `model` is the layer"
     fast = deepcopy(model)
     for name,twin in twins.items():
         if name: fast.set_submodule(name, twin)
-    return Layerwise(twins.get('', fast)) if twins else None, rows
+    return twins.get('', fast)
 
 # %% ../../nbs/engine/06_accelerate.ipynb #14f1be54
 def _tried_layer(name, m, xs, threads, cache, why)->tuple:

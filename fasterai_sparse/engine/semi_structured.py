@@ -83,7 +83,7 @@ def why_not_24(
     backend:type=SparseSemiStructuredTensorCUSPARSELT, # One of torch's classes of 2:4 tensors
     dtype:torch.dtype=None, # The type that the weight will be cast to; None: it stays as it is
 )->str:
-    "Why the layer `m` cannot run as 2:4 by `backend`, or ''; on which device it is does not matter"
+    "Why the layer `m` cannot run as 2:4 by `backend` on a GPU, or ''"
     if why := _why_not_matmul(m) or unmaskable(m): return why
     w = m.weight.detach().flatten(1)
     dtype = w.dtype if dtype is None else dtype
@@ -294,13 +294,18 @@ def run(self:_Trial, forward, input):
 
 # %% ../../nbs/engine/05_semi_structured.ipynb #7a9de0d0
 @patch
-def timed(self:_Trial, forward, x)->dict:
-    "Name -> milliseconds of `forward`, as 'dense', and of the twins; twins that give other values are dropped"
-    want = forward(x)
+def drop_wrong_twins(self:_Trial, x, want):
+    "Drop the twins that do not give `want` for `x`"
     for name,twin in list(self.twins.items()):
         got, why = _attempt(twin.forward, x)
         self.whys[name] = why or _why_different(want, got, self.dense.weight.dtype, 4)
         if self.whys[name]: del self.twins[name]
+
+# %% ../../nbs/engine/05_semi_structured.ipynb #89735ddb
+@patch
+def timed(self:_Trial, forward, x)->dict:
+    "Name -> milliseconds of `forward`, as 'dense', and of the twins"
+    self.drop_wrong_twins(x, forward(x))
     if not self.twins: return {}
     fs = dict(dense=forward) | {name: twin.forward for name,twin in self.twins.items()}
     return dict(zip(fs, self.race(*(partial(f, x) for f in fs.values()))))
@@ -337,10 +342,10 @@ def _layer_report(rows, note='', **attrs)->pd.DataFrame:
     return df
 
 # %% ../../nbs/engine/05_semi_structured.ipynb #45a84a70
-def _slower_note(dense_ms, sparse_ms, where)->str:
-    "'' where the sparse model is faster, else what to say of it"
-    if sparse_ms < dense_ms: return ''
-    return f'the model is quicker as it is: {dense_ms:.2f} ms, and {sparse_ms:.2f} {where}'
+def _race_attrs(dense_ms, sparse_ms, where)->dict:
+    "The attributes `dense_ms`, `sparse_ms` and `note`, which is '' where the sparse model is faster"
+    note = f'the model is quicker as it is: {dense_ms:.2f} ms, and {sparse_ms:.2f} {where}'
+    return dict(dense_ms=dense_ms, sparse_ms=sparse_ms, note='' if sparse_ms < dense_ms else note)
 
 # %% ../../nbs/engine/05_semi_structured.ipynb #245f1f35
 def _tied(model)->set:
@@ -374,8 +379,7 @@ def _fastest_copy(dense, trials, x, race)->tuple:
     if not winners: return None, dict(note='no layer is quicker as 2:4')
     fast = _with_winners(dense, winners)
     if why := _copy_why_not(fast, want, x, winners.values()): return None, dict(note=f'as 2:4 the model {why}')
-    dense_ms, sparse_ms = race(partial(dense, *x), partial(fast, *x))
-    return fast, dict(dense_ms=dense_ms, sparse_ms=sparse_ms, note=_slower_note(dense_ms, sparse_ms, 'as 2:4'))
+    return fast, _race_attrs(*race(partial(dense, *x), partial(fast, *x)), 'as 2:4')
 
 # %% ../../nbs/engine/05_semi_structured.ipynb #9090b08f
 def _with_winners(dense, winners):

@@ -6,7 +6,7 @@
 __all__ = ['Packed', 'Inner', 'Layer', 'Graph']
 
 # %% ../../nbs/engine/02_trace.ipynb #0c9247d5
-import inspect, operator, threading
+import inspect, math, operator, threading
 from dataclasses import dataclass
 
 import torch
@@ -176,6 +176,10 @@ class _ValueRecorder(fx.Interpreter):
         memory = {_memory(t) for t in tensors_in(result)}
         n.meta['changes'] = [a for a,t,n_writes in before if _n_writes(t) != n_writes]
         n.meta['shares'] = [a for a,t,_ in before if _memory(t) in memory]
+        return self.recorded(n, result)
+
+    def recorded(self, n, result):
+        "`result`, whose size or value is kept in the node `n`"
         if torch.is_tensor(result): n.meta['size'] = tuple(result.shape) if result.dtype == torch.float32 else None
         elif n.op in ('call_function', 'call_method') and not list(tensors_in(result)): n.meta['value'] = result
         return result
@@ -313,8 +317,6 @@ def drop_unread(self:Graph):
     self.items = kept[::-1]
 
 # %% ../../nbs/engine/02_trace.ipynb #0324aaa4
-_turns = {'first': (0,2,3,1), 'last': (0,3,1,2)}   # permutations to the other form
-
 @patch
 def match_alias(self:Graph, n, m)->bool:
     "Whether `n` has the values of its input in the order in which the engine has them"
@@ -324,15 +326,21 @@ def match_alias(self:Graph, n, m)->bool:
     source, form = self.source(x)
     if form is None: return False
     if self.is_view(n, m) and self.dims(source) == (*(self.size(n) or ()), 1, 1): return self.rename(n, x)
-    is_turn = self.function(n) in ('permute', torch.permute) and _permutation(n) == _turns[form]
-    return is_turn and self.rename(n, x, turned=True)
+    return self.is_turn(n, form) and self.rename(n, x, turned=True)
 
 # %% ../../nbs/engine/02_trace.ipynb #cf7d7727
+_turns = {'first': (0,2,3,1), 'last': (0,3,1,2)}   # permutations to the other form
+
 @patch
 def does_nothing(self:Graph, n, m)->bool:
     "Whether `n` is dropout in evaluation mode, `Identity` or `.contiguous()`"
     if isinstance(m, _same): return True
     return self.function(n) in ('contiguous', F.dropout) and len(n.args) == 1 and not n.kwargs.get('training', False)
+
+@patch
+def is_turn(self:Graph, n, form)->bool:
+    "Whether `n` moves the channels of a value in `form` to the other form"
+    return self.function(n) in ('permute', torch.permute) and _permutation(n) == _turns[form]
 
 @patch
 def is_view(self:Graph, n, m)->bool: return isinstance(m, nn.Flatten) or self.function(n) in _views
@@ -439,15 +447,20 @@ def _pair(v, height=None):
     if len(v) == 2: return v
     return v*2 if height is None else (height, *v)
 
+# %% ../../nbs/engine/02_trace.ipynb #b03f4b87
+def _zeros_before(padding, dilation, kernel, is_1d)->tuple:
+    "Rows of zeros above and columns to the left of the image, for the `padding` of a convolution"
+    if padding == 'same': return tuple(d*(k-1)//2 for d,k in zip(dilation, kernel))
+    return (0, 0) if padding == 'valid' else _pair(padding, 0 if is_1d else None)
+
 # %% ../../nbs/engine/02_trace.ipynb #abb61563
-def _geometry(m):
-    "(weight with four dimensions, stride, dilation, zeros before the first row and column) of the convolution `m`"
+def _geometry(m)->dict:
+    "`weight`, `groups`, `stride`, `dilation` and `before` of the convolution `m`, a 1-d one as 2-d"
     is_1d = m.weight.dim() == 3
-    weight = m.weight.detach()[:,:,None] if is_1d else m.weight.detach()
+    weight = m.weight[:,:,None] if is_1d else m.weight
     stride, dilation = (_pair(v, 1 if is_1d else None) for v in (m.stride, m.dilation))
-    if m.padding == 'same': before = tuple(d*(k-1)//2 for d,k in zip(dilation, weight.shape[2:]))
-    else: before = (0, 0) if m.padding == 'valid' else _pair(m.padding, 0 if is_1d else None)
-    return weight, stride, dilation, before
+    before = _zeros_before(m.padding, dilation, weight.shape[2:], is_1d)
+    return dict(weight=weight, groups=m.groups, stride=stride, dilation=dilation, before=before)
 
 # %% ../../nbs/engine/02_trace.ipynb #f6c4b447
 def _is_zero_padded_conv(m)->bool:
@@ -458,10 +471,10 @@ def _is_zero_padded_conv(m)->bool:
 def match_conv(self:Graph, n, m, size)->bool:
     "A convolution with zeros around the image, and what it absorbs"
     if not _is_zero_padded_conv(m) or len(size) != m.weight.dim() or not isinstance(n.args[0], fx.Node): return False
-    weight, stride, dilation, before = _geometry(m)
     x, padded = self.unpadded(n.args[0]) if m.weight.dim() == 4 else (n.args[0], (0, 0))
-    before, x = [b+p for b,p in zip(before, padded)], self.operand(x, 'first')
-    layer = _conv_layer(n, x, 'first', weight, m.bias, m.groups, stride, dilation, before, name=n.target, module=m)
+    geometry = _geometry(m)
+    geometry['before'] = [b+p for b,p in zip(geometry['before'], padded)]
+    layer = _conv_layer(n, self.operand(x, 'first'), 'first', bias=m.bias, name=n.target, module=m, **geometry)
     self.fuse_batchnorm(layer)
     return self.add(self.fuse_sum(layer, n))
 
@@ -541,8 +554,8 @@ def _has_equal_windows(m)->bool:
 def match_avg_pool(self:Graph, n, m, size)->bool:
     "Average pooling of a value in the engine, where all windows have the same number of elements"
     if len(size) != 4 or not _has_equal_windows(m) or not self.has(n.args[0], 'first'): return False
-    x, (height, width), channels = self.operand(n.args[0], 'first'), _pair(m.kernel_size), size[1]
-    weight = torch.full((channels, 1, height, width), 1/(height*width))
+    x, kernel, channels = self.operand(n.args[0], 'first'), _pair(m.kernel_size), size[1]
+    weight = torch.full((channels, 1, *kernel), 1/math.prod(kernel))
     if x in self.positive: self.positive.add(n)
     return self.add(_conv_layer(n, x, 'first', weight, None, channels, _pair(m.stride), before=_pair(m.padding)))
 
@@ -565,12 +578,13 @@ def _positive_dims(dims, n_dims)->tuple:
 @patch
 def mean_form(self:Graph, n, m, n_dims):
     "The form in which `n` takes the mean over all positions of a tensor of `n_dims` dimensions; None for other calls"
-    if isinstance(m, nn.AdaptiveAvgPool2d) or self.function(n) is F.adaptive_avg_pool2d:
+    f, dims = self.function(n), ()
+    if isinstance(m, nn.AdaptiveAvgPool2d) or f is F.adaptive_avg_pool2d:
         output_size = _argument(n, 1, 'output_size') if m is None else m.output_size
-        return 'first' if n_dims == 4 and output_size in (1, (1,1)) else None
-    if self.function(n) not in ('mean', torch.mean) or n.kwargs.get('dtype') is not None: return None
-    dims = _argument(n, 1, 'dim', ())
-    return {(4, (2,3)): 'first', (4, (1,2)): 'last', (3, (1,)): 'last'}.get((n_dims, _positive_dims(dims, n_dims)))
+        if output_size in (1, (1,1)): dims = 2, 3
+    elif f in ('mean', torch.mean) and n.kwargs.get('dtype') is None:
+        dims = _positive_dims(_argument(n, 1, 'dim'), n_dims)
+    return {(4, (2,3)): 'first', (4, (1,2)): 'last', (3, (1,)): 'last'}.get((n_dims, dims))
 
 # %% ../../nbs/engine/02_trace.ipynb #9d9eb9d8
 @patch
@@ -587,9 +601,9 @@ def norm_parameters(self:Graph, n, m):
     "(normalized_shape, weight, bias, eps) of the LayerNorm at `n`; None for other calls, and for computed weights"
     if type(m) is nn.LayerNorm: return m.normalized_shape, m.weight, m.bias, m.eps
     if self.function(n) is not F.layer_norm: return None
-    given = [_argument(n, 2, 'weight'), _argument(n, 3, 'bias')]
-    if any(isinstance(v, fx.Node) and v.op != 'get_attr' for v in given): return None
-    weight, bias = (self.tensor(v) if isinstance(v, fx.Node) else v for v in given)
+    given = _argument(n, 2, 'weight'), _argument(n, 3, 'bias')
+    if any(v is not None and v.op != 'get_attr' for v in given): return None
+    weight, bias = (v and self.tensor(v) for v in given)
     return _argument(n, 1, 'normalized_shape'), weight, bias, _argument(n, 4, 'eps', 1e-5)
 
 # %% ../../nbs/engine/02_trace.ipynb #51fb1349
@@ -600,8 +614,7 @@ def match_norm(self:Graph, n, m, size)->bool:
     if parameters is None or isinstance(parameters[0], fx.Node): return False
     shape, weight, bias, eps = parameters
     if tuple(shape) != size[-1:] or len(size) not in (3, 4) or not self.has(n.args[0], 'last'): return False
-    weight = torch.ones(size[-1]) if weight is None else weight.detach()
-    bias = torch.zeros(size[-1]) if bias is None else bias.detach()
+    weight, bias = (torch.full(shape, v) if t is None else t.detach() for t,v in ((weight, 1.), (bias, 0.)))
     return self.add_layer('norm', n, n.args[:1], 'last', weight=weight, bias=bias, eps=eps)
 
 # %% ../../nbs/engine/02_trace.ipynb #deceeba1
@@ -625,6 +638,11 @@ def attention_output(self:Graph, n):
     if len(outputs) < len(n.users) or any(i != 0 and u.users for u,i in outputs.items()): return None
     return next((u for u,i in outputs.items() if i == 0), None)
 
+# %% ../../nbs/engine/02_trace.ipynb #aaab3421
+def _attention_layer(out, inputs, heads, scale, causal=False, parts=(None, None, None))->Layer:
+    "A `Layer` of kind attention; `parts` are (first channel, number) of query, key and value, None for all channels"
+    return Layer('attention', out, inputs, 'last', heads=heads, scale=scale, causal=causal, parts=list(parts))
+
 # %% ../../nbs/engine/02_trace.ipynb #f1e34ff3
 @patch
 def add_heads(self:Graph, n, m, x)->Inner:
@@ -632,8 +650,8 @@ def add_heads(self:Graph, n, m, x)->Inner:
     *batch, channels = size = self.size(x)
     qkv, heads = Inner(f'{n.name}_qkv', (*batch, 3*channels)), Inner(f'{n.name}_heads', size)
     self.add(_linear_layer(qkv, self.operand(x, 'last'), m.in_proj_weight, m.in_proj_bias, f'{n.target}.in_proj'))
-    self.add(Layer('attention', heads, [qkv]*3, 'last', heads=m.num_heads, scale=m.head_dim**-.5, causal=False,
-                   parts=[(i*channels, channels) for i in range(3)]))
+    parts = [(i*channels, channels) for i in range(3)]
+    self.add(_attention_layer(heads, [qkv]*3, m.num_heads, m.head_dim**-.5, parts=parts))
     return heads
 
 # %% ../../nbs/engine/02_trace.ipynb #0b798f13
@@ -677,7 +695,8 @@ def joined_heads(self:Graph, n, size)->list:
 
 # %% ../../nbs/engine/02_trace.ipynb #424b85a5
 def _is_plain_attention(n, size)->bool:
-    "Whether `F.scaled_dot_product_attention` is called at `n` without a mask or dropout"
+    "Whether `n` calls `F.scaled_dot_product_attention` without a mask or dropout"
+    if n.target is not F.scaled_dot_product_attention: return False
     kw = n.kwargs
     is_known = len(n.args) == 3 and len(size) == 4 and set(kw) <= {'attn_mask', 'dropout_p', 'is_causal', 'scale'}
     is_constant = isinstance(kw.get('is_causal', False), bool) and not isinstance(_known(kw.get('scale')), fx.Node)
@@ -687,14 +706,14 @@ def _is_plain_attention(n, size)->bool:
 @patch
 def match_attention(self:Graph, n, m, size)->bool:
     "`F.scaled_dot_product_attention` with the views that split and join the heads"
-    if self.function(n) is not F.scaled_dot_product_attention or not _is_plain_attention(n, size): return False
+    if not _is_plain_attention(n, size): return False
     images, heads, tokens, channels = size
     inputs = [self.source_of_heads(a, size) for a in n.args]
     joined = self.joined_heads(n, (images, tokens, heads*channels))
     if None in inputs or not joined: return False
     self.absorbed |= {n, *joined}
-    kwargs = dict(scale=_known(n.kwargs.get('scale')) or channels**-.5, causal=n.kwargs.get('is_causal', False))
-    return self.add(Layer('attention', joined[-1], inputs, 'last', heads=heads, parts=[None]*3, **kwargs))
+    scale, causal = _known(n.kwargs.get('scale')) or channels**-.5, n.kwargs.get('is_causal', False)
+    return self.add(_attention_layer(joined[-1], inputs, heads, scale, causal))
 
 # %% ../../nbs/engine/02_trace.ipynb #5b0c65d8
 @patch

@@ -70,7 +70,7 @@ def _accelerate_on_gpu(model, batch)->tuple:
 
 # %% ../../nbs/engine/06_accelerate.ipynb #b67546e2
 def _fastest(dense, batch, threads, cache)->tuple:
-    "(fast, rows, attributes) of `dense` as one plan, or else layer by layer; `fast` is None where no layer is faster"
+    "(fast or None, rows, attributes) as one plan, or else layer by layer"
     start = time.perf_counter()
     try: return _as_plan(dense, batch, threads, cache)
     except Exception as e: why = _reason(e)
@@ -121,9 +121,10 @@ def _plan_report(fast, batch)->tuple:
     return list(_layer_rows(fast.model, plan, x)), attrs
 
 # %% ../../nbs/engine/06_accelerate.ipynb #4f67f1bd
-def _layer_row(name, m, kind=None, note='')->dict:
+def _layer_row(name, m, note='')->dict:
     "The row of a layer that runs in torch"
-    return dict(layer=name, kind=kind or type(m).__name__, sparsity_pct=measured([m.weight]).percent,
+    kind = 'Linear' if isinstance(m, nn.Linear) else type(m).__name__   # NonDynamicallyQuantizableLinear is one too
+    return dict(layer=name, kind=kind, sparsity_pct=measured([m.weight]).percent,
                 dense_ms=float('nan'), sparse_ms=float('nan'), form='torch', note=note)
 
 # %% ../../nbs/engine/06_accelerate.ipynb #3f853c22
@@ -132,8 +133,7 @@ def _layer_rows(model, plan, x):
     found = _plan_layers(plan, x)
     layers = _weighted_layers(model) | {name: layer.module for name,(layer,_) in found.items()}
     for name,m in layers.items():
-        is_linear = isinstance(m, nn.Linear)
-        row = _layer_row(name, m, 'Linear' if is_linear else None, _left_to_torch[is_linear])
+        row = _layer_row(name, m, _left_to_torch[isinstance(m, nn.Linear)])
         if name in found: row |= dict(dense_ms=_dense_ms(found[name][0]), **found[name][1])
         yield row
 
@@ -194,7 +194,7 @@ def _sparse_twin(m, xs, threads, cache):
 
 # %% ../../nbs/engine/06_accelerate.ipynb #c13b5454
 def _compared_layer(m, twin, xs)->tuple:
-    "(what speaks against `twin` in place of `m` for the inputs `xs`, or '', milliseconds of `m` and of `twin`)"
+    "(why not `twin` in place of `m` for the inputs `xs`, or '', milliseconds of `m` and of `twin`)"
     with torch.no_grad(): is_same = all(_outputs_agree(m(x), twin(x)) for x in xs)
     dense_ms, sparse_ms = least_ms(lambda: [m(x) for x in xs], lambda: [twin(x) for x in xs], seconds=.05)
     if not is_same: return 'the engine computes something else', dense_ms, sparse_ms

@@ -145,7 +145,7 @@ def note_outputs(self:Accelerated, x, out):
 
 # %% ../../nbs/engine/04_modules.ipynb #f00eeaa0
 def _joined(outs):
-    "The outputs of pieces of a batch as those of the batch; raises `TypeError` for other outputs than tensors and None"
+    "Outputs of pieces of a batch as those of the batch; raises `TypeError` for anything but tensors"
     first = outs[0]
     if torch.is_tensor(first): return torch.cat(outs)
     if isinstance(first, dict): return type(first)({k: _joined([o[k] for o in outs]) for k in first})
@@ -172,7 +172,7 @@ def _is_close(a, b, eps)->bool:
 @patch
 def is_per_sample(self:Accelerated, x)->bool:
     "Whether the model gives each of two samples of the sizes of `x` the same outputs alone and together"
-    generator = torch.Generator().manual_seed(0)   # samples that are equal would hide their influence on each other
+    generator = torch.Generator().manual_seed(0)   # equal samples would hide their influence on each other
     x = [torch.rand(t.shape, generator=generator) if t.is_floating_point() else t for t in x]
     try: return _outputs_agree(self.model(*x), _joined([self.model(*(t[i:i+1] for t in x)) for i in range(2)]))
     except Exception: return False   # the model cannot run one sample, or its outputs cannot be joined
@@ -189,13 +189,13 @@ def _n_samples(x)->int: return len(x[0]) if x[0].dim() else 1
 
 @patch
 def n_at_once(self:Accelerated, x)->int:
-    "How many samples of the batch `x` run together: at most `room` floats, and all where samples influence each other"
+    "How many samples of the batch `x` run together"
     n, key = _n_samples(x), self.key(x, 1)
     if n < 2 or any(t.dim() == 0 or len(t) != n for t in x): return n
     if key not in self.samples_at_once:
         with self.lock:
-            fitting = self.n_fitting([t[:1] for t in x]) if self.is_per_sample([t[:2] for t in x]) else None
-            self.samples_at_once[key] = fitting
+            is_per_sample = self.is_per_sample([t[:2] for t in x])
+            self.samples_at_once[key] = self.n_fitting([t[:1] for t in x]) if is_per_sample else None
     return self.samples_at_once[key] or n
 
 # %% ../../nbs/engine/04_modules.ipynb #b5149dbc

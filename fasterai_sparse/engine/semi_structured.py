@@ -80,10 +80,10 @@ def _why_not_pattern(w)->str:
 # %% ../../nbs/engine/05_semi_structured.ipynb #07946815
 def why_not_24(
     m:nn.Module, # A layer
-    backend:type=SparseSemiStructuredTensorCUSPARSELT, # One of torch's classes of 2:4 tensors
-    dtype:torch.dtype=None, # The type that the weight will be cast to; None: it stays as it is
+    backend:type=backends_24[0], # One of torch's classes of 2:4 tensors
+    dtype:torch.dtype=None, # As if its weight were of this type
 )->str:
-    "Why the layer `m` cannot run as 2:4 by `backend` on a GPU, or ''"
+    "Why the layer `m` cannot run as 2:4 by `backend`, or ''"
     if why := _why_not_matmul(m) or unmaskable(m): return why
     w = m.weight.detach().flatten(1)
     dtype = w.dtype if dtype is None else dtype
@@ -157,7 +157,7 @@ def _matmul(x, m):
     x = x.contiguous()
     if not x.numel(): return x.new_empty(*x.shape[:-1], m.weight.shape[0])
     if not torch.is_autocast_enabled(x.device.type): return F.linear(x, m.weight, m.bias)
-    with torch.autocast(x.device.type, enabled=False):   # it would cast the weight, and a 2:4 tensor cannot be cast
+    with torch.autocast(x.device.type, enabled=False):   # a 2:4 weight cannot be cast
         return F.linear(x.to(m.weight.dtype), m.weight, m.bias).to(torch.get_autocast_dtype(x.device.type))
 
 # %% ../../nbs/engine/05_semi_structured.ipynb #e7246628
@@ -238,10 +238,10 @@ def _gpu_ms(f, n)->float:
 # %% ../../nbs/engine/05_semi_structured.ipynb #50cc37b3
 def cuda_race(
     *fs, # Functions without arguments
-    rounds:int=5, # How often each has its turn
+    rounds:int=5, # Turns of each
     window:float=20., # Milliseconds for which a function is repeated in each round
 )->list:
-    "The least milliseconds of each of `fs` on the current GPU, measured in turn after a warm-up"
+    "The least milliseconds of each of `fs` on the current GPU, in turn after a warm-up"
     for f in fs: _gpu_ms(f, 3)
     n_runs = [max(1, min(50, int(window/max(_gpu_ms(f, 1), 1e-3)))) for f in fs]
     return [min(ms) for ms in zip(*([_gpu_ms(f, n) for f,n in zip(fs, n_runs)] for _ in range(rounds)))]
@@ -355,7 +355,7 @@ def _tied(model)->set:
 
 # %% ../../nbs/engine/05_semi_structured.ipynb #c1056709
 def _trials(model, backends, whys, race)->dict:
-    "Name -> `_Trial` of each layer; `whys` are the results of `probe_24`, and backends that run here are asked first"
+    "Name -> `_Trial` of each layer; `whys` is the result of `probe_24`"
     trials, tied = {n: _Trial(m, race) for n,m in _weighted_layers(model).items()}, _tied(model)
     for t in trials.values():
         shared = 'shares its weight with another layer' if id(t.dense._parameters.get('weight')) in tied else ''

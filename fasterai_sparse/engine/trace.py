@@ -45,10 +45,10 @@ class Layer:
 
 # %% ../../nbs/engine/02_trace.ipynb #1b4a6ba7
 class Graph:
-    """`model` for inputs of the sizes of `x`: `items` are `Layer`s for the engine and nodes for torch, in order.
+    """`model` for inputs like `x`: `items` are `Layer`s for the engine and nodes for torch, in order.
     Raises `ValueError` where sizes or numbers depend on the input's values, or shared memory is changed in place"""
     def __init__(self, model, x):
-        self.is_leaf = _EngineTracer().is_leaf_module(model, '')   # a module of torch: traced inside a Sequential
+        self.is_leaf = _EngineTracer().is_leaf_module(model, '')
         self.gm = _trace(nn.Sequential(model) if self.is_leaf else model, len(x))
         _record_values(self.gm, x)
         _refuse_data_dependence(self.gm, x)
@@ -240,6 +240,8 @@ def _known(v):
     return v.meta.get('value', v) if isinstance(v, fx.Node) else v
 
 # %% ../../nbs/engine/02_trace.ipynb #09f2d02c
+def _input(n): return n.args[0] if n.args and isinstance(n.args[0], fx.Node) else None
+
 def _argument(n, i, name, default=None):
     "Argument `i` of the call `n`, which is also called `name`"
     return _known(n.args[i] if len(n.args) > i else n.kwargs.get(name, default))
@@ -253,12 +255,11 @@ def _permutation(n)->tuple:
 # %% ../../nbs/engine/02_trace.ipynb #104fd916
 @patch
 def find_layers(self:Graph):
-    "Fill `items` with a layer for each node that matches, and the node itself for all others"
-    self.items = []
-    self.aliases = {}      # node -> (node with the same values, whether channels are first in one, last in the other)
-    self.made = {}         # value that the engine computes -> its form
-    self.positive = set()  # values without negative numbers
-    self.absorbed = set()  # nodes that are part of a layer
+    "Fill `items` with a layer for each node that matches, and all other nodes"
+    self.items, self.aliases = [], {}  # node -> (node with the same values, whether the form turns)
+    self.made = {}                     # value that the engine computes -> its form
+    self.positive = set()              # values ≥ 0
+    self.absorbed = set()              # nodes inside a layer
     for n in self.nodes:
         if n not in self.absorbed and not self.match(n): self.items.append(n)
 
@@ -319,8 +320,8 @@ def drop_unread(self:Graph):
 # %% ../../nbs/engine/02_trace.ipynb #0324aaa4
 @patch
 def match_alias(self:Graph, n, m)->bool:
-    "Whether `n` has the values of its input in the order in which the engine has them"
-    x = n.args[0] if n.args and isinstance(n.args[0], fx.Node) else None
+    "Whether `n` is another name of its input, as the engine has it"
+    x = _input(n)
     if x is None or self.size(x) is None: return False
     if self.does_nothing(n, m): return self.rename(n, x)
     source, form = self.source(x)
@@ -401,14 +402,18 @@ def summands(self:Graph, n):
 
 # %% ../../nbs/engine/02_trace.ipynb #8d9ea45a
 @patch
+def is_earlier(self:Graph, v, n)->bool:
+    "Whether the value `v`, and the one that it is another name of, are computed before the node `n`"
+    return all(self.position[u] < self.position[n] for u in (v, self.source(v)[0]))
+
+@patch
 def fuse_sum(self:Graph, layer, n)->Layer:
-    "`layer`, made of the node `n`, with the addition and the activation that follow it"
+    "`layer` of the node `n`, with the addition and activation after it"
     u = self.reader(layer)
     both = None if u is None else self.summands(u)
     if both:
         other = both[1] if both[0] is layer.out else both[0]
-        is_earlier = all(self.position[v] < self.position[n] for v in (other, self.source(other)[0]))
-        if other is not layer.out and is_earlier:
+        if other is not layer.out and self.is_earlier(other, n):
             layer.residual = self.operand(other, layer.form)
             self.absorb(layer, u)
     return self.fuse_activation(layer)
@@ -470,7 +475,7 @@ def _is_zero_padded_conv(m)->bool:
 @patch
 def match_conv(self:Graph, n, m, size)->bool:
     "A convolution with zeros around the image, and what it absorbs"
-    if not _is_zero_padded_conv(m) or len(size) != m.weight.dim() or not isinstance(n.args[0], fx.Node): return False
+    if not _is_zero_padded_conv(m) or len(size) != m.weight.dim() or _input(n) is None: return False
     x, padded = self.unpadded(n.args[0]) if m.weight.dim() == 4 else (n.args[0], (0, 0))
     geometry = _geometry(m)
     geometry['before'] = [b+p for b,p in zip(geometry['before'], padded)]
@@ -481,7 +486,7 @@ def match_conv(self:Graph, n, m, size)->bool:
 # %% ../../nbs/engine/02_trace.ipynb #21f7c70e
 @patch
 def unpadded(self:Graph, x)->tuple:
-    "(value that `x` pads, (rows of zeros above, columns to the left)); (`x`, (0, 0)) where `x` is no padding, or crops"
+    "(value that `x` pads, (rows of zeros above, columns to the left)); (`x`, (0, 0)) where `x` is something else"
     amounts = self.zero_padding(x)
     amounts = [_known(a) for a in amounts] if isinstance(amounts, (tuple,list)) else []
     is_known = len(amounts) == 4 and all(isinstance(a, int) and a >= 0 for a in amounts)
@@ -506,7 +511,7 @@ def _worth_skipping(w)->bool:
 
 # %% ../../nbs/engine/02_trace.ipynb #7b7f0807
 def _linear_layer(out, x, w, b, name, module=None)->Layer:
-    "A `Layer` for `F.linear(x, w, b)`; without a `module` one is made that can be timed by itself"
+    "A `Layer` for `F.linear(x, w, b)`; where no `module` is given, one is made"
     if module is None:
         module = nn.Linear(*w.shape[::-1], bias=b is not None, device='meta')
         module.weight = nn.Parameter(w.detach(), requires_grad=False)
@@ -516,7 +521,7 @@ def _linear_layer(out, x, w, b, name, module=None)->Layer:
 # %% ../../nbs/engine/02_trace.ipynb #b1a62d4e
 @patch
 def linear_parameters(self:Graph, n, m):
-    "(weight, bias, name) of the Linear layer that `n` calls; None for other calls, and where the weight is computed"
+    "(weight, bias, name) of the Linear layer at `n`; None where it is none"
     if type(m) is nn.Linear: return m.weight, m.bias, n.target
     if self.function(n) is not F.linear or len(n.args) < 2 or set(n.kwargs) - {'bias'}: return None
     given = [*n.args[1:], *n.kwargs.values()]
@@ -527,7 +532,7 @@ def linear_parameters(self:Graph, n, m):
 # %% ../../nbs/engine/02_trace.ipynb #f6eadbf4
 @patch
 def match_linear(self:Graph, n, m, size)->bool:
-    "A Linear layer that is sparse, or whose input is in the engine, and what it absorbs"
+    "A Linear layer that is sparse, or whose input is in the engine"
     parameters = self.linear_parameters(n, m)
     if parameters is None or not 2 <= len(size) <= 4: return False
     w, b, name = parameters
@@ -538,10 +543,10 @@ def match_linear(self:Graph, n, m, size)->bool:
 # %% ../../nbs/engine/02_trace.ipynb #7f21c70e
 @patch
 def match_max_pool(self:Graph, n, m, size)->bool:
-    "Max pooling of a value in the engine without negative numbers"
+    "Max pooling of a value ≥ 0"
     if type(m) is not nn.MaxPool2d or len(size) != 4 or m.dilation not in (1, (1,1)) or m.return_indices: return False
     if not self.has(n.args[0], 'first') or self.source(n.args[0])[0] not in self.positive: return False
-    kernel, stride, before = map(_pair, (m.kernel_size, m.stride or m.kernel_size, m.padding))
+    kernel, stride, before = map(_pair, (m.kernel_size, m.stride, m.padding))
     return self.add_layer('pool', n, n.args[:1], 'first', name=n.target, kernel=kernel, stride=stride, before=before)
 
 # %% ../../nbs/engine/02_trace.ipynb #4b28b333
@@ -552,12 +557,12 @@ def _has_equal_windows(m)->bool:
 
 @patch
 def match_avg_pool(self:Graph, n, m, size)->bool:
-    "Average pooling of a value in the engine, where all windows have the same number of elements"
+    "Average pooling of a value in the engine"
     if len(size) != 4 or not _has_equal_windows(m) or not self.has(n.args[0], 'first'): return False
-    x, kernel, channels = self.operand(n.args[0], 'first'), _pair(m.kernel_size), size[1]
-    weight = torch.full((channels, 1, *kernel), 1/math.prod(kernel))
+    x, kernel = self.operand(n.args[0], 'first'), _pair(m.kernel_size)
+    weight = torch.full((size[1], 1, *kernel), 1/math.prod(kernel))
     if x in self.positive: self.positive.add(n)
-    return self.add(_conv_layer(n, x, 'first', weight, None, channels, _pair(m.stride), before=_pair(m.padding)))
+    return self.add(_conv_layer(n, x, 'first', weight, None, size[1], _pair(m.stride), before=_pair(m.padding)))
 
 # %% ../../nbs/engine/02_trace.ipynb #b87d64d7
 @patch
@@ -590,7 +595,7 @@ def mean_form(self:Graph, n, m, n_dims):
 @patch
 def match_mean(self:Graph, n, m, size)->bool:
     "The mean over all positions of a value in the engine"
-    if not isinstance(n.args[0], fx.Node): return False
+    if _input(n) is None: return False
     form = self.mean_form(n, m, len(self.size(n.args[0]) or ()))
     if form is None or not self.has(n.args[0], form): return False
     return self.add_layer('mean', n, n.args[:1], form)
@@ -609,7 +614,7 @@ def norm_parameters(self:Graph, n, m):
 # %% ../../nbs/engine/02_trace.ipynb #51fb1349
 @patch
 def match_norm(self:Graph, n, m, size)->bool:
-    "LayerNorm over the channels of a value in the engine"
+    "LayerNorm over the channels"
     parameters = self.norm_parameters(n, m)
     if parameters is None or isinstance(parameters[0], fx.Node): return False
     shape, weight, bias, eps = parameters
@@ -623,7 +628,7 @@ _attention_arguments = ('query', 'key', 'value', 'key_padding_mask', 'need_weigh
 
 @patch
 def attended(self:Graph, n, m):
-    "The value that is query, key and value of the `nn.MultiheadAttention` `m`; None with a mask or unusual options"
+    "Query, key and value of the attention `m`, where they are one value; None with a mask or unusual options"
     if not (m.batch_first and m._qkv_same_embed_dim) or m.bias_k is not None or m.add_zero_attn: return None
     given = dict(zip(_attention_arguments, n.args)) | dict(n.kwargs)
     x, is_masked = given['query'], any(given.get(mask) is not None for mask in ('key_padding_mask', 'attn_mask'))
@@ -646,11 +651,11 @@ def _attention_layer(out, inputs, heads, scale, causal=False, parts=(None, None,
 # %% ../../nbs/engine/02_trace.ipynb #f1e34ff3
 @patch
 def add_heads(self:Graph, n, m, x)->Inner:
-    "The attended values, after adding the layers for query, key and value and for the attention"
+    "The value of the attention, after adding its two layers"
     *batch, channels = size = self.size(x)
     qkv, heads = Inner(f'{n.name}_qkv', (*batch, 3*channels)), Inner(f'{n.name}_heads', size)
     self.add(_linear_layer(qkv, self.operand(x, 'last'), m.in_proj_weight, m.in_proj_bias, f'{n.target}.in_proj'))
-    parts = [(i*channels, channels) for i in range(3)]
+    parts = [(first, channels) for first in (0, channels, 2*channels)]
     self.add(_attention_layer(heads, [qkv]*3, m.num_heads, m.head_dim**-.5, parts=parts))
     return heads
 
@@ -695,12 +700,11 @@ def joined_heads(self:Graph, n, size)->list:
 
 # %% ../../nbs/engine/02_trace.ipynb #424b85a5
 def _is_plain_attention(n, size)->bool:
-    "Whether `n` calls `F.scaled_dot_product_attention` without a mask or dropout"
-    if n.target is not F.scaled_dot_product_attention: return False
-    kw = n.kwargs
-    is_known = len(n.args) == 3 and len(size) == 4 and set(kw) <= {'attn_mask', 'dropout_p', 'is_causal', 'scale'}
-    is_constant = isinstance(kw.get('is_causal', False), bool) and not isinstance(_known(kw.get('scale')), fx.Node)
-    return is_known and is_constant and kw.get('attn_mask') is None and kw.get('dropout_p', 0) == 0
+    "Whether `n` is attention without a mask or dropout"
+    if n.target is not F.scaled_dot_product_attention or len(n.args) != 3 or len(size) != 4: return False
+    given = dict(attn_mask=None, dropout_p=0, is_causal=False, scale=None) | n.kwargs
+    is_constant = isinstance(given['is_causal'], bool) and not isinstance(_known(given['scale']), fx.Node)
+    return is_constant and len(given) == 4 and given['attn_mask'] is None and given['dropout_p'] == 0
 
 # %% ../../nbs/engine/02_trace.ipynb #7210f4ad
 @patch
@@ -742,11 +746,11 @@ def match_addition(self:Graph, n, m, size)->bool:
 # %% ../../nbs/engine/02_trace.ipynb #2ac5aa37
 @patch
 def match_scale(self:Graph, n, m, size)->bool:
-    "The channels of each image times a factor of their own, both in the engine"
+    "Channels of each image times a factor of their own"
     both = self.operands(n, _muls)
     if not both or len(size) != 4 or size[2:] == (1, 1): return False
     x, factor = sorted(both, key=lambda a: self.size(a) != size)
-    if self.size(x) != size or self.size(factor) != (*size[:2], 1, 1): return False
+    if [self.size(x), self.size(factor)] != [size, (*size[:2], 1, 1)]: return False
     if not self.has(x, 'first') or not self.has(factor, 'first'): return False
     return self.add_layer('scale', n, (x, factor), 'first')
 
@@ -754,6 +758,6 @@ def match_scale(self:Graph, n, m, size)->bool:
 @patch
 def match_activation(self:Graph, n, m, size)->bool:
     "An activation of a value in the engine"
-    act, form = self.activation_of(n), self.form_of([a for a in n.args[:1] if isinstance(a, fx.Node)])
+    act, form = self.activation_of(n), self.form_of([_input(n)] if _input(n) else [])
     if not act or not form or len(size) > 4: return False
     return self.add_layer('add', n, n.args[:1], form, act=act)

@@ -10,6 +10,7 @@ import itertools, math, threading, weakref
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 
 from ..utils.batches import tensors_in
@@ -18,191 +19,279 @@ from .plan import Choices, choices_file, Plan
 
 # %% ../../nbs/engine/04_modules.ipynb #344e8ac5
 class Inference(nn.Module):
-    "A model that is only evaluated"
+    "`model` in evaluation mode; `train()` raises `RuntimeError`"
     def __init__(self, model):
         super().__init__()
         self.model = model.eval()
         self.training = False
 
     def train(self, mode=True):
-        if mode: raise RuntimeError('An accelerated model is for inference: train the model that it was made from, and accelerate that')
-        return self
+        if not mode: return self
+        raise RuntimeError('An accelerated model is for inference: train the model it was made from, and accelerate it')
 
     def refuse_gradients(self, inputs):
-        if torch.is_grad_enabled() and any(t.requires_grad for t in inputs): raise RuntimeError('An accelerated model has no gradients: train the model that it was made from')
+        "Raise `RuntimeError` where one of `inputs` requires a gradient and gradients are on"
+        if torch.is_grad_enabled() and any(t.requires_grad for t in inputs): _no_gradients()
 
-# %% ../../nbs/engine/04_modules.ipynb #f00eeaa0
-def _joined(outs):
-    "The outputs of parts of a batch as those of the batch"
-    if torch.is_tensor(outs[0]): return torch.cat(outs)
-    if isinstance(outs[0], dict): return type(outs[0])({k: _joined([o[k] for o in outs]) for k in outs[0]})
-    if hasattr(outs[0], '_fields'): return type(outs[0])(*map(_joined, zip(*outs)))
-    if isinstance(outs[0], (tuple,list)): return type(outs[0])(map(_joined, zip(*outs)))
-    if outs[0] is not None: raise TypeError(f'{type(outs[0]).__name__} of parts of a batch say nothing of the batch')
-
-# %% ../../nbs/engine/04_modules.ipynb #fe5df293
-def _same(a, b, eps=1e-4):
-    "Whether two outputs are the same, to `eps` of the largest value"
-    a, b = ([t for t in tensors_in([o])] for o in (a, b))
-    return len(a) == len(b) and all(x.shape == y.shape and bool(((x-y).abs() <= eps*x.abs().max()).all() if x.numel() and x.is_floating_point() else (x == y).all()) for x,y in zip(a, b))
+# %% ../../nbs/engine/04_modules.ipynb #53e703e1
+def _no_gradients(*_): raise RuntimeError('An accelerated model has no gradients: train the model it was made from')
 
 # %% ../../nbs/engine/04_modules.ipynb #6760b2b0
-_numbers, _live = itertools.count(), weakref.WeakValueDictionary()   # so that an operation of torch can name a module
+_numbers = itertools.count()
+_live = weakref.WeakValueDictionary()   # number -> module, for the operation that torch.compile sees
 
 class Accelerated(Inference):
-    """`model`, its convolutions and Linear layers run by the engine.
-    Takes tensors on the CPU, floating-point ones as float32; several threads may call it at once, and outputs are their own. Raises `TypeError` for other tensors, `RuntimeError` where gradients are asked for"""
+    """`model` with its convolutions and Linear layers run by the engine; several threads may call it at once.
+    Raises `TypeError` for other inputs than float32 and integer tensors on the CPU, `RuntimeError` for gradients"""
     def __init__(self,
-        model, # Its weights are taken as they are when the first input comes
-        threads=None, # None: torch's number when a plan is made
-        cache=True, # A file for the forms that layers run best in; True: `choices_file()`, None: not kept
-        n_plans=8, # At most so many sizes of input are remembered
-        room=1<<20, # Floats that the largest activation may have where there are several images
-        which=0, # Number of the instruction set among `engine_sets()`
+        model:nn.Module, # Its weights are read when a plan is made
+        threads:int=None, # None: torch's number when a plan is made
+        cache=True, # A file for the form that is fastest for each layer; True: `choices_file()`, None: no file
+        n_plans:int=8, # How many plans are kept, of the sizes used last
+        room:int=1<<20, # Floats that the largest activation may have when several samples run together
+        which:int=0, # Index of the instruction set in `engine_sets()`
     ):
         super().__init__(model)
         self.threads, self.cache, self.n_plans, self.room, self.which = threads, cache, n_plans, room, which
-        self._forget()
+        self.reset()
 
-    def _forget(self):
-        self.plans, self.last, self.at_once, self.known, self.lock, self.number = {}, (None, None), {}, {}, threading.RLock(), next(_numbers)
+    def reset(self):
+        "Forget all plans and what was learned from earlier calls"
+        self.plans, self.last_plan = {}, (None, None)   # by `key`
+        self.samples_at_once, self.outputs_seen = {}, {}   # by `key` of one sample
+        self.lock, self.number = threading.RLock(), next(_numbers)
         self.choices = Choices(choices_file() if self.cache is True else self.cache)
         _live[self.number] = self
 
-    def key(self, x, first=0): return tuple((t.shape[first:], t.dtype) for t in x)
+    def __getstate__(self):
+        own = ('plans', 'last_plan', 'samples_at_once', 'outputs_seen', 'lock', 'number', 'choices')
+        return {k: v for k,v in self.__dict__.items() if k not in own}
 
-    def plan(self, *x):
-        "For these inputs, all at once"
-        key, (last, plan) = self.key(x), self.last
-        if key == last: return plan
-        with self.lock:
-            plan = self.plans.pop(key, None) or Plan(self.model, x, self.which, self.threads or torch.get_num_threads(), self.choices)
-            self.plans[key] = plan   # the last one used is the last one to go
-            for k in list(self.plans)[:-self.n_plans]: del self.plans[k]
-            self.last = key, plan
-            return plan
-
-    def n_at_once(self, x):
-        "How many images run together: all, where the model does not treat each by itself"
-        n = len(x[0]) if x[0].dim() else 1
-        if n < 2 or any(t.dim() == 0 or len(t) != n for t in x): return n
-        key = self.key(x, 1)
-        if key not in self.at_once:
-            with self.lock: self.at_once[key] = max(1, self.room//self.largest([t[:1] for t in x])) if self.each_by_itself([t[:2] for t in x]) else None
-        return self.at_once[key] or n
-
-    def each_by_itself(self, x):
-        made = torch.Generator().manual_seed(0)   # images that are alike would hide what they do to each other
-        x = [torch.rand(t.shape, generator=made) if t.is_floating_point() else t for t in x]
-        try: return _same(self.model(*x), _joined([self.model(*(t[i:i+1] for t in x)) for i in range(2)]))
-        except Exception: return False   # the model can't take one image, or gives what can't be joined
-
-    def largest(self, x):
-        "Floats of the largest activation"
-        plan = self.plan(*x)
-        return max(math.prod(plan.graph.size(l.out)) for l in plan.layers)
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.reset()
 
     def forward(self, *x):
         if torch.compiler.is_compiling(): return self.as_operation(x)
-        for t in x:
-            wrong = not torch.is_tensor(t) or not t.is_cpu or t.dtype != torch.float32 and (t.is_floating_point() or t.is_complex())
-            if wrong: raise TypeError(f"An accelerated model takes float32 tensors on the CPU, not {f'{t.dtype} on {t.device}' if torch.is_tensor(t) else type(t).__name__}: call .float() on them")
-        self.refuse_gradients(x)
-        if torch.is_autocast_enabled('cpu'):
-            with torch.autocast('cpu', enabled=False): return self.forward(*x)   # plans are for float32
-        with torch.no_grad():
-            x = [t if type(t) is torch.Tensor else t.as_subclass(torch.Tensor) for t in x]
-            if not all(t.numel() and (t.dtype != torch.float32 or all_finite(t)) for t in x): return self.model(*x)   # a zero weight would hide what is not
-            last, plan = self.last
-            if last == self.key(x): return plan(*x)
-            n, at_once = len(x[0]) if x[0].dim() else 1, self.n_at_once(x)
-            out = self.plan(*x)(*x) if n <= at_once else _joined([self.plan(*part)(*part) for i in range(0, n, at_once) for part in [[t[i:i+at_once] for t in x]]])
-        if (key := self.key(x, 1)) not in self.known: self.known[key] = n, _container(out), [(t.shape, t.dtype) for t in tensors_in([out])]
-        return out
+        self.check_inputs(x)
+        if not torch.is_autocast_enabled('cpu'): return self.run(x)
+        with torch.autocast('cpu', enabled=False): return self.run(x)   # plans are for float32
 
-    def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k not in ('plans', 'last', 'at_once', 'known', 'lock', 'number', 'choices')}
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        self._forget()
+# %% ../../nbs/engine/04_modules.ipynb #f4f4ae9e
+def _is_readable(t)->bool:
+    "Whether `t` is a float32 or an integer tensor on the CPU"
+    if not torch.is_tensor(t) or not t.is_cpu: return False
+    return t.dtype == torch.float32 or not (t.is_floating_point() or t.is_complex())
+
+@patch
+def check_inputs(self:Accelerated, x):
+    "Raise `TypeError` for inputs that a plan cannot read, `RuntimeError` for inputs that require gradients"
+    for t in x:
+        if _is_readable(t): continue
+        given = f'{t.dtype} on {t.device}' if torch.is_tensor(t) else type(t).__name__
+        raise TypeError(f'An accelerated model takes float32 tensors on the CPU, not {given}: call .float() on them')
+    self.refuse_gradients(x)
+
+# %% ../../nbs/engine/04_modules.ipynb #2e989c71
+def _is_safe(t)->bool:
+    "Whether skipping zeros changes nothing: `t` has elements, and no infinity or NaN"
+    return t.numel() > 0 and (t.dtype != torch.float32 or all_finite(t))
+
+@patch
+@torch.no_grad()
+def run(self:Accelerated, x):
+    "The outputs for the inputs `x`, which are checked"
+    x = [t if type(t) is torch.Tensor else t.as_subclass(torch.Tensor) for t in x]
+    if not all(map(_is_safe, x)): return self.model(*x)
+    key, plan = self.last_plan
+    if key == self.key(x): return plan(*x)
+    out = self.run_in_parts(x)
+    self.note_outputs(x, out)
+    return out
+
+# %% ../../nbs/engine/04_modules.ipynb #467c0b2c
+@patch
+def key(self:Accelerated, x, first=0)->tuple:
+    "(shape from dimension `first` on, dtype) of each input"
+    return tuple((t.shape[first:], t.dtype) for t in x)
+
+# %% ../../nbs/engine/04_modules.ipynb #112cea4c
+@patch
+def plan(self:Accelerated, *x)->Plan:
+    "Cached `Plan` for these shapes and dtypes, made on first use"
+    key, (last, plan) = self.key(x), self.last_plan
+    if key == last: return plan
+    with self.lock:
+        plan = self.plans.pop(key, None)
+        if plan is None: plan = Plan(self.model, x, self.which, self.threads or torch.get_num_threads(), self.choices)
+        self.plans[key] = plan   # last in the dict, so the last to be dropped
+        for k in list(self.plans)[:-self.n_plans]: del self.plans[k]
+        self.last_plan = key, plan
+        return plan
 
 # %% ../../nbs/engine/04_modules.ipynb #3d0b3196
 def _container(out):
-    "None for a tensor, the type of a plain tuple or list of tensors, object for anything else"
-    return None if torch.is_tensor(out) else type(out) if type(out) in (tuple,list) and all(map(torch.is_tensor, out)) else object
+    "None for a tensor, tuple or list where `out` is one of tensors, `object` for anything else"
+    if torch.is_tensor(out): return None
+    return type(out) if type(out) in (tuple,list) and all(map(torch.is_tensor, out)) else object
 
-# %% ../../nbs/engine/04_modules.ipynb #45d00289
-from fastcore.basics import patch
+# %% ../../nbs/engine/04_modules.ipynb #4993dbf6
+@patch
+def note_outputs(self:Accelerated, x, out):
+    "Remember number of samples, container, and shapes and dtypes of the outputs for inputs like `x`"
+    key = self.key(x, 1)
+    if key not in self.outputs_seen:
+        self.outputs_seen[key] = _n_samples(x), _container(out), [(t.shape, t.dtype) for t in tensors_in([out])]
+
+# %% ../../nbs/engine/04_modules.ipynb #f00eeaa0
+def _joined(outs):
+    "Outputs of pieces of a batch as those of the batch; raises `TypeError` for anything but tensors"
+    first = outs[0]
+    if torch.is_tensor(first): return torch.cat(outs)
+    if isinstance(first, dict): return type(first)({k: _joined([o[k] for o in outs]) for k in first})
+    if hasattr(first, '_fields'): return type(first)(*map(_joined, zip(*outs)))   # a named tuple
+    if isinstance(first, (tuple,list)): return type(first)(map(_joined, zip(*outs)))
+    if first is not None: raise TypeError(f'Outputs of type {type(first).__name__} cannot be joined')
+
+# %% ../../nbs/engine/04_modules.ipynb #fe5df293
+def _outputs_agree(
+    want, # Outputs of the model
+    got, # Outputs to compare with them
+    eps=1e-4, # Largest difference, as a fraction of the tensor's largest absolute value
+)->bool:
+    "Whether `got` has the tensors of `want`, with equal shapes and values; integers must be the same"
+    want, got = list(tensors_in([want])), list(tensors_in([got]))
+    return len(want) == len(got) and all(a.shape == b.shape and _is_close(a, b, eps) for a,b in zip(want, got))
+
+# %% ../../nbs/engine/04_modules.ipynb #1ca719af
+def _is_close(a, b, eps)->bool:
+    if not a.numel() or not a.is_floating_point(): return bool((a == b).all())
+    return bool(((a-b).abs() <= eps*a.abs().max()).all())
+
+# %% ../../nbs/engine/04_modules.ipynb #f7fa1c4e
+@patch
+def is_per_sample(self:Accelerated, x)->bool:
+    "Whether the model gives each of two samples of the sizes of `x` the same outputs alone and together"
+    generator = torch.Generator().manual_seed(0)   # equal samples would hide their influence on each other
+    x = [torch.rand(t.shape, generator=generator) if t.is_floating_point() else t for t in x]
+    try: return _outputs_agree(self.model(*x), _joined([self.model(*(t[i:i+1] for t in x)) for i in range(2)]))
+    except Exception: return False   # the model cannot run one sample, or its outputs cannot be joined
+
+# %% ../../nbs/engine/04_modules.ipynb #be260cfd
+@patch
+def n_fitting(self:Accelerated, x)->int:
+    "How many samples' largest activations fit into `room` floats, at least 1; `x` are the inputs of one sample"
+    plan = self.plan(*x)
+    return max(1, self.room//max(math.prod(plan.graph.size(layer.out)) for layer in plan.layers))
+
+# %% ../../nbs/engine/04_modules.ipynb #b6404a6f
+def _n_samples(x)->int: return len(x[0]) if x[0].dim() else 1
+
+@patch
+def n_at_once(self:Accelerated, x)->int:
+    "How many samples of the batch `x` run together"
+    n, key = _n_samples(x), self.key(x, 1)
+    if n < 2 or any(t.dim() == 0 or len(t) != n for t in x): return n
+    if key not in self.samples_at_once:
+        with self.lock:
+            is_per_sample = self.is_per_sample([t[:2] for t in x])
+            self.samples_at_once[key] = self.n_fitting([t[:1] for t in x]) if is_per_sample else None
+    return self.samples_at_once[key] or n
+
+# %% ../../nbs/engine/04_modules.ipynb #b5149dbc
+@patch
+def run_in_parts(self:Accelerated, x):
+    "The outputs for `x`, of which `n_at_once` samples run together"
+    n, step = _n_samples(x), self.n_at_once(x)
+    if n <= step: return self.plan(*x)(*x)
+    parts = [[t[i:i+step] for t in x] for i in range(0, n, step)]
+    return _joined([self.plan(*part)(*part) for part in parts])
 
 # %% ../../nbs/engine/04_modules.ipynb #00aa7172
 @torch.library.custom_op('fasterai_sparse::accelerated', mutates_args=())
 def _accelerated(x: list[torch.Tensor], number: int) -> list[torch.Tensor]:
     outs, memory = [], {t.untyped_storage().data_ptr() for t in x}
     for t in tensors_in([_live[number](*[t.detach() for t in x])]):
-        outs.append(t.clone() if t.untyped_storage().data_ptr() in memory else t)   # an operation's outputs share nothing with its inputs, nor with each other
+        # an operation's outputs share no memory with its inputs, nor with each other
+        outs.append(t.clone() if t.untyped_storage().data_ptr() in memory else t)
         memory.add(t.untyped_storage().data_ptr())
     return outs
 
 # %% ../../nbs/engine/04_modules.ipynb #7407a70a
 @_accelerated.register_fake
 def _(x, number):
-    n, _, outs = _live[number].known_for(x)
-    return [x[0].new_empty((x[0].shape[0], *size[1:]) if size[:1] == (n,) else size, dtype=dtype) for size,dtype in outs]
-
-# %% ../../nbs/engine/04_modules.ipynb #53e703e1
-def _no_gradients(ctx, *grads): raise RuntimeError('An accelerated model has no gradients: train the model that it was made from')
+    n_seen, _, outputs = _live[number].outputs_for(x)
+    n = x[0].shape[0] if x[0].dim() else 1
+    return [x[0].new_empty((n, *size[1:]) if size[:1] == (n_seen,) else size, dtype=dtype) for size,dtype in outputs]
 
 # %% ../../nbs/engine/04_modules.ipynb #df29a0af
 _accelerated.register_autograd(_no_gradients)
 
+# %% ../../nbs/engine/04_modules.ipynb #a74cad95
 @patch
-def known_for(self:Accelerated, x):
-    "Of a call with inputs like `x`, however many images: their number, what held the outputs, and sizes and types of these"
+def outputs_for(self:Accelerated, x)->tuple:
+    "What `note_outputs` keeps for inputs like `x` with any number of samples; `RuntimeError` without such a call"
     key = [(tuple(t.shape[1:]), t.dtype) for t in x]
-    for k,v in self.known.items():
-        if [(tuple(s), d) for s,d in k] == key: return v
-    raise RuntimeError(f'Call the accelerated model with inputs of {[tuple(t.shape) for t in x]} once before it is compiled or exported')
+    for seen,outputs in self.outputs_seen.items():
+        if [(tuple(size), dtype) for size,dtype in seen] == key: return outputs
+    sizes = [tuple(t.shape) for t in x]
+    raise RuntimeError(f'Call the accelerated model with inputs of {sizes} once before it is compiled or exported')
 
 # %% ../../nbs/engine/04_modules.ipynb #90b2ade8
 @patch
 def as_operation(self:Accelerated, x):
+    "The outputs by torch's operation; raises `RuntimeError` for outputs in anything but a tuple or list"
     out = torch.ops.fasterai_sparse.accelerated(list(x), self.number)
-    container = self.known_for(x)[1]
-    if container not in (None, tuple, list): raise RuntimeError('Only a model that gives tensors, or a tuple or list of them, can be compiled or exported')
-    return container(out) if container else out[0]
+    container = self.outputs_for(x)[1]
+    if container is None: return out[0]
+    if container is not object: return container(out)
+    raise RuntimeError('Only a model that gives tensors, or a tuple or list of them, can be compiled or exported')
 
 # %% ../../nbs/engine/04_modules.ipynb #00935b2f
 class _OneLayer(Accelerated):
-    "What is asked of it and it does not have, its layer has"
-    def __init__(self, layer, threads=None, cache=True): super().__init__(nn.Sequential(layer), threads, cache, n_plans=4)
+    "One layer in the engine. Attributes it lacks (`weight`, `in_features`) are looked up on the wrapped layer"
+    def __init__(self,
+        layer:nn.Module,
+        threads:int=None, # As for `Accelerated`
+        cache=True, # As for `Accelerated`
+    ):
+        super().__init__(nn.Sequential(layer), threads, cache, n_plans=4)
+
     def __getattr__(self, name):
         try: return super().__getattr__(name)
         except AttributeError: return getattr(super().__getattr__('model')[0], name)
 
-    def ours(self, x): return x.dtype == torch.float32 and x.is_cpu and x.numel() > 0
-    def as_it_was(self, x):
+    def in_engine(self, x)->bool: return x.dtype == torch.float32 and x.is_cpu and x.numel() > 0
+    def in_torch(self, x):
+        "What the wrapped layer gives for `x`"
         self.refuse_gradients([x])
         with torch.no_grad(): return self.model(x)
 
 # %% ../../nbs/engine/04_modules.ipynb #9ad93461
 class SparseConv2d(_OneLayer):
-    "An nn.Conv2d for inference that skips the zeros of its weight"
+    "An `nn.Conv2d` for inference that skips the zeros of its weight"
     def forward(self, input):
-        return super().forward(input) if self.ours(input) and input.dim() == 4 else self.as_it_was(input)
+        return super().forward(input) if self.in_engine(input) and input.dim() == 4 else self.in_torch(input)
+
+# %% ../../nbs/engine/04_modules.ipynb #cec52b6d
+def _rounded_up(n)->int:
+    "`n` tokens, or a few more, so that few different numbers occur"
+    multiple = 1 if n == 1 else 16 if n <= 128 else 64 if n <= 512 else 256
+    return -(-n//multiple)*multiple
 
 # %% ../../nbs/engine/04_modules.ipynb #ba487a09
 class SparseLinear(_OneLayer):
-    "An nn.Linear for inference that skips the zeros of its weight. Numbers of tokens are rounded up, so that texts of any length need few plans"
+    "An `nn.Linear` for inference that skips the zeros of its weight"
     def forward(self, input):
-        if not self.ours(input): return self.as_it_was(input)
+        if not self.in_engine(input): return self.in_torch(input)
         tokens = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
-        n = len(tokens)
-        more = -n % (1 if n == 1 else 16 if n <= 128 else 64 if n <= 512 else 256)
-        out = super().forward(F.pad(tokens, (0, 0, 0, more)))[:n] if more else super().forward(tokens)
+        n, n_padded = len(tokens), _rounded_up(len(tokens))
+        out = super().forward(F.pad(tokens, (0, 0, 0, n_padded-n)) if n_padded > n else tokens)[:n]
         return out if input.dim() == 2 else out.view(*input.shape[:-1], out.shape[-1])
 
 # %% ../../nbs/engine/04_modules.ipynb #88193dcb
 class Layerwise(Inference):
-    "`model`, of which some layers are `SparseLinear` or `SparseConv2d`"
+    "`model` for inference, in which some layers are `SparseLinear` or `SparseConv2d`"
     def forward(self, *args, **kwargs):
         self.refuse_gradients(tensors_in([args, kwargs]))
         with torch.no_grad(): return self.model(*args, **kwargs)

@@ -18,9 +18,11 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 demo: .venv/core.done
 	fasterai-sparse-demo --data $(DATA) $(ARGS)
 
+# Two processes with one thread each
+test: export OMP_NUM_THREADS = 1
 test: .venv/dev.done sync
 	nbdev-test --n-workers 2 --do-print
-	python -m pytest tests
+	python -m pytest tests -n 2 --dist loadfile
 
 # Clean + export in a copy, so that the check changes nothing in the checkout
 sync: .venv/dev.done

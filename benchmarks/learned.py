@@ -19,7 +19,8 @@ from fasterai_sparse.core.schedules import agp
 from fasterai_sparse.core.sparsifier import Sparsifier
 from fasterai_sparse.train.bn_adaptation import adapt_batchnorm
 from fasterai_sparse.train.sparsify_callback import SparsifyCallback
-from fasterai_sparse.nncf.soft_masks import MagnitudeSparsityCallback, RBSparsityCallback
+from fasterai_sparse.nncf.magnitude import MagnitudeSparsityCallback
+from fasterai_sparse.nncf.rb import RBSparsityCallback
 from runs import asked_for, append, cell, cpu_name, percentage, positive, trained
 
 ARMS = {   # what makes the callback of a sparsity in percent

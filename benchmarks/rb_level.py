@@ -11,7 +11,7 @@ import torch
 from fastai.basics import CrossEntropyLossFlat, Learner, accuracy, set_seed
 
 from fasterai_sparse.core.report import sparsity_report
-from fasterai_sparse.nncf.soft_masks import RBSparsityCallback
+from fasterai_sparse.nncf.rb import RBSparsityCallback
 from fasterai_sparse.demo import fashion_mnist, whole_dls
 from runs import cpu_name, positive
 
@@ -42,10 +42,10 @@ def train(width, name, args):
         learn.fit_one_cycle(args.epochs, LR, cbs=cb)
         seconds, percent = time.perf_counter()-start, 100*float(learn.validate()[-1])
     df, log = sparsity_report(learn.model, layer_type=cb.layer_type), cb.log
-    moved = (log.sparsity > 1).to_numpy()
+    moved = (log.sparsity_pct > 1).to_numpy()
     return dict(weights=int(df.params.sum()), optimizer=name, reached=100*df.zeros.sum()/df.params.sum(),
                 moved=int(moved.argmax()) if moved.any() else None,
-                met=next((i for i,s in enumerate(log.sparsity) if abs(s-SPARSITY) < 1), None), accuracy=percent,
+                met=next((i for i,s in enumerate(log.sparsity_pct) if abs(s-SPARSITY) < 1), None), accuracy=percent,
                 seconds=seconds), log
 
 def command(args):
@@ -68,8 +68,8 @@ def main(args):
             row,log = train(width, name, args)
             rows.append(row)
             print(row, flush=True)
-            ax.plot(log.epoch*(args.images//args.bs), log.sparsity, label=name)
-        ax.step(log.epoch*(args.images//args.bs), log.asked, where='post', color='.6', ls='--', label='asked for')
+            ax.plot(log.epoch*(args.images//args.bs), log.sparsity_pct, label=name)
+        ax.step(log.epoch*(args.images//args.bs), log.asked_pct, where='post', color='.6', ls='--', label='asked for')
         ax.set(xlabel='batch', title=f'{rows[-1]["weights"]:,} weights')
     axs[0,0].set_ylabel('sparsity of the masks without noise (%)')
     axs[0,-1].legend()

@@ -19,7 +19,8 @@ from fasterai_sparse.core.criteria import large_final
 from fasterai_sparse.core.schedules import sched_one_shot, Schedule
 from fasterai_sparse.core.sparsifier import Sparsifier
 from fasterai_sparse.train.keep_masks import KeepMasks
-from fasterai_sparse.nncf.soft_masks import MagnitudeSparsityCallback, RBSparsityCallback
+from fasterai_sparse.nncf.magnitude import MagnitudeSparsityCallback
+from fasterai_sparse.nncf.rb import RBSparsityCallback
 from one_shot import tensor_bytes
 from training import GiveTurns, TakeTurns, mean_of
 

@@ -24,7 +24,9 @@ from .dynamic.drop_grow import DropGrow, gradient_magnitude, gradient_momentum, 
 from .dynamic.random_masks import (
     is_sparseable_module, maybe_float, sparse_mask, sparse_mask_like, sparse_params, sparseable_modules, sparsify_model)
 from .nncf.config import callbacks_from_config, SparsityConfig
-from .nncf.soft_masks import ConstSparsityCallback, MagnitudeSparsityCallback, RBSparsityCallback
+from .nncf.const import ConstSparsityCallback
+from .nncf.magnitude import MagnitudeSparsityCallback
+from .nncf.rb import RBSparsityCallback
 from .nm.permute_model import permute_model
 from .nm.search import search_permutation
 from .nm.search_cuda import asp_search

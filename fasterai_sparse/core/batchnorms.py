@@ -11,6 +11,7 @@ from collections import defaultdict
 from torch import fx, nn
 
 from ..utils.compat import BatchNorm
+from ..utils.operations import kind_of, operation_name
 from .granularity import Granularities
 from .layers import out_in_axes
 
@@ -28,12 +29,14 @@ def traced_parts(model:nn.Module, prefix=''):
         for n,child in model.named_children(): yield from traced_parts(child, f'{prefix}{n}.')
 
 # %% ../../nbs/core/09_batchnorms.ipynb #e9b22836
-_channelwise = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
-              nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
-              nn.Softplus, nn.Sigmoid, nn.Tanh, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_channelwise_activations = {'relu', 'relu6', 'leaky_relu', 'elu', 'selu', 'celu', 'gelu', 'silu', 'mish',
+                             'hardswish', 'softplus', 'sigmoid', 'tanh'}
 
-_channelwise_names = {'relu', 'relu_', 'relu6', 'leaky_relu', 'elu', 'selu', 'celu', 'gelu', 'silu', 'mish', 'hardswish', 'softplus', 'sigmoid',
-                    'tanh', 'dropout', 'contiguous', 'clone'}
+def _keeps_channels(target):
+    "Whether the module or function `target` works on each channel by itself"
+    name = operation_name(target)
+    if not isinstance(target, nn.Module): return name in _channelwise_activations | {'dropout', 'contiguous', 'clone'}
+    return name in _channelwise_activations or kind_of(target) in ('pools', 'drops', 'copies')
 
 def _first(node): return next(iter([*node.args, *node.kwargs.values()]), None)
 
@@ -42,8 +45,8 @@ def _source(node, modules):
     "The layer whose output reaches `node` through nothing but operations on each channel, or None"
     while isinstance(node, fx.Node):
         if node.op == 'call_module':
-            if not isinstance(modules[node.target], _channelwise): return modules[node.target]
-        elif getattr(node.target, '__name__', node.target) not in _channelwise_names: return
+            if not _keeps_channels(modules[node.target]): return modules[node.target]
+        elif not _keeps_channels(node.target): return
         node = _first(node)
 
 # %% ../../nbs/core/09_batchnorms.ipynb #788cc44a

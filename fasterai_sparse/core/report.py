@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..utils.compat import ConvTransposeNd
+from ..utils.batches import call_with
+from ..utils.modes import observing
 from .batchnorms import n_outputs
-from .criteria import call_with, evaluating
 from .granularity import Granularities
 from .layers import is_weight_dropout, maskable_weights, weight_names
 from .masks import get_mask, unmaskable
@@ -43,15 +44,12 @@ def weight_uses(
     example_input, # A batch (tensor, or tuple or dict of the arguments of `forward`)
 ):
     "`id` of a weight -> how often each of its elements is used in one pass over `example_input`"
-    uses, fast = {}, torch.backends.mha.get_fastpath_enabled()
+    uses = {}
     def hook(m, args, kwargs, out):
         n = _positions(m, next(iter([*args, *kwargs.values()])), out[0] if isinstance(out, tuple) else out)
         for w in _weights_used(m): uses[id(w)] = uses.get(id(w), 0) + n
     handles = [m.register_forward_hook(hook, with_kwargs=True) for m in model.modules() if Granularities.has(m)]
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)   # it calls no module that could be counted
-        with evaluating(model, handles): call_with(model, example_input)
-    finally: torch.backends.mha.set_fastpath_enabled(fast)
+    with observing(model, handles=handles): call_with(model, example_input)
     return uses
 
 # %% ../../nbs/core/10_report.ipynb #93ad12c7

@@ -16,6 +16,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from ..utils.batches import tensors_in
 from ..utils.compat import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from ..utils.operations import kind_of, operation_name
 
 # %% ../../nbs/engine/02_trace.ipynb #0a4d7b9a
 _tracing = threading.Lock()
@@ -98,13 +99,13 @@ class Layer:
     def reads(self): return [*self.inputs, *[self.residual]*(self.residual is not None)]
 
 # %% ../../nbs/engine/02_trace.ipynb #9bc72e9d
-_act_modules = {nn.ReLU: 'relu', nn.ReLU6: 'relu6', nn.SiLU: 'silu', nn.Hardswish: 'hardswish', nn.Sigmoid: 'sigmoid', nn.Tanh: 'tanh', nn.Hardsigmoid: 'hardsigmoid'}
-_act_functions = {F.relu: 'relu', torch.relu: 'relu', F.relu6: 'relu6', F.silu: 'silu', F.hardswish: 'hardswish', 'relu': 'relu', 'relu_': 'relu', torch.sigmoid: 'sigmoid', F.sigmoid: 'sigmoid', 'sigmoid': 'sigmoid',
-                  torch.tanh: 'tanh', F.tanh: 'tanh', 'tanh': 'tanh', F.hardsigmoid: 'hardsigmoid'}
+_engine_activations = {'relu', 'relu6', 'silu', 'hardswish', 'sigmoid', 'tanh', 'hardsigmoid'}   # that the engine has kernels for
 _positive = ('relu', 'relu6', 'sigmoid', 'hardsigmoid')
-_adds, _muls = (operator.add, operator.iadd, torch.add, 'add', 'add_'), (operator.mul, operator.imul, torch.mul, 'mul', 'mul_')
-_views = ('view', 'reshape', 'unflatten', torch.reshape, torch.unflatten, 'flatten', torch.flatten, 'squeeze', torch.squeeze, 'contiguous')
-_same = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Identity)
+_views = {'view', 'reshape', 'unflatten', 'flatten', 'squeeze', 'contiguous'}
+
+def _changes_nothing(m):
+    "Whether the module `m` gives its input in eval mode: dropout and Identity"
+    return m is not None and kind_of(m) in ('drops', 'copies')
 
 def _permutation(n):
     "The dimensions that a call names, from 0 on; none where they are not plain"
@@ -225,10 +226,10 @@ def is_alias(self:Graph, n, m):
     "Dropout, what makes features of one position flat, and a permutation of what the engine has"
     x = n.args[0] if n.args and isinstance(n.args[0], fx.Node) else None
     if x is None or self.size(x) is None: return False
-    if isinstance(m, _same) or n.target in ('contiguous', F.dropout) and not n.kwargs.get('training', False) and len(n.args) == 1: return self.rename(n, x)
+    if _changes_nothing(m) or n.target in ('contiguous', F.dropout) and not n.kwargs.get('training', False) and len(n.args) == 1: return self.rename(n, x)
     source, form = self.source(x)
     if form is None: return False
-    if (isinstance(m, nn.Flatten) or n.target in _views) and self.dims(source)[2:] == (1, 1) and self.size(n) == self.dims(source)[:2]: return self.rename(n, x)
+    if (isinstance(m, nn.Flatten) or operation_name(n.target) in _views) and self.dims(source)[2:] == (1, 1) and self.size(n) == self.dims(source)[:2]: return self.rename(n, x)
     if n.target in ('permute', torch.permute):
         if _permutation(n) == {'first': (0,2,3,1), 'last': (0,3,1,2)}[form]: return self.rename(n, x, True)
     return False
@@ -251,13 +252,15 @@ def take(self:Graph, l, node):
 def act(self:Graph, n):
     m = self.module(n)
     if isinstance(m, nn.GELU) or n.target in (F.gelu,): return 'gelu_tanh' if (m.approximate if m else n.kwargs.get('approximate', 'none')) == 'tanh' else 'gelu'
-    return _act_modules.get(type(m)) if m is not None else _act_functions.get(n.target) if n.op in ('call_function', 'call_method') else None
+    if m is None and n.op not in ('call_function', 'call_method'): return
+    name = operation_name(n.target if m is None else m)
+    return name if name in _engine_activations else None
 
 # %% ../../nbs/engine/02_trace.ipynb #08d3db3c
 @patch
 def next_user(self:Graph, l):
     "The only node that reads what `l` gives, if there is one"
-    while (u := self.user(l.out)) is not None and isinstance(self.module(u), _same): self.take(l, u)
+    while (u := self.user(l.out)) is not None and _changes_nothing(self.module(u)): self.take(l, u)
     return u
 
 # %% ../../nbs/engine/02_trace.ipynb #02deb625
@@ -271,10 +274,10 @@ def with_act(self:Graph, l):
 
 # %% ../../nbs/engine/02_trace.ipynb #001895d1
 @patch
-def summands(self:Graph, n, ops=_adds):
+def summands(self:Graph, n, name='add'):
     "Both nodes that `n` adds, of its own size"
-    if n.op not in ('call_function', 'call_method') or n.target not in ops or len(n.args) != 2 or n.kwargs: return
-    return n.args if all(isinstance(a, fx.Node) for a in n.args) and (ops is not _adds or all(self.size(a) == self.size(n) for a in n.args)) else None
+    if n.op not in ('call_function', 'call_method') or operation_name(n.target) != name or len(n.args) != 2 or n.kwargs: return
+    return n.args if all(isinstance(a, fx.Node) for a in n.args) and (name != 'add' or all(self.size(a) == self.size(n) for a in n.args)) else None
 
 # %% ../../nbs/engine/02_trace.ipynb #8d9ea45a
 @patch
@@ -421,7 +424,7 @@ def attention(self:Graph, n, m, size):
     if isinstance(scale, fx.Node): scale = scale.meta.get('value')
     if None in sources or scale is None or not isinstance(n.kwargs.get('is_causal', False), bool): return False
     u, chain = self.user(n), []
-    while u is not None and (u.target in _swaps and sorted(_permutation(u)) == [1, 2] and not chain or u.target in _views and chain):
+    while u is not None and (u.target in _swaps and sorted(_permutation(u)) == [1, 2] and not chain or operation_name(u.target) in _views and chain):
         chain.append(u)
         if self.size(u) == (images, tokens, heads*d): break
         u = self.user(u)
@@ -435,7 +438,7 @@ def headed(self:Graph, a, size):
     "The tokens × channels, of the engine's, that the heads `a` come from"
     if self.size(a) != size or a.target not in _swaps or sorted(_permutation(a)) != [1, 2]: return
     a = a.args[0]
-    while a.target in _views and len(self.size(a)) == 4: a = a.args[0]
+    while operation_name(a.target) in _views and len(self.size(a)) == 4: a = a.args[0]
     return self.source(a)[0] if self.size(a) == (size[0], size[2], size[1]*size[3]) and self.has(a, 'last') else None
 
 # %% ../../nbs/engine/02_trace.ipynb #5b0c65d8
@@ -459,7 +462,7 @@ def added(self:Graph, n, m, size):
 @patch
 def scaled(self:Graph, n, m, size):
     "Channels of each image times a factor"
-    both = self.summands(n, _muls)
+    both = self.summands(n, 'mul')
     if not both or len(size) != 4: return False
     x, s = sorted(both, key=lambda a: self.size(a) != size)
     if self.size(x) != size or self.size(s) != (*size[:2], 1, 1) or size[2:] == (1, 1) or not self.has(x, 'first') or not self.has(s, 'first'): return False

@@ -6,117 +6,154 @@
 __all__ = ['ALGORITHMS', 'SparsityAlgorithm', 'SparsityConfig', 'layer_scope', 'scoped_layers', 'callbacks_from_config']
 
 # %% ../../nbs/nncf/05_config.ipynb #fad1e0a3
-import json, math, re, warnings
+import json, re, warnings
 from copy import deepcopy
 from dataclasses import MISSING, dataclass, field
-from numbers import Integral, Real
 from pathlib import Path
 
 import hjson
 from fastai.basics import ifnone
+from fastcore.basics import patch
+from torch import nn
 
+from ..utils.checks import is_number, is_whole
 from ..utils.modes import unwrapped
 from ..core.layers import maskable_weights
+from .const import ConstSparsityCallback
 from .epoch_schedules import epoch_schedule
-from .soft_masks import (
-    ConstSparsityCallback, CONV_AND_LINEAR, MagnitudeSparsityCallback, RBSparsityCallback, weight_importances)
+from .magnitude import MagnitudeSparsityCallback, weight_importances
+from .rb import RBSparsityCallback
+from .soft_masks import CONV_AND_LINEAR
 
 # %% ../../nbs/nncf/05_config.ipynb #171246c5
 ALGORITHMS = ('magnitude_sparsity', 'rb_sparsity', 'const_sparsity')
-_schedule_keys = ('schedule', 'sparsity_target', 'sparsity_target_epoch', 'sparsity_freeze_epoch', 'power', 'concave', 'update_per_optimizer_step',
-                  'steps_per_epoch', 'patience', 'multistep_steps', 'multistep_sparsity_levels')
+_schedule_keys = ('schedule', 'sparsity_target', 'sparsity_target_epoch', 'sparsity_freeze_epoch', 'power', 'concave',
+                  'update_per_optimizer_step', 'steps_per_epoch', 'patience', 'multistep_steps', 'multistep_sparsity_levels')
 _scope_keys = ('algorithm', 'ignored_scopes', 'target_scopes', 'validate_scopes')
 _keys = {'const_sparsity': _scope_keys,
          'magnitude_sparsity': (*_scope_keys, 'sparsity_init', 'params', 'initializer'),
          'rb_sparsity': (*_scope_keys, 'sparsity_init', 'params', 'initializer', 'compression_lr_multiplier')}
-_params = {'const_sparsity': (), 'magnitude_sparsity': (*_schedule_keys, 'sparsity_level_setting_mode', 'weight_importance'),
+_params = {'const_sparsity': (),
+           'magnitude_sparsity': (*_schedule_keys, 'sparsity_level_setting_mode', 'weight_importance'),
            'rb_sparsity': (*_schedule_keys, 'sparsity_level_setting_mode')}
 
-def _read(source):
-    "The dict (or list) that `source` is, or holds: a path, a string of JSON, a dict or a list"
-    if isinstance(source, (dict, list)): return deepcopy(source)
-    is_text = isinstance(source, str) and any(c in source for c in '{[\n')
-    text, where = (source, 'The configuration') if is_text else (Path(source).read_text('utf-8-sig'), str(source))
-    if not text.strip(): raise ValueError(f"{where} is empty")
-    try: return hjson.loads(text.lstrip('\ufeff'), object_pairs_hook=_no_twins)
-    except hjson.HjsonDecodeError as e: raise ValueError(f"{where} can't be read: {e.msg}, line {e.lineno}, column {e.colno}") from e
-
-# %% ../../nbs/nncf/05_config.ipynb #10161f21
-def _no_twins(pairs):
-    "A dict of `pairs`, none of which is there twice"
-    d = dict(pairs)
-    if len(d) < len(pairs): raise ValueError(f"The key {next(k for i,(k,_) in enumerate(pairs) if k in dict(pairs[:i]))!r} is there twice")
-    return d
-
 # %% ../../nbs/nncf/05_config.ipynb #e442a7b0
-def _one_of(where, key, allowed):
+def _check_key(where, key, allowed):
     if key not in allowed: raise ValueError(f"{where} has no key {key!r}; it may have {list(allowed)}")
 
 # %% ../../nbs/nncf/05_config.ipynb #ea95ddd2
 @dataclass(frozen=True)
 class SparsityAlgorithm:
-    "One algorithm of a configuration, as it is written there; raises `ValueError` naming the key, the value and what is allowed"
+    "One algorithm of a configuration, as the file has it; raises `ValueError` with the key, the value and the choices"
     algorithm:str # One of `ALGORITHMS`
-    sparsity_init:float = 0. # Level at the start
-    params:dict = field(default_factory=dict) # Schedule, and what the algorithm has besides
+    sparsity_init:float = 0. # Level at the start, a fraction
+    params:dict = field(default_factory=dict) # The schedule with its parameters, and those of the algorithm
     initializer:dict = field(default_factory=dict) # `{'batchnorm_adaptation': {'num_bn_adaptation_samples': n}}`
     ignored_scopes:tuple = () # Layers to leave alone: names, or `{re}` and a regular expression
-    target_scopes:tuple = None # Only these; None: all
-    validate_scopes:bool = True # Whether a scope that fits no layer is an error
-    compression_lr_multiplier:float = None # Of the learning rate, for what the algorithm learns (RB)
+    target_scopes:tuple = None # The only layers to look at; None: all
+    validate_scopes:bool = True # Raise an error for a scope that matches no layer
+    compression_lr_multiplier:float = None # Factor of the learning rate of RB's logits
 
     def __post_init__(self):
-        if not isinstance(self.algorithm, str) or self.algorithm not in ALGORITHMS: raise ValueError(f"algorithm is one of {list(ALGORITHMS)}, not {self.algorithm!r}")
-        for k in self.params: _one_of('params', k, _params[self.algorithm])
-        for n,v,ok,what in (('sparsity_init', self.sparsity_init, _is_number(self.sparsity_init) and 0 <= self.sparsity_init <= 1, 'a number from 0 to 1'),
-                            ('validate_scopes', self.validate_scopes, isinstance(self.validate_scopes, bool), 'true or false'),
-                            ('compression_lr_multiplier', self.compression_lr_multiplier, self.compression_lr_multiplier is None or _is_number(self.compression_lr_multiplier) and self.compression_lr_multiplier > 0, 'a positive number'),
-                            ('sparsity_level_setting_mode', self.mode, isinstance(self.mode, str) and self.mode in ('global', 'local'), "'global' or 'local'"),
-                            ('weight_importance', self.importance, isinstance(self.importance, str) and self.importance in weight_importances, f'one of {list(weight_importances)}'),
-                            ('num_bn_adaptation_samples', self.bn_samples, isinstance(self.bn_samples, Integral) and not isinstance(self.bn_samples, bool) and self.bn_samples >= 0, 'a whole number from 0')):
-            if not ok: raise ValueError(f"{n} is {what}, not {v!r}")
-        for n in ('ignored_scopes', 'target_scopes'):
-            v = getattr(self, n)
-            if v is None and n == 'target_scopes': continue
-            v = (v,) if isinstance(v, str) else v
-            if not isinstance(v, (list,tuple)) or not all(isinstance(s, str) for s in v): raise ValueError(f"{n} is a name or a list of them, not {v!r}")
-            for s in v:
-                try: '{re}' in s and re.compile(s.replace('{re}', ''))
-                except re.error as e: raise ValueError(f"{n} has {s!r}, which is no regular expression: {e}") from e
-            object.__setattr__(self, n, tuple(v))
-        self.schedule   # what is wrong with it is said now
-        if self.sparsity_init and self.params.get('schedule') == 'multistep': warnings.warn(f"The schedule 'multistep' does not use sparsity_init: it begins with the first of its levels")
-        if self.bn_samples and self.algorithm == 'rb_sparsity': warnings.warn("rb_sparsity begins with all weights: batchnorm_adaptation changes nothing there; AdaptBatchNorm() does it after the fit")
+        _check_algorithm(self.algorithm)
+        for k in self.params: _check_key('params', k, _params[self.algorithm])
+        self._check_values()
+        for n in ('ignored_scopes', 'target_scopes'): object.__setattr__(self, n, _as_scopes(n, getattr(self, n)))
+        self.schedule   # raises where its parameters are wrong
+        self._warn_of_no_effect()
 
     @property
-    def mode(self): return self.params.get('sparsity_level_setting_mode', 'global')
+    def mode(self)->str:
+        "Whether the level is that of all layers together, 'global', or of each, 'local'"
+        return self.params.get('sparsity_level_setting_mode', 'global')
     @property
-    def importance(self): return self.params.get('weight_importance', 'normed_abs')
-    @property
-    def bn_samples(self):
-        "Samples for BatchNorm adaptation, 0 where the initializer is left out"
-        for k in self.initializer: _one_of('initializer', k, ['batchnorm_adaptation'])
-        adaptation = self.initializer.get('batchnorm_adaptation', {})
-        if not isinstance(adaptation, dict): raise ValueError(f"batchnorm_adaptation is a dict, not {adaptation!r}")
-        for k in adaptation: _one_of('batchnorm_adaptation', k, ['num_bn_adaptation_samples'])
-        return adaptation.get('num_bn_adaptation_samples', 2048) if self.initializer else 0
+    def importance(self)->str:
+        "Name of one of `weight_importances`"
+        return self.params.get('weight_importance', 'normed_abs')
 
-    @property
-    def schedule(self):
-        "The `EpochSchedule`; None for const_sparsity, which has none"
-        if self.algorithm == 'const_sparsity': return
-        params = {'schedule': 'exponential' if self.algorithm == 'rb_sparsity' else 'polynomial', **{k: v for k,v in self.params.items() if k in _schedule_keys}}
-        if self.sparsity_init and params['schedule'] != 'multistep': params['sparsity_init'] = self.sparsity_init
-        return epoch_schedule(**params)
+# %% ../../nbs/nncf/05_config.ipynb #e938d90e
+def _check_algorithm(name):
+    if isinstance(name, str) and name in ALGORITHMS: return
+    raise ValueError(f"algorithm is one of {list(ALGORITHMS)}, not {name!r}")
+
+# %% ../../nbs/nncf/05_config.ipynb #bd02a331
+@patch
+def _check_values(self:SparsityAlgorithm):
+    is_one_of = lambda v, choices: isinstance(v, str) and v in choices
+    lr, n = self.compression_lr_multiplier, self.bn_samples
+    for name,value,what,holds in (
+            ('sparsity_init', self.sparsity_init, 'a number from 0 to 1', is_number(self.sparsity_init) and 0 <= self.sparsity_init <= 1),
+            ('validate_scopes', self.validate_scopes, 'true or false', isinstance(self.validate_scopes, bool)),
+            ('compression_lr_multiplier', lr, 'a positive number', lr is None or is_number(lr) and lr > 0),
+            ('sparsity_level_setting_mode', self.mode, "'global' or 'local'", is_one_of(self.mode, ('global', 'local'))),
+            ('weight_importance', self.importance, f'one of {list(weight_importances)}', is_one_of(self.importance, weight_importances)),
+            ('num_bn_adaptation_samples', n, 'a whole number from 0', is_whole(n) and n >= 0)):
+        if not holds: raise ValueError(f"{name} is {what}, not {value!r}")
+
+# %% ../../nbs/nncf/05_config.ipynb #d473d914
+def _as_scopes(name, value):
+    "`value` of the key `name` as a tuple of scopes, or None"
+    if value is None and name == 'target_scopes': return
+    scopes = (value,) if isinstance(value, str) else value
+    if not isinstance(scopes, (list,tuple)) or not all(isinstance(s, str) for s in scopes):
+        raise ValueError(f"{name} is a name or a list of names, not {scopes!r}")
+    for s in scopes:
+        try: '{re}' in s and re.compile(s.replace('{re}', ''))
+        except re.error as e: raise ValueError(f"{name} has {s!r}, which is not a regular expression: {e}") from e
+    return tuple(scopes)
+
+# %% ../../nbs/nncf/05_config.ipynb #2f9b99b0
+@patch
+def _warn_of_no_effect(self:SparsityAlgorithm):
+    if self.sparsity_init and self.params.get('schedule') == 'multistep':
+        warnings.warn("The schedule 'multistep' does not use sparsity_init: it begins with the first of its levels")
+    if self.bn_samples and self.algorithm == 'rb_sparsity':
+        warnings.warn("rb_sparsity begins with all weights, so batchnorm_adaptation changes nothing; AdaptBatchNorm() does it after the fit")
+
+# %% ../../nbs/nncf/05_config.ipynb #867247c7
+@patch(as_prop=True)
+def bn_samples(self:SparsityAlgorithm)->int:
+    "Samples for BatchNorm adaptation; 0 without an initializer"
+    for k in self.initializer: _check_key('initializer', k, ['batchnorm_adaptation'])
+    adaptation = self.initializer.get('batchnorm_adaptation', {})
+    if not isinstance(adaptation, dict): raise ValueError(f"batchnorm_adaptation is a dict, not {adaptation!r}")
+    for k in adaptation: _check_key('batchnorm_adaptation', k, ['num_bn_adaptation_samples'])
+    return adaptation.get('num_bn_adaptation_samples', 2048) if self.initializer else 0
+
+# %% ../../nbs/nncf/05_config.ipynb #08d1d30e
+@patch(as_prop=True)
+def schedule(self:SparsityAlgorithm):
+    "The `EpochSchedule`; None for const_sparsity, which has none. NNCF's default is exponential for RB and polynomial for magnitude"
+    if self.algorithm == 'const_sparsity': return
+    params = {'schedule': 'exponential' if self.algorithm == 'rb_sparsity' else 'polynomial'}
+    params |= {k: v for k,v in self.params.items() if k in _schedule_keys}
+    if self.sparsity_init and params['schedule'] != 'multistep': params['sparsity_init'] = self.sparsity_init
+    return epoch_schedule(**params)
 
 # %% ../../nbs/nncf/05_config.ipynb #f7645cea
-def _is_number(v): return isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v)
+def _config_of(source):
+    "The dict (or list) that `source` is, or that its file or text holds"
+    if isinstance(source, (dict, list)): return deepcopy(source)
+    is_text = isinstance(source, str) and any(c in source for c in '{[\n')
+    text, where = (source, 'The configuration') if is_text else (Path(source).read_text('utf-8-sig'), str(source))
+    if not text.strip(): raise ValueError(f"{where} is empty")
+    try: return hjson.loads(text.lstrip('\ufeff'), object_pairs_hook=_unique_keys)
+    except hjson.HjsonDecodeError as e:
+        raise ValueError(f"{where} can't be read: {e.msg}, line {e.lineno}, column {e.colno}") from e
+
+# %% ../../nbs/nncf/05_config.ipynb #10161f21
+def _unique_keys(pairs):
+    "A dict of `pairs`; raises `ValueError` for a key that is there twice"
+    twice = [k for i,(k,_) in enumerate(pairs) if k in dict(pairs[:i])]
+    if twice: raise ValueError(f"The key {twice[0]!r} is there twice")
+    return dict(pairs)
 
 # %% ../../nbs/nncf/05_config.ipynb #ce9f9e79
 def _algorithm(d):
+    "The `SparsityAlgorithm` of the dict `d`"
     if not isinstance(d, dict): raise ValueError(f"An algorithm is a dict with the key 'algorithm', not {d!r}")
-    if not isinstance(d.get('algorithm'), str) or d['algorithm'] not in ALGORITHMS: raise ValueError(f"algorithm is one of {list(ALGORITHMS)}, not {d.get('algorithm')!r}")
-    for k in d: _one_of(d['algorithm'], k, _keys[d['algorithm']])
+    _check_algorithm(d.get('algorithm'))
+    for k in d: _check_key(d['algorithm'], k, _keys[d['algorithm']])
     for k in ('params', 'initializer'):
         if not isinstance(d.get(k, {}), dict): raise ValueError(f"{k} is a dict, not {d[k]!r}")
     return SparsityAlgorithm(**d)
@@ -130,33 +167,40 @@ class SparsityConfig:
     @classmethod
     def from_json(cls,
         source, # Path of a file, its text, or the dict or list that it holds
-    ):
-        "Read a configuration, whole or only its `compression`; raises `ValueError` for what is not allowed, and, with line and column, for what can't be read"
-        d = _read(source)
+    )->'SparsityConfig':
+        """Read a configuration, or its `compression` alone. Raises `ValueError` for keys and values that are not allowed and, with line
+        and column, for a text that can't be read"""
+        d = _config_of(source)
         if isinstance(d, dict) and 'compression' in d: d = d['compression']
         return cls(tuple(_algorithm(a) for a in (d if isinstance(d, list) else [d])))
 
-    def to_json(self):
-        "The configuration as JSON, without what has its default"
-        defaults = {n: f.default if f.default_factory is MISSING else f.default_factory() for n,f in SparsityAlgorithm.__dataclass_fields__.items()}
-        written = [{n: getattr(a, n) for n in defaults if getattr(a, n) != defaults[n]} for a in self.algorithms]
+    def to_json(self)->str:
+        "The configuration as JSON, without values that are the default"
+        written = [_not_default(a) for a in self.algorithms]
         return json.dumps({'compression': written[0] if len(written) == 1 else written}, indent=2)
+
+# %% ../../nbs/nncf/05_config.ipynb #42ec9536
+def _not_default(a):
+    "Dict of the fields of `a` that are not at their default"
+    default = lambda f: f.default if f.default_factory is MISSING else f.default_factory()
+    return {n: getattr(a, n) for n,f in a.__dataclass_fields__.items() if getattr(a, n) != default(f)}
 
 # %% ../../nbs/nncf/05_config.ipynb #92f19903
 def layer_scope(
-    model, # The whole model
-    name, # Of a layer in it
-):
-    "The name that NNCF's graph has for the layer called `name`, as far as it can be known from the modules"
-    parts, here = [type(model).__name__], model
+    model:nn.Module, # The whole model
+    name:str, # Of a layer in it
+)->str:
+    "The name that NNCF's graph has for the layer `name`, as far as the modules show it"
+    parts, module = [type(model).__name__], model
     for n in name.split('.'):
-        here = here.get_submodule(n)
-        parts.append(f"{'NNCF' if not list(here.children()) else ''}{type(here).__name__}[{n}]")
-    return '/'.join([*parts, f'{type(here).__name__.lower()}_0'])
+        module = module.get_submodule(n)
+        prefix = '' if list(module.children()) else 'NNCF'
+        parts.append(f"{prefix}{type(module).__name__}[{n}]")
+    return '/'.join([*parts, f'{type(module).__name__.lower()}_0'])
 
 # %% ../../nbs/nncf/05_config.ipynb #4072fde2
-def _fits(scope, names):
-    "Whether the `scope` fits one of the `names` of a layer"
+def _scope_matches(scope, names):
+    "Whether `scope` matches one of the `names` of a layer"
     if '{re}' in scope: return any(re.search(scope.replace('{re}', ''), n) for n in names)
     brackets = re.findall(r'\[([^\]]*)\]', scope)
     return scope in names or bool(brackets) and '.'.join(brackets) in names
@@ -164,35 +208,54 @@ def _fits(scope, names):
 # %% ../../nbs/nncf/05_config.ipynb #a336c975
 def scoped_layers(
     a:SparsityAlgorithm,
-    model, # The whole model
-    layer_type=CONV_AND_LINEAR, # Layers that can be meant
-):
-    "Names of the layers of `model` that the scopes of `a` select; raises `ValueError` for a scope that fits none, unless `validate_scopes` is false"
-    model = unwrapped(model)
-    names = {n: (n, layer_scope(model, n.removesuffix('.'+p) if p != 'weight' else n) if n in dict(model.named_modules()) else n) for n,_,p in maskable_weights(model, layer_type)}
-    lost = [s for s in (*a.ignored_scopes, *(a.target_scopes or ())) if not any(_fits(s, ns) for ns in names.values())]
-    if lost and a.validate_scopes: raise ValueError(f"The scope {lost[0]!r} fits no layer; the layers are {list(names)}")
-    meant = lambda ns: (a.target_scopes is None or any(_fits(s, ns) for s in a.target_scopes)) and not any(_fits(s, ns) for s in a.ignored_scopes)
-    return [n for n,ns in names.items() if meant(ns)]
+    model:nn.Module, # The whole model
+    layer_type=CONV_AND_LINEAR, # Layers that scopes can select, a module class or a tuple of them
+)->list:
+    "Names of the layers of `model` that the scopes of `a` select; raises `ValueError` for a scope that matches none, unless `validate_scopes` is false"
+    names = _both_names(unwrapped(model), layer_type)
+    targets = a.target_scopes
+    matches = lambda scopes, layer: any(_scope_matches(s, names[layer]) for s in scopes)
+    lost = [s for s in (*a.ignored_scopes, *(targets or ())) if not any(matches([s], n) for n in names)]
+    if lost and a.validate_scopes: raise ValueError(f"The scope {lost[0]!r} matches no layer; the layers are {list(names)}")
+    return [n for n in names if (targets is None or matches(targets, n)) and not matches(a.ignored_scopes, n)]
+
+# %% ../../nbs/nncf/05_config.ipynb #6e47062d
+def _both_names(model, layer_type):
+    "Name of a weight -> that name, and the one that NNCF's graph has for its layer"
+    modules, names = dict(model.named_modules()), {}
+    for n,_,p in maskable_weights(model, layer_type):
+        layer = n.removesuffix('.'+p) if p != 'weight' else n
+        names[n] = n, layer_scope(model, layer) if n in modules else n
+    return names
 
 # %% ../../nbs/nncf/05_config.ipynb #b78b2026
 def callbacks_from_config(
     cfg:SparsityConfig,
-    learn, # The learner that they are for: its model has the layers, its optimizer the learning rate
-    mask_lr=.1, # Learning rate of RB's logits, times `compression_lr_multiplier`
-):
-    """The callbacks, one for each algorithm of `cfg`, in a list.
-    Raises `ValueError` where the scopes leave no layer, and where two algorithms are to lay masks over one."""
-    layers, taken = [scoped_layers(a, learn.model) for a in cfg.algorithms], {}
-    for a,names in zip(cfg.algorithms, layers):
-        for n in (n for n in names if a.algorithm != 'const_sparsity'):
-            if n in taken: raise ValueError(f"{taken[n]} and {a.algorithm} both have the layer {n!r}: give them target_scopes or ignored_scopes")
-            taken[n] = a.algorithm
+    learn, # The learner that they are for; its model has the layers
+    mask_lr:float=.1, # Learning rate of RB's logits, to be multiplied by `compression_lr_multiplier`
+)->list:
+    """The callbacks, one for each algorithm of `cfg`. Raises `ValueError` where the scopes leave no layer, and where two algorithms would
+    mask the same layer."""
+    layers = [scoped_layers(a, learn.model) for a in cfg.algorithms]
+    _check_disjoint(cfg.algorithms, layers)
     return [_callback(a, names, mask_lr) for a,names in zip(cfg.algorithms, layers)]
+
+# %% ../../nbs/nncf/05_config.ipynb #b1732ed5
+def _check_disjoint(algorithms, layers):
+    "Raise `ValueError` where a layer has two algorithms, constant sparsity aside"
+    algorithm_of = {}
+    for a,names in zip(algorithms, layers):
+        for n in names if a.algorithm != 'const_sparsity' else ():
+            if n in algorithm_of:
+                raise ValueError(f"{algorithm_of[n]} and {a.algorithm} both have the layer {n!r}: give them target_scopes or ignored_scopes")
+            algorithm_of[n] = a.algorithm
 
 # %% ../../nbs/nncf/05_config.ipynb #ac42b64d
 def _callback(a, layers, mask_lr):
-    if a.algorithm == 'const_sparsity': return ConstSparsityCallback(layers=layers if a.ignored_scopes or a.target_scopes is not None else None)
+    "The callback of the algorithm `a` on `layers`"
+    has_scopes = a.ignored_scopes or a.target_scopes is not None
+    if a.algorithm == 'const_sparsity': return ConstSparsityCallback(layers=layers if has_scopes else None)
     if not layers: raise ValueError(f"The scopes of {a.algorithm} leave no layer to sparsify")
-    if a.algorithm == 'rb_sparsity': return RBSparsityCallback(schedule=a.schedule, context=a.mode, mask_lr=mask_lr*ifnone(a.compression_lr_multiplier, 1.), layers=layers)
-    return MagnitudeSparsityCallback(schedule=a.schedule, weight_importance=a.importance, context=a.mode, num_bn_adaptation_samples=a.bn_samples, layers=layers)
+    shared = dict(schedule=a.schedule, context=a.mode, layers=layers)
+    if a.algorithm == 'rb_sparsity': return RBSparsityCallback(mask_lr=mask_lr*ifnone(a.compression_lr_multiplier, 1.), **shared)
+    return MagnitudeSparsityCallback(weight_importance=a.importance, num_bn_adaptation_samples=a.bn_samples, **shared)

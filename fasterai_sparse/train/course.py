@@ -17,8 +17,8 @@ def windowed(
     end=1., # and its own 1
 )->Schedule:
     "`schedule` squeezed into the part of the fit from `start` to `end`"
-    width = end - start
-    return replace(schedule, start_pct=start+width*schedule.start_pct, end_pct=start+width*schedule.end_pct)
+    in_fit = lambda pct: start*(1-pct) + end*pct   # exact at both ends
+    return replace(schedule, start_pct=in_fit(schedule.start_pct), end_pct=in_fit(schedule.end_pct))
 
 # %% ../../nbs/train/04_course.ipynb #f87e1f95
 def between_epochs(

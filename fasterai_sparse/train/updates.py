@@ -30,6 +30,7 @@ class MaskUpdates(Callback):
     def column_values(self): "What this epoch's row shows, a value for each of `columns`"
 
     def __call__(self, event_name):
+        if self.learn is None: return   # another callback has removed it during this event
         if event_name == 'before_fit' and self._is_given_twice(): return self.learn.cbs.remove(self)
         if event_name == 'before_fit': self._add_columns()   # the recorder starts a new table, whoever calls it
         if self.learn.lock.locked() or hasattr(self.learn, 'lr_finder'): return   # the lock is held by validate and get_preds

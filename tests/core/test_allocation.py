@@ -95,7 +95,7 @@ def counts(model): return [int((m.weight == 0).sum()) for m in model if isinstan
 
 @pytest.mark.parametrize('make', MAKERS)
 @pytest.mark.parametrize('context', [uniform_sparsity, first_layer_dense_uniform, erdos_renyi_sparsity,
-                                     partial(erdos_renyi_sparsity, include_kernel=False), partial(erdos_renyi_sparsity, fixed={'5': .5})], ids=str)
+                                     partial(erdos_renyi_sparsity, include_kernel=False), partial(erdos_renyi_sparsity, fixed={'5': .5})])
 @pytest.mark.parametrize('percent', [50, 77, 90])
 def test_budgets_are_exact(make, context, percent):
     ws = [m.weight for m in small() if isinstance(m, TYPES)]

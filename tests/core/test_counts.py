@@ -8,6 +8,7 @@ import pytest, torch
 from fastai.basics import Callback, DataLoader, DataLoaders, Learner
 from torch import nn
 
+from cases import in_a_loop
 from fasterai_sparse.core.criteria import (
     Criteria, grad_crit, large_final, large_init, large_init_large_final, magnitude_increase, movement, movmag,
     Normalizer, random_criteria, Reducer, small_final, small_init, small_init_small_final, squared_final,
@@ -165,8 +166,8 @@ def test_sparsify_layer_in_global_context():
     assert [zeros(m) for m in net] == [50, 90]
 
 @contexts
-@pytest.mark.parametrize('percent', [20, 50, 90, 99])
-@pytest.mark.parametrize('granularity', Granularities.allowed_granularities(nn.Conv2d(1,1,1)))
+@in_a_loop('percent', [20, 50, 90, 99])
+@in_a_loop('granularity', Granularities.allowed_granularities(nn.Conv2d(1,1,1)))
 def test_round_to_everywhere(granularity, percent, context):
     net = sparse(nn.Sequential(nn.Conv2d(12,24,(5,6))), percent, granularity, context, round_to=4)
     groups = as_groups(net[0].weight, spans(net[0], granularity)).any(1)
@@ -310,8 +311,6 @@ def names_of(kind):
     if '1d' in kind: return conv1d_spans
     return conv_spans if '2d' in kind or '3d' in kind else matrix_spans
 
-cases = pytest.mark.parametrize('kind,granularity', [(k, g) for k in makers for g in names_of(k)])
-
 def spans(m, granularity):
     order = 'io' if type(m).__name__=='Conv1D' else axes.get(type(m), 'oi')
     return [order.index(a) for a in (conv_spans if type(m) in axes else matrix_spans)[granularity] if a in order]
@@ -327,9 +326,9 @@ def own_weights(m): return [p for p in m.parameters(recurse=False) if p.dim() > 
 def test_the_granularities_of_each_layer_type(kind):
     assert set(Granularities.allowed_granularities(makers[kind]())) == set(names_of(kind))
 
-@cases
 @contexts
 @pytest.mark.parametrize('percent', [0, 50, 87.5, 100])
+@in_a_loop('kind,granularity', ((k, g) for k in makers for g in names_of(k)))
 def test_every_granularity(kind, granularity, context, percent):
     m = makers[kind]()
     before = [as_groups(w, spans(m, granularity)).abs() for w in own_weights(m)]

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
 
-from fasterai_sparse.core.criteria import Criteria, input_norms, large_final, Normalizer, Reducer, squared_input, wanda
+from fasterai_sparse.core.criteria import Criteria, large_final, Normalizer, Reducer, wanda
+from fasterai_sparse.core.input_norms import input_norms, squared_input
 from fasterai_sparse.core.granularity import Granularities
 from fasterai_sparse.core.layers import group_weights, out_in_axes
 from fasterai_sparse.core.masks import get_mask, masked_params

@@ -1187,7 +1187,7 @@ def test_tied_weights_have_one_mask_that_opens():
     assert len(masks(learn.model)) == 2 and sum(n_live(learn)) == 320-n_zeros(.8, 320)
     assert learn.model[2].weight is learn.model[0].weight and follows_masks(learn.model)
 
-@pytest.mark.parametrize('kwargs', [dict(granularity='row'), dict(context=partial(erdos_renyi_sparsity, fixed={'nope': .5}))], ids=str)
+@pytest.mark.parametrize('kwargs', [dict(granularity='row'), dict(context=partial(erdos_renyi_sparsity, fixed={'nope': .5}))], ids=['granularity', 'context'])
 def test_what_fails_when_masks_are_open_leaves_the_model_as_it_was(kwargs):
     learn = row_learner(tied())
     set_mask(learn.model[4], torch.rand(4,16) < .5)

@@ -5,6 +5,7 @@ import pytest, torch
 import torch.nn.functional as F
 from torch import nn
 
+from cases import in_a_loop
 from fasterai_sparse.core.criteria import large_final
 from fasterai_sparse.core.masks import remove_masks
 from fasterai_sparse.core.patterns import block, NM
@@ -59,8 +60,8 @@ CONVS = [dict(kernel_size=3, padding=1), dict(kernel_size=1), dict(kernel_size=5
 
 @compiled
 @each_set
-@pytest.mark.parametrize('kwargs', CONVS)
-@pytest.mark.parametrize('act', acts)
+@in_a_loop('kwargs', CONVS)
+@in_a_loop('act', acts)
 def test_convolutions(which, kwargs, act):
     floats = SETS[which][1]
     x, c = torch.randn(2, 8, 11, 14), nn.Conv2d(8, 16, **kwargs)

@@ -6,6 +6,7 @@ import pytest, torch
 from torch import nn
 
 from callback_helpers import at, fit, learner
+from cases import in_a_loop
 from fasterai_sparse.core.criteria import large_final
 from fasterai_sparse.core.layers import maskable_weights
 from fasterai_sparse.core.masks import get_mask, masked_params, masks_off, remove_masks
@@ -14,8 +15,10 @@ from fasterai_sparse.core.schedules import one_shot
 from fasterai_sparse.core.sparsifier import masks_from_zeros, Sparsifier
 from fasterai_sparse.train.keep_masks import KeepMasks
 from fasterai_sparse.train.sparsify_callback import SparsifyCallback
-from fasterai_sparse.nncf.soft_masks import (
-    ConstSparsityCallback, MagnitudeSparsityCallback, RBSparsityCallback, SoftMasks)
+from fasterai_sparse.nncf.const import ConstSparsityCallback
+from fasterai_sparse.nncf.magnitude import MagnitudeSparsityCallback
+from fasterai_sparse.nncf.rb import RBSparsityCallback
+from fasterai_sparse.nncf.soft_masks import SoftMasks
 from fasterai_sparse.files.safetensors import load_sparse, save_sparse, sparse_contents
 import fasterai_sparse.files.safetensors as sf
 
@@ -52,9 +55,9 @@ def path(tmp_path): return tmp_path/'m.safetensors'
 
 # to the bit
 
-@pytest.mark.parametrize('dtype', DTYPES, ids=str)
-@pytest.mark.parametrize('shape', [(), (0,), (3,0,2), (1,), (7,), (8,), (64,), (65,), (5,13), (3,4,5,2)], ids=str)
 @pytest.mark.parametrize('share', [0, .1, .5, 1])
+@in_a_loop('dtype', DTYPES)
+@in_a_loop('shape', [(), (0,), (3,0,2), (1,), (7,), (8,), (64,), (65,), (5,13), (3,4,5,2)])
 def test_every_dtype_and_shape(path, dtype, shape, share):
     t = torch.randint(0, 2, shape).to(dtype) if dtype == torch.bool else (torch.randn(shape)*50).abs().to(dtype)
     t = torch.where(torch.rand(shape) < share, t, torch.zeros_like(t))
@@ -235,7 +238,7 @@ def test_attention_lstm_and_transposed_layers(path):
 
 # N:M
 
-@pytest.mark.parametrize('dtype', FLOATS, ids=str)
+@in_a_loop('dtype', FLOATS)
 @pytest.mark.parametrize('n,m,kind', [(2,4,'2:4'), (1,4,'1:4'), (1,2,'1:2'), (2,8,'2:8'), (4,8,'bitmask'), (4,16,'4:16'), (3,8,'bitmask'), (1,16,'1:16')])
 @pytest.mark.parametrize('layer', [lambda: nn.Linear(32,6), lambda: nn.Conv2d(32,6,3), lambda: nn.ConvTranspose1d(32,6,3)])
 def test_patterns(path, layer, n, m, kind, dtype):

@@ -1,17 +1,17 @@
-"Small learners and what is asked of them; used by test_callback.py"
+"Small learners, callbacks that look on, and what is asked of masks and weights"
 import io
 from contextlib import redirect_stdout
 from functools import partial
 
 import torch
-from fastai.basics import (Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, accuracy, set_seed)
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, accuracy, set_seed
+from torch import nn
+
 from fasterai_sparse.core.criteria import large_final
 from fasterai_sparse.core.masks import get_mask, masked_params
 from fasterai_sparse.core.schedules import lin
 from fasterai_sparse.core.sparsifier import Sparsifier
 from fasterai_sparse.train.sparsify_callback import SparsifyCallback
-from torch import nn
-
 
 def images(n): return list(zip(torch.randn(n, 8, 2, 6, 6), torch.randint(4, (n, 8))))
 
@@ -82,6 +82,10 @@ def snapshot(model): return {k: v.clone() for k,v in model.state_dict().items()}
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 def follows_masks(model): return all(torch.equal(p!=0, mask) for *_,p,mask in masked_params(model))
+
+def held(learn):
+    "Whether all weights under masks are zero"
+    return not any(p[~mask.bool()].any() for *_,p,mask in masked_params(learn.model))
 
 def all_same(xs, ys): return len(xs) == len(ys) and all(torch.equal(x, y) for x,y in zip(xs, ys))
 

@@ -1,10 +1,11 @@
 "Run by test_dynamic_distributed.py on two ranks, with names of presets: prints what each fit left behind, as JSON"
-from torch import distributed as dist
-from callback_helpers import collect, masks
-from ddp_worker import Accelerator, digest, gathered, make, train
-from fastai.basics import Callback, json, sys
+import sys
+
+from fastai.basics import Callback
+
+from callback_helpers import collect, held, masks
+from ddp_worker import Accelerator, digest, finish, gathered, make, train
 from fasterai_sparse.dynamic import callback as dynamic
-from fasterai_sparse.core.masks import masked_params
 from fasterai_sparse.dynamic.callback import DynamicSparseTrainingCallback
 from fasterai_sparse.dynamic.random_masks import sparsify_model
 
@@ -15,8 +16,6 @@ class Noting(Callback):
     def __init__(self, cb): self.cb, self.noted = cb, []
     def after_batch(self):
         if len(self.cb.log) > len(self.noted): self.noted.append(digest(masks(self.learn.model)))
-
-def held(learn): return not any(p[~mask].any() for *_,p,mask in masked_params(learn.model))
 
 def n_kept(learn): return [int(mask.sum()) for mask in masks(learn.model)]
 
@@ -40,6 +39,4 @@ def run_preset(name):
 if __name__ == '__main__':
     Accelerator()
     res = {n: run_preset(n) for n in sys.argv[1:]}
-    if dist.get_rank() == 0: print(json.dumps(res))
-    dist.barrier()
-    dist.destroy_process_group()
+    finish(res)

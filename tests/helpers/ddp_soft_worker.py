@@ -1,13 +1,17 @@
 "Run by test_soft_masks_distributed.py on two ranks: prints what each fit with soft masks left behind, as JSON"
-from torch import distributed as dist
-from callback_helpers import follows_masks, masks, zeros
-from fastai.callback.training import GradientAccumulation
+import sys
 
-from ddp_worker import Accelerator, digest, gathered, make, train
-from fastai.basics import Callback, json, nn, sys, torch
+import torch
+from fastai.basics import Callback
+from fastai.callback.training import GradientAccumulation
+from torch import nn
+
+from callback_helpers import follows_masks, masks, zeros
+from ddp_worker import Accelerator, digest, finish, gathered, make, train
 from fasterai_sparse.core.masks import set_mask
 from fasterai_sparse.nncf.epoch_schedules import Polynomial
-from fasterai_sparse.nncf.soft_masks import MagnitudeSparsityCallback, RBSparsityCallback
+from fasterai_sparse.nncf.magnitude import MagnitudeSparsityCallback
+from fasterai_sparse.nncf.rb import RBSparsityCallback
 
 ALL = (nn.Conv2d, nn.Linear)
 
@@ -64,6 +68,4 @@ def from_masks_of_the_rank():
 if __name__ == '__main__':
     Accelerator()
     res = {n: globals()[n]() for n in sys.argv[1:]}
-    if dist.get_rank() == 0: print(json.dumps(res))
-    dist.barrier()
-    dist.destroy_process_group()
+    finish(res)

@@ -3,8 +3,10 @@ import hashlib, json, os, sys, types
 
 os.environ['ACCELERATE_USE_CPU'] = 'true'
 
-import torch.distributed as dist
-from fastai.basics import LongTensor
+import torch, torch.distributed as dist
+from fastai.basics import (
+    CancelStepException, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, LongTensor, set_seed)
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 class Accelerator:
@@ -18,17 +20,14 @@ except ModuleNotFoundError:
     accelerate = sys.modules['accelerate'] = types.ModuleType('accelerate')
     accelerate.Accelerator = Accelerator
 
-from fastai.basics import CancelStepException
 from fastai.callback.tracker import SaveModelCallback
 from fastai.distributed import DistributedDL
 
-import fasterai_sparse.core.criteria
-from callback_helpers import (
-    at, collect, convnet, CrossEntropyLossFlat, DataLoader, DataLoaders, dead_filters, fit, Learner, masks, nn, said,
-    set_seed, sparse, Sparsifier, torch, weights, zeros)
+import fasterai_sparse.core.criteria, fasterai_sparse.nm.permute_model   # the second adds `permute` to Sparsifier
+from callback_helpers import at, collect, convnet, dead_filters, fit, masks, said, sparse, weights, zeros
 from fasterai_sparse.core.criteria import grad_crit, movement, wanda
 from fasterai_sparse.core.schedules import dsd
-from fasterai_sparse.engine.accelerate import accelerate
+from fasterai_sparse.core.sparsifier import Sparsifier
 
 def broadcast(self, t, rank):
     t = LongTensor(t)
@@ -58,6 +57,15 @@ def gathered(o):
     both = [None]*2
     dist.all_gather_object(both, o)
     return both
+
+def finish(res):
+    """Print `res` on the first rank and end the process at once.
+
+    At a normal exit gloo's thread may drop its last tensor in an interpreter that is ending, and abort."""
+    if dist.get_rank() == 0: print(json.dumps(res))
+    dist.barrier()
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(0)
 
 def train(learn, *cbs, n_epoch=2):
     state = lambda learn: (dist.get_world_size(), type(learn.model).__name__, len(learn.xb[0]))
@@ -128,6 +136,4 @@ if __name__ == '__main__':
     res = {f.__name__: f() for f in SCENES}
     for n in sys.argv[1:]:
         for c in ('local', 'global'): res[f'{n}-{c}'] = run(criteria=getattr(fasterai_sparse.core.criteria, n), context=c)
-    if dist.get_rank() == 0: print(json.dumps(res))
-    dist.barrier()
-    dist.destroy_process_group()
+    finish(res)

@@ -13,9 +13,11 @@ from fasterai_sparse.core.masks import get_mask
 from fasterai_sparse.core.select import as_ratio, n_zeros
 from fasterai_sparse.core.sparsifier import Sparsifier
 from fasterai_sparse.train.bn_adaptation import adapt_batchnorm
-from fasterai_sparse.nncf.config import _fits, SparsityConfig
+from fasterai_sparse.nncf.config import _scope_matches, SparsityConfig
 from fasterai_sparse.nncf.epoch_schedules import epoch_schedules, Polynomial
-from fasterai_sparse.nncf.soft_masks import _Drawn, CONV_AND_LINEAR, RBSparsityCallback, weight_importances
+from fasterai_sparse.nncf.magnitude import weight_importances
+from fasterai_sparse.nncf.rb import _LearnedMasks, RBSparsityCallback
+from fasterai_sparse.nncf.soft_masks import CONV_AND_LINEAR
 
 golden = json.loads((Path(__file__).parent.parent/'golden'/'nncf.json').read_text())
 ids = lambda c: f"{c['kind']}-{'-'.join(map(str, c['params'].values()))}"
@@ -82,7 +84,7 @@ near = lambda t, want, rel: t.flatten().tolist() == pytest.approx(want, rel=rel,
 def rb_masks():
     "Parameters, and the masks over them with the logits of the golden file"
     params = {n: nn.Parameter(torch.tensor(l['weights']).view(l['shape'])) for n,l in rb['layers'].items()}
-    soft = _Drawn(params, 0)
+    soft = _LearnedMasks(params, 0)
     for n,s in soft.logits.items():
         assert s.flatten()[0] == pytest.approx(rb['init_logit_float32'])
         s.copy_(torch.tensor(rb['layers'][n]['logits']).view_as(s))
@@ -107,9 +109,9 @@ def test_rb_masks_and_gradients(which):
 
 def rb_callback(level, soft):
     cb = RBSparsityCallback(70)
-    cb.learn, cb.hard, cb.found_in = SimpleNamespace(cbs=[], loss_grad=torch.zeros(()), model=None), {}, {}
+    cb.learn, cb.hard, cb.hard_zeros = SimpleNamespace(cbs=[], loss_grad=torch.zeros(()), model=None), {}, {}
     cb.mask_opt = SimpleNamespace(step=lambda: None, zero_grad=lambda **kwargs: None)
-    cb.soft, cb.level, cb.losses, cb.noted, cb.started = soft, level, [], [], True
+    cb.soft, cb.level = soft, level
     cb.after_loss()
     cb._step_logits()
     return cb
@@ -123,7 +125,7 @@ def test_rb_loss(case):
 
 @pytest.mark.parametrize('case', golden['rb_loss_at_init']['cases'], ids=lambda c: str(c['level']))
 def test_rb_loss_at_the_start(case):
-    soft = _Drawn({'p': nn.Parameter(torch.ones(case['n']))}, 0)
+    soft = _LearnedMasks({'p': nn.Parameter(torch.ones(case['n']))}, 0)
     cb = rb_callback(case['level'], soft)
     assert cb.losses[0] == pytest.approx(case['loss'], rel=1e-4) and near(soft.logits['p'].grad, [case['grad_per_logit']]*case['n'], 1e-3)
 
@@ -188,7 +190,7 @@ def test_scopes(case):
     ids = golden['scopes']['ids']
     as_list = lambda v: [v] if isinstance(v, str) else v
     ignored, target = as_list(case['ignored_scopes']) or [], as_list(case['target_scopes'])
-    assert [i for i in ids if (target is None or any(_fits(s, [i]) for s in target)) and not any(_fits(s, [i]) for s in ignored)] == case['selected']
+    assert [i for i in ids if (target is None or any(_scope_matches(s, [i]) for s in target)) and not any(_scope_matches(s, [i]) for s in ignored)] == case['selected']
 
 def test_an_unreadable_file_gets_line_and_column(tmp_path):
     (tmp_path/'c.json').write_text('{\n"algorithm": "rb_sparsity",\n"params": {]\n}')

@@ -33,9 +33,10 @@ from fasterai_sparse.dynamic.callback import DynamicSparseTrainingCallback, RigL
 from fasterai_sparse.dynamic.random_masks import sparsify_model
 from fasterai_sparse.nncf.config import callbacks_from_config, SparsityConfig
 from fasterai_sparse.nncf.epoch_schedules import Adaptive, EpochSchedule, Exponential, Multistep, Polynomial
-from fasterai_sparse.nncf.soft_masks import (
-    ConstSparsityCallback, CONV_AND_LINEAR, MagnitudeSparsityCallback, RBSparsityCallback, SoftMaskCallback,
-    weight_importances)
+from fasterai_sparse.nncf.const import ConstSparsityCallback
+from fasterai_sparse.nncf.magnitude import MagnitudeSparsityCallback, weight_importances
+from fasterai_sparse.nncf.rb import RBSparsityCallback
+from fasterai_sparse.nncf.soft_masks import CONV_AND_LINEAR, SoftMaskCallback
 
 ALL = (nn.Conv2d, nn.Linear)
 N_ALL = N + 64   # with the linear layer's
@@ -448,7 +449,7 @@ def test_magnitude_accumulates(n_acc):
 @pytest.mark.parametrize('n', [7, 4097])
 def test_noise_is_uniform(n):
     soft = RBSparsityCallback(70, seed=3)
-    soft.params, soft.hard = {'p': nn.Parameter(torch.ones(n))}, {}
+    soft.params = {'p': nn.Parameter(torch.ones(n))}
     noise, s = soft.make_masks()._uniform, torch.zeros(n)
     xi = torch.stack([noise(s) for _ in range(2**16//n)])
     assert xi.dtype == torch.float32 and 0 < xi.min() < 1e-3 and 1-1e-3 < xi.max() < 1 and xi.mean() == pytest.approx(.5, abs=.01) and xi.var() == pytest.approx(1/12, abs=.005)
@@ -647,7 +648,7 @@ def test_rb_lands_on_its_target(context, schedule):
     check_sparse(learn)
 
 @pytest.mark.parametrize('cb,why', [(partial(RBSparsityCallback, 70, mask_lr=1e-3), 'reached 0.00 % of 70.00 %.*mask_lr'), (partial(MagnitudeSparsityCallback, schedule=Polynomial(.1, .7, 9, 4, power=1.)), 'reached 25.00 % of 70.00 %.*the fit ended'),
-                                    (partial(MagnitudeSparsityCallback, schedule=Polynomial(.1, .7, 1, 4)), 'reached 10.00 % of 70.00 %.*fixed')])
+                                    (partial(MagnitudeSparsityCallback, schedule=Polynomial(.1, .7, 1, 4)), 'reached 10.00 % of 70.00 %.*frozen')])
 def test_a_target_that_was_not_reached_is_warned_about(cb, why):
     with pytest.warns(UserWarning, match=f'{cb.func.__name__} has {why}'): fit(learner(), 2, cb())
 
@@ -966,7 +967,7 @@ def test_what_was_dropped_before_stays_dropped(kind, before, sparsity):
     watch, seen = collect('before_backward', look)
     after, steps = collect('after_step', look)
     _, ends = ends_of(learn, cb, 4, watch, after)
-    assert own > 0 and all(seen) and all(steps) and len(seen) == 24 and cb.found == own/N_ALL
+    assert own > 0 and all(seen) and all(steps) and len(seen) == 24 and cb.hard_share() == own/N_ALL
     assert all(level >= own/N_ALL and sum(z) >= own for level,z,_ in ends)
     if kind == 'magnitude' and before is by_callback: assert [sum(z) for _,z,_ in ends] == [max(own, n_zeros(sparsity/100*s, N_ALL)) for s in (.5, 1, 1, 1)]
     check_sparse(learn)
@@ -1014,7 +1015,7 @@ def test_kept_by_others(kind):
     watch, seen = collect('after_step', lambda l: follows_masks(l.model))
     fit(learn, 2, watch)
     fit(learn, 2, [watch, cb := ConstSparsityCallback()])
-    assert all(seen) and all_same(was, masks(learn.model)) and cb.found == pytest.approx(100*n/N_ALL) and column(learn) == [round(cb.found, 2)]*2
+    assert all(seen) and all_same(was, masks(learn.model)) and cb.zeros_at_start.percent == pytest.approx(100*n/N_ALL) and column(learn) == [round(cb.zeros_at_start.percent, 2)]*2
     fit(learn, 2, DynamicSparseTrainingCallback(**{**SET_presets, 'batches_per_update': 2}))
     assert n_zero(learn) == n and not all_same(was, masks(learn.model))
     before = snapshot(learn.model)
@@ -1087,7 +1088,7 @@ def test_constant_zeros(beside, first, request):
     valid, shown = collect('before_validate', lambda l: stays_zero(l, zero))
     fit(learn, 3, [cb, *others, watch, valid] if first else [*others, cb, watch, valid])
     assert stays_zero(learn, zero) and follows_masks(learn.model) and all(seen) and all(shown)
-    assert cb.found == pytest.approx(100*sum(int(z.sum()) for z in zero)/N_ALL) and not same(before, snapshot(learn.model))
+    assert cb.zeros_at_start.percent == pytest.approx(100*sum(int(z.sum()) for z in zero)/N_ALL) and not same(before, snapshot(learn.model))
     if beside == 'rewritten': assert learn.model[3].weight.unique().numel() < 60
     n = n_zero(learn)
     fit(learn, 1)
@@ -1327,7 +1328,7 @@ def test_statistics(name):
         assert f'[{row.layer}]' in layer['id'] and list(row.shape) == layer['shape']
         assert abs(row.zeros - layer['level']*row.params) < 1e-6 + tie
         if not const: assert row.threshold == pytest.approx(case['thresholds'][layer['id']], rel=1e-5) and row.level_pct == 100*case['target_sparsity_level']
-    if const: assert cb.found == pytest.approx(100*want['sparsified_layers_level'])
+    if const: assert cb.zeros_at_start.percent == pytest.approx(100*want['sparsified_layers_level'])
 
 @pytest.mark.parametrize('name', [n for n in GOLDEN if n[0] == 'm'])
 def test_shares_are_of_what_is_sparsified(name):
@@ -1363,7 +1364,7 @@ def test_the_report(kind, context):
 def test_the_log(kind):
     "A row for each drawing of masks, of RB for each batch until the freeze; anew in each fit"
     learn, cb = learner(), soft(kind)
-    assert list(cb.log) == ['epoch', 'asked', 'sparsity'] and len(cb.log) == 0
+    assert list(cb.log) == ['epoch', 'asked_pct', 'sparsity_pct'] and len(cb.log) == 0
     watch, seen = collect('before_backward', lambda l: 100*sum(int((s <= 0).sum()) for s in cb.soft.logits.values())/N_ALL if kind == 'rb' else 0)
     for n_epoch in (4, 2):
         seen.clear()
@@ -1373,10 +1374,10 @@ def test_the_log(kind):
         else: want = [0, *range(n_epoch)], [35., 35., 70., 70., 70.] if n_epoch == 4 else [70.]*3, None
         for name,values in zip(cb.log, want):
             if values is not None: assert cb.log[name].tolist() == pytest.approx(values)
-        if kind == 'magnitude': assert cb.log.sparsity.tolist() == pytest.approx([100*n_zeros(a/100, N_ALL)/N_ALL for a in cb.log.asked])
-    measured, ax = cb.log.sparsity.tolist(), cb.plot()
+        if kind == 'magnitude': assert cb.log.sparsity_pct.tolist() == pytest.approx([100*n_zeros(a/100, N_ALL)/N_ALL for a in cb.log.asked_pct])
+    measured, ax = cb.log.sparsity_pct.tolist(), cb.plot()
     lines = {l.get_label(): l for l in ax.lines}
-    assert lines['measured'].get_ydata().tolist() == measured and lines['asked for'].get_ydata().tolist() == cb.log.asked.tolist()
+    assert lines['measured'].get_ydata().tolist() == measured and lines['asked for'].get_ydata().tolist() == cb.log.asked_pct.tolist()
     assert all(l.get_xdata().tolist() == cb.log.epoch.tolist() for l in ax.lines) and cb.plot(ax) is ax
 
 @both
@@ -1385,7 +1386,7 @@ def test_the_log_by_batch(kind):
     learn, cb = learner(), soft(kind, schedule=s)
     fit(learn, 3, cb)
     start = 2 if kind == 'magnitude' else 0   # at the start of the fit, and of its first epoch
-    at, asked = cb.log.epoch.tolist()[start:], cb.log.asked.tolist()[start:]
+    at, asked = cb.log.epoch.tolist()[start:], cb.log.asked_pct.tolist()[start:]
     assert len(at) == (11 if kind == 'magnitude' else 12) and asked == pytest.approx([100*s.level(e) for e in at])
 
 @pytest.mark.parametrize('importance', ['abs', 'normed_abs'])

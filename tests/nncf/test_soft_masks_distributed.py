@@ -1,29 +1,18 @@
 "Two ranks that train under soft masks end with the same: one start of torchrun for all fits"
-import json, os, subprocess, sys
-from pathlib import Path
+import pytest
 
-import pytest, torch.distributed as dist
-
+from ranks import needs_gloo, on_two_ranks
 from fasterai_sparse.core.select import n_zeros
 from fasterai_sparse.nncf.epoch_schedules import Polynomial
 
-available = dist.is_available() and dist.is_gloo_available()
-pytestmark = pytest.mark.skipif(not available, reason='needs torch.distributed with gloo')
+pytestmark = needs_gloo
 
 RB = ['rb', 'rb_local', 'rb_to_the_end', 'rb_accumulates', 'again']
 FITS = [*RB, 'magnitude', 'magnitude_adapts', 'from_masks_of_the_rank']
 N = 1360
 
 @pytest.fixture(scope='module')
-def fits(tmp_path_factory):
-    worker = Path(__file__).parent.parent/'helpers'/'ddp_soft_worker.py'
-    cmd = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-    for _ in range(2):   # on a loaded machine gloo has been seen to abort now and then, whatever the masks
-        r = subprocess.run([*cmd, worker, *FITS], cwd=tmp_path_factory.mktemp('ddp'), capture_output=True, text=True,
-                           env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=300)
-        if 'SIGABRT' not in r.stderr: break
-    assert r.returncode == 0, '\n'.join(l for l in r.stderr.splitlines() if l.startswith('[rank'))[-1500:]
-    return json.loads(r.stdout.splitlines()[-1])
+def fits(tmp_path_factory): return on_two_ranks('ddp_soft_worker.py', FITS, tmp_path_factory.mktemp('ddp'))
 
 @pytest.mark.parametrize('name', FITS)
 def test_both_ranks_take_the_same_steps(fits, name):

@@ -1,30 +1,21 @@
 "Two ranks that train together keep the same masks: one start of torchrun, of which each test looks at a part"
-import inspect, json, os, subprocess, sys
-from pathlib import Path
+import inspect
 
-import pytest, torch.distributed as dist
+import pytest
 
 from callback_helpers import N
+from ranks import needs_gloo, on_two_ranks
 from fasterai_sparse.core import criteria
 from fasterai_sparse.core.select import n_zeros
 
-available = dist.is_available() and dist.is_gloo_available()
-pytestmark = pytest.mark.skipif(not available, reason='needs torch.distributed with gloo')
+pytestmark = needs_gloo
 
 def is_score(f): return inspect.isfunction(f) and next(iter(inspect.signature(f).parameters), '') == 'p'
 
 CRITERIA = [n for n,f in vars(criteria).items() if is_score(f) and f.__name__ == n]
 
 @pytest.fixture(scope='module')
-def fits(tmp_path_factory):
-    worker = Path(__file__).parent.parent/'helpers'/'ddp_worker.py'
-    cmd = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-    for _ in range(2):   # on a loaded machine gloo has been seen to abort now and then, whatever the masks
-        r = subprocess.run([*cmd, worker, *CRITERIA], cwd=tmp_path_factory.mktemp('ddp'), capture_output=True, text=True,
-                           env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=300)
-        if 'SIGABRT' not in r.stderr: break
-    assert r.returncode == 0, '\n'.join(l for l in r.stderr.splitlines() if l.startswith('[rank'))[-1500:]
-    return json.loads(r.stdout.splitlines()[-1])
+def fits(tmp_path_factory): return on_two_ranks('ddp_worker.py', CRITERIA, tmp_path_factory.mktemp('ddp'))
 
 def assert_alike(fit, expected):
     assert fit['updates'] >= 4 and fit['masks'] and fit['weights'] and fit['zeros'] == [expected]*2

@@ -838,7 +838,7 @@ BAD = [(ValueError, dict(sparsity=101)), (ValueError, dict(sparsity=-1)), (Value
        (ValueError, dict(update_every=1.5)), (ValueError, dict(update_every=True)), (ValueError, dict(criteria=wanda)),
        (ValueError, dict(criteria=lambda p, foo: p)), (ValueError, dict(model=convnet()))]
 
-def shown(kwargs): return ' '.join(f'{k}={v}' for k,v in kwargs.items())[:40] if isinstance(kwargs, dict) else ''
+def shown(kwargs): return ' '.join(f'{k}={getattr(v, "__name__", v)}' for k,v in kwargs.items())[:40] if isinstance(kwargs, dict) else ''
 
 @pytest.mark.parametrize('error,kwargs', BAD, ids=shown)
 def test_bad_arguments_raise_before_training(error, kwargs):

@@ -11,10 +11,10 @@ import warnings
 from fastai.basics import patch, Recorder, store_attr
 
 from ..utils.modes import unwrapped
+from ..core.from_zeros import masks_from_zeros
 from ..core.layers import maskable_weights
 from ..core.masks import unmaskable
 from ..core.select import measured, Zeros
-from ..core.sparsifier import masks_from_zeros
 from ..train.updates import MaskUpdates
 
 # %% ../../nbs/nncf/04_const.ipynb #b0f8d6d6

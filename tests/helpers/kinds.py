@@ -13,12 +13,14 @@ from fasterai_sparse.core.masks import masked_params
 from fasterai_sparse.core.schedules import iterative, one_shot
 from fasterai_sparse.core.select import n_zeros
 from fasterai_sparse.core.sparsifier import Sparsifier
+from fasterai_sparse.train.bn_adaptation import AdaptBatchNorm
+from fasterai_sparse.train.keep_masks import KeepMasks
 from fasterai_sparse.dynamic.callback import (
     DynamicSparseTrainingCallback, GraNet_presets, MEST_presets, RigL_presets, SET_presets, SNFS_presets)
 from fasterai_sparse.dynamic.random_masks import sparsify_model
-from fasterai_sparse.nncf.soft_masks import ConstSparsityCallback, MagnitudeSparsityCallback, RBSparsityCallback
-from fasterai_sparse.train.bn_adaptation import AdaptBatchNorm
-from fasterai_sparse.train.keep_masks import KeepMasks
+from fasterai_sparse.nncf.const import ConstSparsityCallback
+from fasterai_sparse.nncf.magnitude import MagnitudeSparsityCallback
+from fasterai_sparse.nncf.rb import RBSparsityCallback
 
 LAYERS = nn.Conv2d, nn.Linear
 N_ALL = N + 64   # with the linear layer's weights

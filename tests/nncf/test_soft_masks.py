@@ -22,12 +22,12 @@ from cases import in_a_loop
 from kinds import Stirred
 from fasterai_sparse.core.allocation import erdos_renyi_sparsity
 from fasterai_sparse.core.criteria import large_final
+from fasterai_sparse.core.from_zeros import masks_from_zeros
 from fasterai_sparse.core.layers import maskable_weights
 from fasterai_sparse.core.masks import get_mask, mask_sparsity, masked_params
 from fasterai_sparse.core.report import format_report, sparsity_report
 from fasterai_sparse.core.schedules import agp, cos, lin, sched_one_shot, Schedule
 from fasterai_sparse.core.select import n_zeros
-from fasterai_sparse.core.from_zeros import masks_from_zeros
 from fasterai_sparse.core.sparsifier import Sparsifier
 from fasterai_sparse.train.bn_adaptation import adapt_batchnorm
 from fasterai_sparse.train.keep_masks import KeepMasks
@@ -35,11 +35,11 @@ from fasterai_sparse.train.updates import bake_masks
 from fasterai_sparse.dynamic.callback import DynamicSparseTrainingCallback, RigL_presets, SET_presets
 from fasterai_sparse.dynamic.random_masks import sparsify_model
 from fasterai_sparse.nncf.config import callbacks_from_config, SparsityConfig
-from fasterai_sparse.nncf.epoch_schedules import Adaptive, EpochSchedule, Exponential, Multistep, Polynomial
 from fasterai_sparse.nncf.const import ConstSparsityCallback
+from fasterai_sparse.nncf.epoch_schedules import Adaptive, EpochSchedule, Exponential, Multistep, Polynomial
 from fasterai_sparse.nncf.magnitude import MagnitudeSparsityCallback, weight_importances
 from fasterai_sparse.nncf.rb import RBSparsityCallback
-from fasterai_sparse.nncf.soft_masks import CONV_AND_LINEAR, SoftMaskCallback
+from fasterai_sparse.nncf.soft_masks import CONV_AND_LINEAR
 
 ALL = (nn.Conv2d, nn.Linear)
 N_ALL = N + 64   # with the linear layer's

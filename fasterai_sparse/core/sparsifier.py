@@ -325,7 +325,7 @@ def check(self:Sparsifier,
 @patch
 def _ranking(self:Sparsifier, scores, n_zero, allocation):
     "Keyword arguments about scores for `allocation`, at `n_zero` zeros over all layers"
-    lives = {n: l for n in scores if (l := self.live(n)) is not None}
+    lives = {n: live for n in scores if (live := self.live(n)) is not None}
     rises = n_zero >= sum(self._group_size(n)*self._n_dead(n) for n in lives)
     if rises and accepts(allocation, 'live'):
         return dict(scores=list(scores.values()), live=[lives.get(n) for n in scores])

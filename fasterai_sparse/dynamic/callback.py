@@ -246,6 +246,9 @@ def _n_done(self:DynamicSparseTrainingCallback):
 
 # %% ../../nbs/dynamic/02_callback.ipynb #57fae1d4
 @patch
+def _share_seen(self:DynamicSparseTrainingCallback): return self.n_seen/(self.n_epoch*self.n_iter)
+
+@patch
 def _every(self:DynamicSparseTrainingCallback):
     "Batches from one update to the next"
     return self.batches_per_update or max(round(ifnone(self.epochs_per_update, 1)*self.n_iter), 1)
@@ -255,7 +258,7 @@ def _every(self:DynamicSparseTrainingCallback):
 def _is_due(self:DynamicSparseTrainingCallback):
     "Whether an update comes with this step"
     self.n_seen_before, self.n_seen = self.n_seen, self._n_done()
-    position = self.n_seen/(self.n_epoch*self.n_iter)
+    position = self._share_seen()
     if self.course.frozen(position): return self._lacks_last()
     return position >= self.start_pct and self.n_seen//self._every() > self.n_seen_before//self._every()
 
@@ -301,10 +304,10 @@ def _begin(self:DynamicSparseTrainingCallback):
 def _make_courses(self:DynamicSparseTrainingCallback):
     in_window = partial(windowed, start=self.start_pct, end=self.stop_pct)
     self.drop_course = Course(in_window(self.drop_schedule))
-    schedule, n_before = in_window(self.sparsity_schedule), self.first_batch//self._every()*self._every()
-    share = schedule.progress(n_before/(self.n_epoch*self.n_iter)) if n_before else 0.
-    found = self.zeros_at_start.fraction
-    self.course = _CourseFromHere(schedule, self.target, freeze_pct=self.stop_pct, found=found, share=share)
+    schedule, every, found = in_window(self.sparsity_schedule), self._every(), self.zeros_at_start.fraction
+    last = self.first_batch//every*every   # the update before the fit starts, if any
+    share = schedule.progress(last/(self.n_epoch*self.n_iter)) if last else 0.
+    self.course = _CourseFromHere(schedule, self.target, 0., self.stop_pct, found, share)
 
 # %% ../../nbs/dynamic/02_callback.ipynb #c3edb887
 @dataclass
@@ -314,6 +317,7 @@ class _CourseFromHere(Course):
     share:float = 0. # Share of the schedule that was over then
 
     def level(self, position, measured=None):
+        if self.target is None: return 0.   # as many weights as there are
         if self.frozen(position) or self.share >= 1: return self.target
         share = (self.schedule.progress(position)-self.share)/(1-self.share)
         return self.found + (float(self.target)-self.found)*share
@@ -330,11 +334,11 @@ def _warn_without_update(self:DynamicSparseTrainingCallback, total, every):
 # %% ../../nbs/dynamic/02_callback.ipynb #76fce2c6
 @patch
 def _update(self:DynamicSparseTrainingCallback):
-    s, position = self.sparsifier, self.n_seen/(self.n_epoch*self.n_iter)
+    s, position = self.sparsifier, self._share_seen()
     self.update_due, self.n_changed, self.is_done = False, 0, self.course.frozen(position)
     self.unreached = [n for n in s.layers if not s._is_reached(n)]
     s.drop = 0. if self.is_done else self.initial_drop_grow_pct*(1-self.drop_course.level(position))
-    s.apply(0 if self.target is None else as_ratio(self.course.level(position)), on_change=self._start_anew)
+    s.apply(as_ratio(self.course.level(position)), on_change=self._start_anew)
     s.forget()
     self._log_update()
 

@@ -74,9 +74,9 @@ def magnitude_and_gradient(
 def drawn_places(
     free, # Bool tensor: places that can be drawn
     n:int,
-    generator, # On the CPU
+    generator,
 )->torch.Tensor:
-    "A bool tensor like `free` in which `n` of its True are left, drawn by `generator`"
+    "A bool tensor like `free` with `n` of its True, drawn by `generator`"
     n_free, flat = n_true(free), free.flatten().cpu()
     if not 0 <= n <= n_free: raise ValueError(f"Can't draw {n} of {n_free} places")
     are_few = 4*n_free < 3*len(flat) or 4*n > n_free

@@ -174,7 +174,7 @@ class SparsityConfig:
 
     @classmethod
     def from_json(cls,
-        source, # Path of a file, its text, or the dict or list that it holds
+        source, # Path of a file, its text, or its dict or list
     )->'SparsityConfig':
         """Read a configuration, or its `compression` alone. Raises `ValueError` for keys and values that are not
         allowed and, with line and column, for a text that can't be read"""

@@ -270,7 +270,7 @@ def _make_course(self:SoftMaskCallback):
 # %% ../../nbs/nncf/01_soft_masks.ipynb #91dafecd
 @patch
 def _unbake(self:SoftMaskCallback):
-    "Take back the hard masks that this callback has made in the fit before"
+    "Take back the hard masks that this callback has made before"
     for n,(mask,before) in self.baked.items():
         m, p = self.owners.get(n, (None, None))
         now = get_mask(m, p) if m else None

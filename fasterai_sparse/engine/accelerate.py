@@ -70,7 +70,7 @@ def _accelerate_on_gpu(model, batch)->tuple:
 
 # %% ../../nbs/engine/06_accelerate.ipynb #b67546e2
 def _fastest(dense, batch, threads, cache)->tuple:
-    "(fast or None, rows, attributes) as one plan, or else layer by layer"
+    "(fast or None, rows, attributes): one plan, or layers"
     start = time.perf_counter()
     try: return _as_plan(dense, batch, threads, cache)
     except Exception as e: why = _reason(e)

@@ -20,13 +20,16 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available()
 
 def net():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(4,16,3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16,32,3,groups=2), nn.BatchNorm2d(32), nn.ReLU(),
+    return nn.Sequential(nn.Conv2d(4,16,3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16,32,3,groups=2),
+                         nn.BatchNorm2d(32), nn.ReLU(),
                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32,8))
 
 def same_masks(a, b):
     return all(torch.equal(x.cpu(), y.cpu()) for (*_,x),(*_,y) in zip(masked_params(a), masked_params(b), strict=True))
 
-@pytest.mark.parametrize('scores', [torch.rand(1_000_003), torch.rand(100_000).mul(9).round(), torch.ones(70_001), torch.randn(999).bfloat16(),
+@pytest.mark.parametrize('scores',
+                         [torch.rand(1_000_003), torch.rand(100_000).mul(9).round(), torch.ones(70_001),
+                          torch.randn(999).bfloat16(),
                                     (torch.rand(500_000)-.9).relu(), torch.randn(10_000).double()])
 @pytest.mark.parametrize('share', [.001, .1, .5, .9, .9999])
 def test_top_k_mask_equals_its_cpu_twin(scores, share):
@@ -54,7 +57,8 @@ def test_sparsifier_makes_the_masks_of_the_cpu(criteria, context, granularity):
 def test_nm_makes_the_masks_of_the_cpu(nm):
     cpu = net()
     gpu = deepcopy(cpu).cuda()
-    for m in (cpu, gpu): Sparsifier(m, 'weight', 'local', large_final, nm=nm, layer_type=(nn.Conv2d, nn.Linear)).sparsify_model(50)
+    for m in (cpu, gpu):
+        Sparsifier(m, 'weight', 'local', large_final, nm=nm, layer_type=(nn.Conv2d, nn.Linear)).sparsify_model(50)
     assert same_masks(cpu, gpu)
 
 def test_wanda_on_cuda():
@@ -96,7 +100,8 @@ def test_callback_reaches_its_target_in_every_precision(precision, context):
 
 def test_gradient_criterion_under_a_grad_scaler():
     learn = learner().to_fp16()
-    with learn.no_bar(), learn.no_logging(): learn.fit(2, cbs=SparsifyCallback(50, 'weight', 'local', grad_crit, lin, verbose=False))
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(2, cbs=SparsifyCallback(50, 'weight', 'local', grad_crit, lin, verbose=False))
     assert abs(mask_sparsity(learn.model) - .5) < 1e-3
 
 def test_permute_model_and_verified_pattern():

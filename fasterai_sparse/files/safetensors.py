@@ -1,4 +1,4 @@
-"""A sparse model in a file that is as small as it should be
+"""A sparse model in a small file, without its zeros
 
 Docs: https://fasterai-sparse.github.io/fasterai_sparse/files/safetensors.html.md"""
 
@@ -23,141 +23,174 @@ from ..core.layers import maskable_weights, out_in_axes
 from ..core.masks import masks_off
 
 # %% ../../nbs/files/00_safetensors.ipynb #bd9f5278
-_dtypes = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'F8_E4M3': torch.float8_e4m3fn, 'F8_E5M2': torch.float8_e5m2,
-           'I64': torch.int64, 'I32': torch.int32, 'I16': torch.int16, 'I8': torch.int8, 'U64': torch.uint64, 'U32': torch.uint32, 'U16': torch.uint16, 'U8': torch.uint8,
-           'BOOL': torch.bool, 'C64': torch.complex64}
-_dtype_names = {d: n for n,d in _dtypes.items()}
+_torch_dtypes = {
+    'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16,
+    'F8_E4M3': torch.float8_e4m3fn, 'F8_E5M2': torch.float8_e5m2,
+    'I64': torch.int64, 'I32': torch.int32, 'I16': torch.int16, 'I8': torch.int8,
+    'U64': torch.uint64, 'U32': torch.uint32, 'U16': torch.uint16, 'U8': torch.uint8,
+    'BOOL': torch.bool, 'C64': torch.complex64}
+_names_of_dtypes = {d: n for n,d in _torch_dtypes.items()}
 
-def _words(n): return -(-n//64)*8   # bytes for `n` bits, as whole words: what follows stays aligned
+def _n_packed(n): return -(-n//64)*8   # bytes for `n` bits, in whole words, so that the next tensor stays aligned
 
 # %% ../../nbs/files/00_safetensors.ipynb #051c1cee
 @dataclass
 class _Stored:
-    "How a tensor lies in the file"
+    "How a tensor is stored in the file"
     name:str
     shape:list
     dtype:str
-    kind:str = 'dense' # Or 'bitmask', or a pattern as '2:4'
+    kind:str = 'dense' # 'dense', 'bitmask' or a pattern such as '2:4'
     zeros:int = 0
     signs:bool = False # Whether some zeros are -0.0
-    axis:int = 0 # Along which the pattern lies
-    layer:str = '' # Whose weight it is
-    same_as:str = '' # The tensor it is tied to, which is stored
-    crc32:str = ''
+    axis:int = 0 # Dimension of the inputs, along which a pattern is looked for
+    layer:str = '' # Layer whose weight it is, if it can be sparse
+    same_as:str = '' # Name of the tensor it is tied to, which is stored instead
+    crc32:str = '' # Checksum of its bytes, eight hexadecimal digits
 
     def __post_init__(self):
-        typed = all(type(getattr(self, f.name)) is f.type for f in fields(self)) and all(type(n) is int for n in self.shape)
-        if not typed or self.dtype not in _dtypes or min(self.shape, default=0) < 0 or math.prod(n or 1 for n in self.shape) >= 2**56 \
-            or not 0 <= self.zeros <= self.numel or not 0 <= self.axis < max(len(self.shape), 1):
-            raise ValueError(f"The tensor {self.name!r} has no sound entry: {self.dtype}, {self.shape}, {self.zeros} zeros")
+        has_types = all(type(getattr(self, f.name)) is f.type for f in fields(self))
+        has_types = has_types and all(type(n) is int for n in self.shape)
+        if not (has_types and self.dtype in _torch_dtypes and self._is_possible()):
+            entry = f'{self.dtype}, {self.shape}, {self.zeros} zeros'
+            raise ValueError(f"The tensor {self.name!r} has an impossible entry: {entry}")
         if self.kind not in ('dense', 'bitmask') and (not self.shape or self.shape[self.axis] % self.nm[1]):
             raise ValueError(f"The tensor {self.name!r} can't be stored as {self.kind}")
+
+    def _is_possible(self):
+        "Whether the shape, the number of zeros and the axis can belong to a tensor"
+        has_size = min(self.shape, default=0) >= 0 and math.prod(n or 1 for n in self.shape) < 2**56
+        return has_size and 0 <= self.zeros <= self.numel and 0 <= self.axis < max(len(self.shape), 1)
 
     @property
     def numel(self): return math.prod(self.shape)
     @property
-    def itemsize(self): return _dtypes[self.dtype].itemsize
+    def itemsize(self): return _torch_dtypes[self.dtype].itemsize
     @property
     def nm(self): return _patterns[self.kind]
     @property
     def nbytes(self): return sum(_n_bytes(*p) for p in self.parts().values())
-    def live(self, u): return u+u != 0 if _dtypes[self.dtype].is_floating_point else u != 0   # u+u has no sign: it has overflowed
+    def live(self, u):
+        "Which of the bits `u` are not zero; -0.0 is, as u+u shifts its sign out"
+        return u+u != 0 if _torch_dtypes[self.dtype].is_floating_point else u != 0
 
     def parts(self):
-        "What the file holds of it: name -> (dtype, shape)"
+        "What the file holds for it: name -> (dtype, shape)"
         if self.same_as: return {}
         if self.kind == 'dense': return {self.name: (self.dtype, self.shape)}
-        if self.kind == 'bitmask':
-            bits = ('U8', [_words(self.numel)])
-            parts = dict(values=(self.dtype, [self.numel-self.zeros]), bitmask=bits, **({'signs': bits} if self.signs else {}))
-        else:
-            n, m, n_bits = self.nm
-            kept = [*self.shape[:self.axis], *self.shape[self.axis+1:], self.shape[self.axis]//m*n]
-            parts = dict(values=(self.dtype, kept), indices=('U8', [_words(math.prod(kept)*n_bits)]))
+        parts = self._bitmask_parts() if self.kind == 'bitmask' else self._pattern_parts()
         return {f'{self.name}.{k}': p for k,p in parts.items()}
 
+    def _bitmask_parts(self):
+        bits = ('U8', [_n_packed(self.numel)])
+        parts = dict(values=(self.dtype, [self.numel-self.zeros]), bitmask=bits)
+        return parts | ({'signs': bits} if self.signs else {})
+
+    def _pattern_parts(self):
+        n, m, n_bits = self.nm
+        kept = [*self.shape[:self.axis], *self.shape[self.axis+1:], self.shape[self.axis]//m*n]
+        return dict(values=(self.dtype, kept), indices=('U8', [_n_packed(math.prod(kept)*n_bits)]))
+
 # %% ../../nbs/files/00_safetensors.ipynb #7feaa933
-def _n_bytes(dtype, shape): return math.prod(shape)*_dtypes[dtype].itemsize
+def _n_bytes(dtype, shape): return math.prod(shape)*_torch_dtypes[dtype].itemsize
 
 # %% ../../nbs/files/00_safetensors.ipynb #f88f6a62
-_patterns = {f'{n}:{m}': (n, m, b) for m,b in ((2,1), (4,2), (8,3), (16,4)) for n in range(1, m//b+1) if n < m}   # b: bits of an index, n*b <= m
+_patterns = {f'{n}:{m}': (n, m, n_bits)   # where the indices of a group take at most the m bits of its bitmask
+             for m,n_bits in ((2,1), (4,2), (8,3), (16,4)) for n in range(1, m//n_bits+1) if n < m}
 
 # %% ../../nbs/files/00_safetensors.ipynb #bc3d18c6
-_piece = 2**16 # Elements, a multiple of 8
+_piece_size = 2**16 # Elements, a multiple of 8
 
 def _bits(t):
-    "The bits of `t` as a flat array of unsigned integers: its own memory where it is contiguous on the CPU, else a copy"
+    "The bits of `t` as a flat array of unsigned integers: its own memory if it is contiguous on the CPU, else a copy"
     t = t.detach().as_subclass(torch.Tensor)
     if not t.is_cpu or t.is_conj() or t.is_neg(): t = torch.empty(t.shape, dtype=t.dtype).copy_(t)
-    return np.ascontiguousarray(t.view({1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}[t.element_size()]).numpy()).reshape(-1)
+    unsigned = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}[t.element_size()]
+    return np.ascontiguousarray(t.view(unsigned).numpy()).reshape(-1)
 
 # %% ../../nbs/files/00_safetensors.ipynb #9c6dfce9
-def _pieces(u): return (u[i:i+_piece] for i in range(0, len(u), _piece))
+def _pieces(u): return (u[i:i+_piece_size] for i in range(0, len(u), _piece_size))
 
 # %% ../../nbs/files/00_safetensors.ipynb #53147464
-def _rows(u, s):
-    "Pieces of the weight whose bits are `u`, with its inputs as the last dimension; all but the last hold eight groups of the pattern, or a multiple"
-    return _split(np.moveaxis(u.reshape(s.shape), s.axis, -1), 8*s.nm[1])
+def _group_pieces(u, s):
+    """Pieces of the weight whose bits are `u`, with its inputs as the last dimension; all but the last hold a
+    multiple of eight groups of the pattern, so that their indices fill whole bytes"""
+    return _pieces_of_rows(np.moveaxis(u.reshape(s.shape), s.axis, -1), 8*s.nm[1])
 
 # %% ../../nbs/files/00_safetensors.ipynb #545ebd2f
-def _split(v, unit):
-    "Pieces of the array `v`, by eight of its rows or more; within a row where that is long and a multiple of `unit`"
-    row = math.prod(v.shape[1:])
-    if v.ndim > 1 and row > _piece//8 and row % unit == 0: return (p for r in v for p in _split(r, unit))
-    n = max(_piece//max(row, 1)//8, 1)*8
+def _pieces_of_rows(v, unit):
+    "Pieces of the array `v`: a multiple of eight rows, or parts of a row if it is long and a multiple of `unit`"
+    row_size = math.prod(v.shape[1:])
+    if v.ndim > 1 and row_size > _piece_size//8 and row_size % unit == 0:
+        return (p for row in v for p in _pieces_of_rows(row, unit))
+    n = max(_piece_size//max(row_size, 1)//8, 1)*8
     return (v[i:i+n] for i in range(0, len(v), n))
 
 # %% ../../nbs/files/00_safetensors.ipynb #f791c229
-def _fits(u, s):
-    "Whether no group of the weight whose bits are `u` keeps more than the pattern of `s`"
+def _follows_pattern(u, s):
+    "Whether each group of the weight whose bits are `u` keeps at most what the pattern of `s` allows"
     n, m, _ = s.nm
-    return all(np.count_nonzero(v.reshape(-1, m), axis=1).max(initial=0) <= n for v in _rows(u, s))
+    return all(np.count_nonzero(v.reshape(-1, m), axis=1).max(initial=0) <= n for v in _group_pieces(u, s))
 
 # %% ../../nbs/files/00_safetensors.ipynb #534397d3
 def _smallest(u, s):
-    "`s` with the kind that takes the fewest bytes for the bits `u`, or with a pattern that takes hardly more"
+    "`s` with the kind that takes the fewest bytes for the bits `u`, or a pattern that takes at most 1 % more"
     n_live = int(sum(np.count_nonzero(s.live(p)) for p in _pieces(u)))
     s = replace(s, zeros=len(u)-n_live, signs=bool(np.count_nonzero(u) > n_live))
     best = min(s, replace(s, kind='bitmask'), key=lambda s: s.nbytes)
-    if s.layer and not s.signs and len(s.shape) > 1:
-        for k in [replace(s, kind=k) for k,(n,m,_) in _patterns.items() if s.shape[s.axis] % m == 0 and n_live*m <= n*len(u)]:
-            if k.nbytes <= 1.01*best.nbytes and _fits(u, k): return k   # of those that keep the same share, the first has the shortest indices
-    return best
+    small = (k for k in _possible_patterns(s, n_live) if k.nbytes <= 1.01*best.nbytes and _follows_pattern(u, k))
+    return next(small, best)
+
+# %% ../../nbs/files/00_safetensors.ipynb #421ef469
+def _possible_patterns(s, n_live):
+    "Yield `s` with each pattern that leaves room for `n_live` weights, the shortest indices first"
+    if not s.layer or s.signs or len(s.shape) < 2: return
+    for kind,(n,m,_) in _patterns.items():
+        if s.shape[s.axis] % m == 0 and n_live*m <= n*s.numel: yield replace(s, kind=kind)
 
 # %% ../../nbs/files/00_safetensors.ipynb #9f141af9
-def _packed(pieces, n):
+def _packed_bits(pieces, n):
     "The bools in `pieces`, `n` in all, as bits in whole words"
     for p in pieces: yield np.packbits(p, bitorder='little')
-    yield bytes(_words(n) - -(-n//8))
+    yield bytes(_n_packed(n) - -(-n//8))
 
 # %% ../../nbs/files/00_safetensors.ipynb #50323dd8
-def _unpacked(packed, n):
+def _unpacked_bits(packed, n):
     "Bools in pieces, of the first `n` bits"
-    for i in range(0, n, _piece): yield np.unpackbits(packed[i//8:(i+_piece)//8], count=min(_piece, n-i), bitorder='little').view(bool)
+    for i in range(0, n, _piece_size):
+        piece = packed[i//8:(i+_piece_size)//8]
+        yield np.unpackbits(piece, count=min(_piece_size, n-i), bitorder='little').view(bool)
 
 # %% ../../nbs/files/00_safetensors.ipynb #457891a5
-def _at(v, n, m):
-    "(groups, indices of their first `n` live weights, filled up with others)"
+def _live_first(v, n, m):
+    "(groups of `m`, indices of `n` weights of each: its live ones, in order, then others)"
     groups = v.reshape(-1, m)
     return groups, np.argsort(groups == 0, axis=1, kind='stable')[:,:n]
 
 # %% ../../nbs/files/00_safetensors.ipynb #7b870ef2
 def _encoded(u, s):
-    "Yield the bytes of what `s.parts()` names"
+    "Yield the bytes of `s.parts()`, in this order"
     if s.kind == 'dense': yield u
-    elif s.kind == 'bitmask':
-        yield from (p[s.live(p)] for p in _pieces(u))
-        yield from _packed((s.live(p) for p in _pieces(u)), len(u))
-        if s.signs: yield from _packed(((p != 0) & ~s.live(p) for p in _pieces(u)), len(u))
-    else:
-        n, m, n_bits = s.nm
-        yield from (np.take_along_axis(*_at(v, n, m), 1) for v in _rows(u, s))
-        yield from _packed(((_at(v, n, m)[1][...,None] >> np.arange(n_bits)) & 1 for v in _rows(u, s)), len(u)//m*n*n_bits)
+    elif s.kind == 'bitmask': yield from _encoded_bitmask(u, s)
+    else: yield from _encoded_pattern(u, s)
+
+# %% ../../nbs/files/00_safetensors.ipynb #08b3e9c0
+def _encoded_bitmask(u, s):
+    yield from (p[s.live(p)] for p in _pieces(u))
+    yield from _packed_bits((s.live(p) for p in _pieces(u)), len(u))
+    if s.signs: yield from _packed_bits(((p != 0) & ~s.live(p) for p in _pieces(u)), len(u))
+
+# %% ../../nbs/files/00_safetensors.ipynb #4b2ab616
+def _encoded_pattern(u, s):
+    n, m, n_bits = s.nm
+    yield from (np.take_along_axis(*_live_first(v, n, m), 1) for v in _group_pieces(u, s))
+    indices = (_live_first(v, n, m)[1] for v in _group_pieces(u, s))
+    yield from _packed_bits(((k[...,None] >> np.arange(n_bits)) & 1 for k in indices), len(u)//m*n*n_bits)
 
 # %% ../../nbs/files/00_safetensors.ipynb #721620dc
 def _decoded(s, parts):
-    "The tensor of which the file holds `parts`"
-    t = torch.zeros(s.shape, dtype=_dtypes[s.dtype])
+    "The tensor stored as `s`, from the bytes of its parts"
+    t = torch.zeros(s.shape, dtype=_torch_dtypes[s.dtype])
     u = _bits(t)
     values = parts[0].view(u.dtype)
     if s.kind == 'dense': u[:] = values
@@ -167,39 +200,43 @@ def _decoded(s, parts):
 
 # %% ../../nbs/files/00_safetensors.ipynb #d88f0e8b
 def _put_live(u, values, bitmask, signs=None):
+    "Write into the zeros `u` the `values` where `bitmask` is set, and -0.0 where `signs` is"
     at = 0
-    for p,live in zip(_pieces(u), _unpacked(bitmask, len(u))):
+    for p,live in zip(_pieces(u), _unpacked_bits(bitmask, len(u))):
         n = np.count_nonzero(live)
         p[live], at = values[at:at+n], at+n
-    for p,minus in zip(_pieces(u), () if signs is None else _unpacked(signs, len(u))): p[minus] = 1 << 8*u.itemsize-1
+    if signs is None: return
+    for p,minus in zip(_pieces(u), _unpacked_bits(signs, len(u))): p[minus] = 1 << 8*u.itemsize-1
 
 # %% ../../nbs/files/00_safetensors.ipynb #28c88088
 def _put_groups(u, s, values, indices):
+    "Write into the zeros `u` the `values` of each group at its `indices`"
     n, m, n_bits = s.nm
     at = 0
-    for v in _rows(u, s):
+    for v in _group_pieces(u, s):
         groups, k = np.zeros((v.size//m, m), u.dtype), v.size//m*n
         bits = np.unpackbits(indices[at*n_bits//8:], count=k*n_bits, bitorder='little').reshape(-1, n, n_bits)
         np.put_along_axis(groups, bits @ (1 << np.arange(n_bits)), values[at:at+k].reshape(-1, n), 1)
         v[...], at = groups.reshape(v.shape), at+k
 
 # %% ../../nbs/files/00_safetensors.ipynb #5a3fcdc7
-_version = '1'
+_format_version = '1'
 
-def _in_order(stored): return sorted(stored, key=lambda s: -s.itemsize)   # the widest first: all are aligned
+def _widest_first(stored): return sorted(stored, key=lambda s: -s.itemsize)   # the widest first: all are aligned
 
 # %% ../../nbs/files/00_safetensors.ipynb #5a6e2f92
 def _layout(stored):
-    "The header's entries for `stored`"
+    "The header's entries for `stored`: name of a part -> type, shape and place"
     header, at = {}, 0
-    for s in _in_order(stored):
+    for s in _widest_first(stored):
         for part,(dtype,shape) in s.parts().items():
-            if part in header or part == '__metadata__': raise ValueError(f"The file can't hold two tensors called {part!r}: rename the one of the model")
+            if part in header or part == '__metadata__':
+                raise ValueError(f"The file can't hold two tensors called {part!r}: rename the one of the model")
             header[part] = dict(dtype=dtype, shape=list(shape), data_offsets=[at, at := at+_n_bytes(dtype, shape)])
     return header
 
 # %% ../../nbs/files/00_safetensors.ipynb #ad1f56a6
-def _sparsity(stored):
+def _share_of_zeros(stored):
     n = sum(s.numel for s in stored)
     return sum(s.zeros for s in stored)/n if n else 0.
 
@@ -207,25 +244,26 @@ def _sparsity(stored):
 def _metadata(stored):
     layers = [s for s in stored if s.layer]
     entries = [{f.name: v for f in fields(s) if (v := getattr(s, f.name)) != f.default} for s in stored]
-    return dict(format='pt', format_version=_version, sparsity=f'{_sparsity(layers):.6f}',
-                layers=json.dumps({s.layer: round(_sparsity([s]), 6) for s in layers}), tensors=json.dumps(entries))
+    by_layer = {s.layer: round(_share_of_zeros([s]), 6) for s in layers}
+    return dict(format='pt', format_version=_format_version, sparsity=f'{_share_of_zeros(layers):.6f}',
+                layers=json.dumps(by_layer), tensors=json.dumps(entries))
 
 # %% ../../nbs/files/00_safetensors.ipynb #c239694f
-def _check_of(header): return f'{zlib.crc32(json.dumps(header, sort_keys=True).encode()):08x}'
+def _checksum(header): return f'{zlib.crc32(json.dumps(header, sort_keys=True).encode()):08x}'
 
 # %% ../../nbs/files/00_safetensors.ipynb #ba580eac
 def _header_bytes(stored):
     header = {'__metadata__': _metadata(stored), **_layout(stored)}
-    header['__metadata__']['checksum'] = _check_of(header)
+    header['__metadata__']['checksum'] = _checksum(header)
     text = json.dumps(header, separators=(',', ':')).encode()
     text += b' '*(-len(text) % 8)
     return len(text).to_bytes(8, 'little') + text
 
 # %% ../../nbs/files/00_safetensors.ipynb #5c481e1f
-def _write(f, stored, state):
+def _write_tensors(f, stored, state):
     "Write the tensors of `state`, one after the other, and their checksums"
     f.write(_header_bytes(stored))
-    for s in _in_order(s for s in stored if not s.same_as):
+    for s in _widest_first(s for s in stored if not s.same_as):
         crc = 0
         for b in _encoded(_bits(state[s.name]), s):
             crc = zlib.crc32(b, crc)
@@ -237,41 +275,47 @@ def _write(f, stored, state):
 # %% ../../nbs/files/00_safetensors.ipynb #09b3569a
 def _unstorable(t):
     "Why the file can't hold `t`, or None"
-    if not torch.is_tensor(t): return f'is no tensor but a {type(t).__name__}'
+    if not torch.is_tensor(t): return f'is a {type(t).__name__}, not a tensor'
     if is_lazy(t): return 'is lazy: pass one batch through the model first'
     if t.is_meta: return 'is on the meta device: materialize the model first'
-    if t.layout != torch.strided or t.dtype not in _dtype_names or is_traceable_wrapper_subclass(t):
-        return f'is a {type(t).__name__} of {t.dtype}, {t.layout}: use a dense one of {list(_dtypes)}'
+    if t.layout != torch.strided or t.dtype not in _names_of_dtypes or is_traceable_wrapper_subclass(t):
+        return f'is a {type(t).__name__} of {t.dtype}, {t.layout}: use a dense one of {list(_torch_dtypes)}'
 
 # %% ../../nbs/files/00_safetensors.ipynb #6218c1b6
-def _state(model):
-    "The state of `model`; raises `ValueError` where a file can't hold it"
+def _storable_state(model):
+    "The `state_dict` of `model`; raises `ValueError` if a file can't hold all of it"
     state = model.state_dict(keep_vars=True)
     why = [f'{k} {w}' for k,t in state.items() if (w := _unstorable(t))]
-    if why: raise ValueError(f"The state of {type(model).__name__} can be neither saved nor loaded: " + '; '.join(why))
+    if why: raise ValueError(f"The state of {type(model).__name__} can't be saved or loaded: " + '; '.join(why))
     return state
 
 # %% ../../nbs/files/00_safetensors.ipynb #704b3d7e
-def _where(t): return (t.device, t.dtype, t.data_ptr(), t.shape, t.stride(), t.is_conj(), t.is_neg()) if t.numel() else id(t)
+def _memory_of(t):
+    "The same for tensors that share their memory, as tied weights do"
+    if not t.numel(): return id(t)
+    return t.device, t.dtype, t.data_ptr(), t.shape, t.stride(), t.is_conj(), t.is_neg()
 
 # %% ../../nbs/files/00_safetensors.ipynb #d1f81d51
-def _plan(model, state):
-    "How to store each tensor of `state`; what is tied, once"
+def _how_to_store(model, state):
+    "A `_Stored` for each tensor of `state`; tied weights are stored once"
     layers = {id(m._parameters.get(p)): (name, out_in_axes(m)[1]) for name,m,p in maskable_weights(model)}
     stored, first = {}, {}
     for k,t in state.items():
         layer, axis = layers.get(id(t), ('', 0))
-        s = _Stored(k, list(t.shape), _dtype_names[t.dtype], axis=axis if axis < t.dim() else 0)
-        owner = first.setdefault(_where(t), k)
-        stored[k] = _smallest(_bits(t), replace(s, layer=layer, crc32='0'*8)) if owner == k else replace(s, same_as=owner, zeros=stored[owner].zeros)
+        s = _Stored(k, list(t.shape), _names_of_dtypes[t.dtype], axis=axis if axis < t.dim() else 0)
+        owner = first.setdefault(_memory_of(t), k)
+        if owner == k: stored[k] = _smallest(_bits(t), replace(s, layer=layer, crc32='0'*8))
+        else: stored[k] = replace(s, same_as=owner, zeros=stored[owner].zeros)
     return list(stored.values())
 
 # %% ../../nbs/files/00_safetensors.ipynb #84e2aeae
-def _contents(stored):
-    rows = [dict(tensor=s.name, layer=s.layer, shape=tuple(s.shape), dtype=s.dtype, sparsity=100*_sparsity([s]), stored=f'as {s.same_as}' if s.same_as else s.kind,
+def _as_table(stored):
+    "A row for each of `stored`, as `save_sparse` returns it"
+    rows = [dict(tensor=s.name, layer=s.layer, shape=tuple(s.shape), dtype=s.dtype,
+                 sparsity_pct=100*_share_of_zeros([s]), stored=f'as {s.same_as}' if s.same_as else s.kind,
                  bytes=s.nbytes, dense_bytes=0 if s.same_as else _n_bytes(s.dtype, s.shape)) for s in stored]
-    df = pd.DataFrame(rows, columns='tensor layer shape dtype sparsity stored bytes dense_bytes'.split())
-    df.attrs['sparsity'] = 100*_sparsity([s for s in stored if s.layer])
+    df = pd.DataFrame(rows, columns='tensor layer shape dtype sparsity_pct stored bytes dense_bytes'.split())
+    df.attrs['sparsity_pct'] = 100*_share_of_zeros([s for s in stored if s.layer])
     return df
 
 # %% ../../nbs/files/00_safetensors.ipynb #87b5ca19
@@ -279,79 +323,117 @@ def save_sparse(
     model:nn.Module, # A model, with masks (which stay, and are applied) or baked
     path, # File to write, by custom `.safetensors`
 )->pd.DataFrame:
-    """Write the `state_dict` of `model` to a safetensors file without its zeros, and return what the file holds, a row per tensor.
-    A row has the sparsity in percent and the bytes, as stored and dense; `attrs['sparsity']` is that of all layers that can be sparse.
-    The model on disk is the plain one, without masks; tied weights are there once. It needs the memory of one tensor at most, and `path` is replaced when the new file is whole.
-    Raises `ValueError` where something in the state is no dense tensor of a known type."""
+    """Write the `state_dict` of `model` to a safetensors file without its zeros; returns a row per tensor. A row
+    has the sparsity in percent and the bytes, as stored and dense; `attrs['sparsity_pct']` is the sparsity of all
+    layers that can be sparse. The file holds the plain model, without masks, and tied weights once. Writing needs
+    the memory of one more tensor, and `path` is replaced only when the new file is complete. Raises `ValueError`
+    if the state holds anything but dense tensors of a known type."""
     model = unwrapped(model)
-    _state(model)
+    _storable_state(model)
     with masks_off(model) as plain:
-        state = _state(plain)
-        stored = _plan(plain, state)
-        with atomic_write(path) as f: _write(f, stored, state)
-    return _contents(stored)
+        state = _storable_state(plain)
+        stored = _how_to_store(plain, state)
+        with atomic_write(path) as f: _write_tensors(f, stored, state)
+    return _as_table(stored)
 
 # %% ../../nbs/files/00_safetensors.ipynb #512f9c24
-def _parsed(f, path):
-    "Header of the file `f`, without its checksum"
+def _parsed_header(f, path):
+    "(header of the file `f` without its checksum, where the tensors start, size of the file)"
     size = os.fstat(f.fileno()).st_size
     n = int.from_bytes(f.read(8), 'little')
-    if 8+n > size: raise ValueError(f"{path} is cut short, or no safetensors file: it has {size} bytes and its header would have {n}")
+    if 8+n > size:
+        raise ValueError(f"{path} is cut short, or is not a safetensors file: it has {size} bytes, "
+                         f"and its header would have {n}")
     try: header = json.loads(f.read(n))
-    except (ValueError, RecursionError) as e: raise ValueError(f"{path} has a header that is no JSON: {e}") from None
-    meta = header.get('__metadata__') if isinstance(header, dict) else None
-    if not isinstance(meta, dict) or 'format_version' not in meta: raise ValueError(f"{path} was not written by save_sparse")
-    if meta['format_version'] != _version: raise ValueError(f"{path} has the format version {meta['format_version']!r}; this package reads {_version!r}")
-    if meta.pop('checksum', None) != _check_of(header): raise ValueError(f"{path} has a damaged header")
+    except (ValueError, RecursionError) as e: raise ValueError(f"{path} has a header that is not JSON: {e}") from None
+    _check_metadata(header, path)
     return header, 8+n, size
+
+# %% ../../nbs/files/00_safetensors.ipynb #6fb761cc
+def _check_metadata(header, path):
+    "Raise `ValueError` unless `save_sparse` wrote `header`, in the format of this package and without damage"
+    meta = header.get('__metadata__') if isinstance(header, dict) else None
+    if not isinstance(meta, dict) or 'format_version' not in meta:
+        raise ValueError(f"{path} was not written by save_sparse")
+    version = meta['format_version']
+    if version != _format_version:
+        raise ValueError(f"{path} has the format version {version!r}; this package reads {_format_version!r}")
+    if meta.pop('checksum', None) != _checksum(header): raise ValueError(f"{path} has a damaged header")
 
 # %% ../../nbs/files/00_safetensors.ipynb #4f93e45e
 def _read_header(f, path):
-    "What the file `f` stores, and where: entries, and name of a part -> (offset, bytes)"
-    header, start, size = _parsed(f, path)
+    "(a `_Stored` for each tensor of the file `f`, name of a part -> (offset, bytes))"
+    header, start, size = _parsed_header(f, path)
     try: stored = [_Stored(**s) for s in json.loads(header.pop('__metadata__')['tensors'])]
-    except (KeyError, TypeError, ValueError) as e: raise ValueError(f"{path} has a header that makes no sense: {e!r}") from None
-    layout, owners = _layout(stored), {s.name: s.shape for s in stored if not s.same_as}
-    if layout != header or len({s.name for s in stored}) < len(stored) or any(s.same_as and owners.get(s.same_as) != s.shape for s in stored):
-        raise ValueError(f"{path} has a header that contradicts itself")
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{path} has a header that makes no sense: {e!r}") from None
+    layout = _layout(stored)
+    if layout != header or not _is_consistent(stored): raise ValueError(f"{path} has a header that contradicts itself")
     at = {part: (start + p['data_offsets'][0], _n_bytes(p['dtype'], p['shape'])) for part,p in layout.items()}
-    for s in _in_order(stored):
-        if any(sum(at[part]) > size for part in s.parts()): raise ValueError(f"{path} is cut short: the tensor {s.name!r} is not all there")
-    if size > (end := max((sum(p) for p in at.values()), default=start)): raise ValueError(f"{path} has {size-end} bytes after its last tensor")
+    _check_size(stored, at, start, size, path)
     return stored, at
 
+# %% ../../nbs/files/00_safetensors.ipynb #ce43d96c
+def _is_consistent(stored):
+    "Whether names are unique, and tied tensors have the shape of the one that is stored"
+    owners = {s.name: s.shape for s in stored if not s.same_as}
+    if len({s.name for s in stored}) < len(stored): return False
+    return all(owners.get(s.same_as) == s.shape for s in stored if s.same_as)
+
+# %% ../../nbs/files/00_safetensors.ipynb #29f43aa5
+def _check_size(stored, at, start, size, path):
+    "Raise `ValueError` if the file ends before its last tensor or goes on after it"
+    for s in _widest_first(stored):
+        if any(sum(at[part]) > size for part in s.parts()):
+            raise ValueError(f"{path} is cut short: the tensor {s.name!r} is incomplete")
+    end = max((sum(p) for p in at.values()), default=start)
+    if size > end: raise ValueError(f"{path} has {size-end} bytes after its last tensor")
+
 # %% ../../nbs/files/00_safetensors.ipynb #895887a5
-def _parts(f, s, at): return [np.memmap(f, np.uint8, 'r', *at[p]) if at[p][1] else np.empty(0, np.uint8) for p in s.parts()]
+def _mapped_parts(f, s, at):
+    "The bytes of each part of `s`, mapped into memory"
+    return [np.memmap(f, np.uint8, 'r', *at[p]) if at[p][1] else np.empty(0, np.uint8) for p in s.parts()]
 
 # %% ../../nbs/files/00_safetensors.ipynb #528e3ced
-def _check(f, s, at, path):
-    "Raise `ValueError` where the bytes of a tensor are not those that were written, or don't make one"
-    crc, parts = 0, _parts(f, s, at)
+def _check_bytes(f, s, at, path):
+    "Raise `ValueError` if the bytes of a tensor are not those that were written, or contradict each other"
+    crc, parts = 0, _mapped_parts(f, s, at)
     for p in parts: crc = zlib.crc32(p, crc)
     if f'{crc:08x}' != s.crc32: raise ValueError(f"{path} is damaged: the tensor {s.name!r} is not what was written")
-    if s.kind == 'bitmask' and (n := sum(np.count_nonzero(b) for b in _unpacked(parts[1], s.numel))) != s.numel-s.zeros:
-        raise ValueError(f"{path} is damaged: the tensor {s.name!r} has {s.numel-s.zeros} values and a bitmask for {n}")
+    if s.kind != 'bitmask': return
+    n_bits, n_values = sum(np.count_nonzero(b) for b in _unpacked_bits(parts[1], s.numel)), s.numel-s.zeros
+    if n_bits != n_values:
+        raise ValueError(f"{path} is damaged: the tensor {s.name!r} has {n_values} values and a bitmask for {n_bits}")
 
 # %% ../../nbs/files/00_safetensors.ipynb #8370a4c9
 def _unfillable(t):
     "Why nothing can be written into `t`, or None"
-    if any(n > 1 and step == 0 for n,step in zip(t.shape, t.stride())): return 'is expanded: its elements share their memory'
+    is_expanded = any(n > 1 and step == 0 for n,step in zip(t.shape, t.stride()))
+    if is_expanded: return 'is expanded: its elements share their memory'
     if t.is_inference() and not torch.is_inference_mode_enabled(): return 'was made in inference mode'
 
 # %% ../../nbs/files/00_safetensors.ipynb #90d7b389
 def _check_fit(model, stored, path):
-    "Raise `ValueError` where keys or shapes of `model` are others, or nothing can be written into it; masks that are saved with it needn't be in the file: they follow"
-    own, keys = _state(model), {s.name for s in stored}
-    missing = [k for k in own if k not in keys and not (k.endswith(('_mask', '_sparsity')) and k.rpartition('_')[0] in keys)]
+    "Raise `ValueError` if keys or shapes of `model` differ, or a tensor of it can't be written to"
+    own, keys, model_type = _storable_state(model), {s.name for s in stored}, type(model).__name__
+    missing = [k for k in own if k not in keys and not _follows_weights(k, keys)]
     extra = [k for k in keys if k not in own]
-    if missing or extra: raise ValueError(f"{path} does not fit {type(model).__name__}: it lacks {missing} and has {sorted(extra)} beyond it")
-    shapes = [f'{s.name} is {tuple(s.shape)} in the file and {tuple(own[s.name].shape)} in the model' for s in stored if list(own[s.name].shape) != s.shape]
-    if shapes: raise ValueError(f"{path} does not fit {type(model).__name__}: {'; '.join(shapes)}")
-    if stuck := [f'{k} {why}' for k,t in own.items() if (why := _unfillable(t))]: raise ValueError(f"{path} can't be loaded into {type(model).__name__}: {'; '.join(stuck)}")
+    if missing or extra:
+        raise ValueError(f"{path} does not fit {model_type}: it lacks {missing} and has {sorted(extra)} beyond it")
+    shapes = [f'{s.name} is {tuple(s.shape)} in the file and {tuple(own[s.name].shape)} in the model'
+              for s in stored if list(own[s.name].shape) != s.shape]
+    if shapes: raise ValueError(f"{path} does not fit {model_type}: {'; '.join(shapes)}")
+    stuck = [f'{k} {why}' for k,t in own.items() if (why := _unfillable(t))]
+    if stuck: raise ValueError(f"{path} can't be loaded into {model_type}: {'; '.join(stuck)}")
+
+# %% ../../nbs/files/00_safetensors.ipynb #4ff3769a
+def _follows_weights(key, keys):
+    "Whether `key` is a mask that is saved with a model, or its sparsity: these need not be in the file"
+    return key.endswith(('_mask', '_sparsity')) and key.rpartition('_')[0] in keys
 
 # %% ../../nbs/files/00_safetensors.ipynb #ffe38786
-def _fill(model, tensors):
-    "Have `model` hold `tensors`, (key, tensor), which are made one after the other; then what hangs on a load happens"
+def _load_tensors(model, tensors):
+    "Copy `tensors`, pairs (key, tensor) made one after the other, into `model`; then run its hooks for loading"
     own = model.state_dict()
     with torch.no_grad():
         left = set(own)
@@ -368,34 +450,38 @@ def load_sparse(
     path, # A file that `save_sparse` has written
     model:nn.Module=None, # Model to load into, sparse or dense
 ):
-    """Load what `save_sparse` has written: into `model`, in place, which is returned; without one, return the `state_dict`, on the CPU.
-    As with `load_state_dict`, masks follow the weights: what is zero is masked.
-    No code of the file is run. Raises `ValueError` before anything changes: where the file is cut short or damaged, with the name of the tensor; where it is
-    of another format version; and where keys or shapes are not those of the model. Beside what it loads into it needs the memory of one tensor."""
+    """Load a file of `save_sparse` into `model`, in place, and return it; without a model, return the
+    `state_dict` on the CPU. As with `load_state_dict`, masks follow the weights: zeros are masked. No code of the
+    file is run. Needs the memory of one tensor besides the model. Raises `ValueError`, before anything changes,
+    if the file is cut short or damaged (with the name of the tensor), has another format version, or has other
+    keys or shapes than the model."""
     with open(path, 'rb') as f:
         stored, at = _read_header(f, path)
         if model is not None: _check_fit(unwrapped(model), stored, path)
-        for s in stored: s.same_as or _check(f, s, at, path)
+        for s in stored:
+            if not s.same_as: _check_bytes(f, s, at, path)
         by_name = {s.name: s for s in stored}
-        read = lambda s: _decoded(s, _parts(f, s, at))
-        if model is not None: _fill(unwrapped(model), ((s.name, read(by_name[s.same_as or s.name])) for s in stored))
-        else: state = {s.name: read(s) for s in stored if not s.same_as}
-    return {s.name: state[s.same_as or s.name] for s in stored} if model is None else model
+        read = lambda s: _decoded(s, _mapped_parts(f, s, at))
+        if model is not None:
+            _load_tensors(unwrapped(model), ((s.name, read(by_name[s.same_as or s.name])) for s in stored))
+            return model
+        state = {s.name: read(s) for s in stored if not s.same_as}
+    return {s.name: state[s.same_as or s.name] for s in stored}
 
 # %% ../../nbs/files/00_safetensors.ipynb #ccc0f08f
 def sparse_contents(
     path, # A file that `save_sparse` has written
 )->pd.DataFrame:
-    "What the file holds, a row per tensor, as `save_sparse` has returned it; reads the header only"
-    with open(path, 'rb') as f: return _contents(_read_header(f, path)[0])
+    "The table that `save_sparse` has returned, a row per tensor; reads only the header of the file"
+    with open(path, 'rb') as f: return _as_table(_read_header(f, path)[0])
 
 # %% ../../nbs/files/00_safetensors.ipynb #5927c3d1
 @patch
 def export_sparse(self:Learner,
     fname='model.safetensors', # File to write, below `learn.path`
 )->pd.DataFrame:
-    """Save the model's weights without their zeros under `learn.path`, as `save_sparse` does, whose result is returned.
-    In distributed training only the first process writes, and the others return None."""
+    """Save the model's weights without their zeros under `learn.path`; returns the table of `save_sparse`. In
+    distributed training only the first process writes, and the others return None."""
     if rank_distrib(): return
     path = Path(self.path)/fname
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 import numpy as np, torch
 
 from fasterai_sparse.engine.modules import Accelerated
-from fasterai_sparse.engine.ops import all_finite, engine_sets, Flat, Grid, Program, Sums
+from fasterai_sparse.engine.ops import all_finite, Convolution, engine_sets, Flat, Grid, Program
 from fasterai_sparse.engine.weights import Terms
 from engine import network, table
 from runs import cpu_name
@@ -48,9 +48,9 @@ def machine(floats=16):
     "Speeds of this machine: dense layers whose inputs stay in L1, and 8 MB and 256 MB that are read once"
     def rate(size, tile, which):
         grid = Grid(1)
-        grid.hold(1, tile*floats)
+        grid.include(1, tile*floats)
         x, y = (Flat(c, 1, tile*floats, grid, floats) for c in (48, 16))
-        op = Sums(x, y, np.zeros(16, np.float32), *Terms(torch.randn(16, 48), x).sums(size), grid.mask(1, tile*floats,
+        op = Convolution(x, y, np.zeros(16, np.float32), *Terms(torch.randn(16, 48), x).conv_layout(size), grid.mask(1, tile*floats,
             floats), tile=tile)
         return 200*counted(op, floats)[which]/least(Program([op]*200, 0, 1))
     small, large = torch.ones(2*2**20), torch.ones(64*2**20)
@@ -58,7 +58,7 @@ def machine(floats=16):
                    4*large.numel()/least(lambda: all_finite(large), 5), l3_size())
 
 def counted(op, floats):
-    "(vectors loaded, vectors multiplied, bytes of weights, bytes of activations) of a Sums"
+    "(vectors loaded, vectors multiplied, bytes of weights, bytes of activations) of a Convolution"
     tiles, size, terms = -(-op.y.vectors//op.tile), op.block, len(op.terms)
     u, line = op.y.vectors/tiles, 64//(4*floats)
     crossing = (op.terms['at'] % 16 != 0).mean() if terms and line == 1 else 0.
@@ -81,7 +81,7 @@ def layers(name, percent, pattern, floats, images=1):
     seconds = plan.timed([x], .5)
     total = plan.weights.taken + plan.activations.taken
     return [(plan.ops[i], l, seconds[i]) for i,l in plan.weighted.items() if isinstance(plan.ops[i],
-        Sums)], sum(seconds), total
+        Convolution)], sum(seconds), total
 
 def main(out):
     torch.set_num_threads(1)
@@ -111,7 +111,7 @@ def main(out):
              f'GB/s from memory.', '',
              *table(['network', 'sparsity, %', 'predicted, ms', 'measured, ms', 'ratio', 'median error of a layer',
                      'correlation', 'with all other operations, ms'], rows),
-             'Predicted and measured are of the operations with weights (`Sums`), in the course of a run.', '',
+             'Predicted and measured are of the operations with weights (`Convolution`), in the course of a run.', '',
              '## What it says of other networks and machines', '',
              *elsewhere(kept['resnet50', 90, 'weight'], m), '', '## Layer by layer', '',
              'ResNet-50 at 90 %; form: outputs together × parts of the inputs × vectors together.', '',

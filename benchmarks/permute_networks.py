@@ -25,6 +25,7 @@ from fasterai_sparse.core.criteria import large_final, wanda
 from fasterai_sparse.core.sparsifier import Sparsifier
 from fasterai_sparse.train.bn_adaptation import adapt_batchnorm
 from fasterai_sparse.nm.permute_model import permute_model
+from fasterai_sparse.utils.compat import BatchNorm
 from runs import cpu_name
 
 TORCHVISION = ['resnet18', 'resnet50', 'resnext50_32x4d', 'mobilenet_v2', 'mobilenet_v3_large', 'efficientnet_b0',
@@ -75,7 +76,7 @@ def stirred(model):
     """`model` with random BatchNorm statistics and without all-zero parameters, so that a channel in the wrong
     place changes the output"""
     for m in model.modules():
-        if isinstance(m, nn.modules.batchnorm.BatchNorm):
+        if isinstance(m, BatchNorm):
             m.running_mean.normal_(), m.running_var.uniform_(.5, 2), m.weight.uniform_(.5, 2), m.bias.normal_()
     for p in model.parameters():
         if not p.any(): p.normal_(std=.02)

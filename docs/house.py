@@ -179,7 +179,7 @@ class House:
     def dead_links(self):
         "Links of notebooks and of the documents at the top to notebooks and documents that are not there"
         texts = [(nb.path, source_of(c)) for nb in self.pages for c in nb.cells if c['cell_type'] == 'markdown']
-        documents = [*self.root.glob('*.md'), *(self.root/'docs').glob('*.md')]
+        documents = [p for pattern in ('*.md', 'docs/*.md', 'llms.txt') for p in self.root.glob(pattern)]
         texts += [(p, p.read_text(encoding='utf-8')) for p in documents]
         return [f'{p.relative_to(self.root)}: {link}' for p,text in texts for link in _file_link.findall(text)
                 if not (p.parent/link).exists()]

@@ -23,6 +23,7 @@ _entry = re.compile(r'^#+ .+?\n\n```python\n(.*?)\n```\n*(.*)', re.S|re.M)
 _arg_sep = re.compile(r',\s*(?=\*{0,2}[A-Za-z_]\w*([:=,]|$))(?![^()\[\]{}]*[)\]}])')
 _show_doc = re.compile(r'^show_doc\((.+?)[,)]', re.M)
 _own = re.compile(r'\[(`[^`]+`)\]\(/([\w/.-]+\.html)#([^)]+)\)')
+_docs = re.compile(r'\]\(\.\./((?:\.\./)*)docs/')
 _nested = re.compile(r'\[(\[`[^`]+`\])\([^)]*\)\]')
 
 def slug(title):
@@ -78,7 +79,8 @@ def signature(sig, is_class):
     return class_signature(sig) if is_class else sig
 
 def class_signature(sig):
-    "`show_doc` prints a class as a function, with `(*args, **kwargs)` where it has no `__init__`"
+    "`show_doc` prints a class as a function, with `(*args, **kwargs)` or all events where it has no `__init__`"
+    sig = re.sub(r'\(\s*\*, after_create=.*\)', '(*args, **kwargs)', sig, flags=re.S)
     return re.sub(r'^def (\w+)(\(\*args, \*\*kwargs\))?', r'class \1', sig).replace(')->None:', '):')
 
 def entry(nm, md, cs, defs):
@@ -97,7 +99,7 @@ def code(c):
 def convert(c, cs, path, defs):
     "MyST cell for the processed cell `c` after `cs`"
     if c['cell_type']=='raw': c = opening(path)
-    if c['cell_type']=='markdown': return markdown(_nested.sub(r'\1', c['source']))
+    if c['cell_type']=='markdown': return markdown(_docs.sub(r'](\1', _nested.sub(r'\1', c['source'])))
     shown = _show_doc.search(c['source'])
     return entry(shown[1], ''.join(c['outputs'][0]['data']['text/markdown']), cs, defs) if shown else code(c)
 

@@ -12,7 +12,7 @@ def text_of(output):
 def cell_text(cell):
     "A cell as markdown, with links to notebooks made to work from the top folder"
     source = ''.join(cell['source'])
-    if cell['cell_type'] == 'markdown': return re.sub(r'\]\((\S+\.ipynb)', r'](nbs/\1', source)
+    if cell['cell_type'] == 'markdown': return re.sub(r'\]\((\S+\.ipynb)', r'](nbs/\1', source).replace('](../', '](')
     if source.startswith('#| hide'): return ''
     outputs = ''.join(map(text_of, cell['outputs'])).strip('\n')
     return f'```python\n{source}\n```' + (f'\n\n```text\n{outputs}\n```' if outputs else '')

@@ -11,7 +11,8 @@ from .core.patterns import block, NM
 from .core.report import plot_sparsity, sparsity_report
 from .core.schedules import agp, cos, dsd, iterative, lin, one_cycle, one_shot, Schedule
 from .core.select import top_k_mask
-from .core.sparsifier import masks_from_zeros, Sparsifier
+from .core.from_zeros import masks_from_zeros
+from .core.sparsifier import Sparsifier
 from .core.targets import as_fraction
 from .train.bn_adaptation import adapt_batchnorm, AdaptBatchNorm
 from .train.keep_masks import copy_masks, KeepMasks

@@ -7,14 +7,15 @@ matplotlib.use('Agg')
 import pytest, torch
 
 torch.set_num_threads(1)
-os.environ['OMP_NUM_THREADS'] = '1'                                              # also of the processes that tests start
-os.environ['XDG_CACHE_HOME'] = os.environ['LOCALAPPDATA'] = tempfile.mkdtemp()   # what the engine finds out here is not kept
+os.environ['OMP_NUM_THREADS'] = '1'   # also of the processes that tests start
+# What the engine measures here is not kept
+os.environ['XDG_CACHE_HOME'] = os.environ['LOCALAPPDATA'] = tempfile.mkdtemp()
 
 @pytest.fixture(autouse=True)
 def seeded(): torch.manual_seed(0)
 
 def pytest_make_parametrize_id(config, val):
-    "The name of a function, with the arguments of a `partial`: its repr holds an address, which differs from run to run"
+    "Name and arguments of a `partial`: its repr holds an address, which differs from run to run"
     if not isinstance(val, partial): return None   # pytest itself takes `__name__`
     args = [*map(str, val.args), *(f'{k}={v}' for k,v in val.keywords.items())]
     return f"{getattr(val.func, '__name__', 'partial')}({', '.join(args)})" if '0x' not in str(args) else None

@@ -1,38 +1,64 @@
-"Run the tests of the compiled kernels over builds that watch their memory and threads: `python tests/sanitize.py [address] [thread]`, both by default; Linux, with g++"
+"""Run the tests of the compiled kernels over builds that watch their memory and threads; Linux, with g++:
+`python tests/sanitize.py [address] [thread]`, both by default"""
 import ctypes, os, shutil, subprocess, sys, tempfile
 from pathlib import Path
 
 root = Path(__file__).parent.parent
-tests = ['tests/engine/test_ops.py', 'tests/engine/test_accelerate.py', 'tests/nm/test_search.py']
-builds = {'address': ['-fsanitize=address,undefined', '-fno-sanitize-recover=undefined', '-fno-omit-frame-pointer'], 'thread': ['-fsanitize=thread']}
+tests = [f'tests/engine/test_{name}.py' for name in ('ops', 'accelerate', 'native_failures')] + ['tests/nm/test_search.py']
+builds = {
+    'address': ['-fsanitize=address,undefined', '-fno-sanitize-recover=undefined', '-fno-omit-frame-pointer'],
+    'thread': ['-fsanitize=thread']}
 runtimes = {'address': 'libasan.so', 'thread': 'libtsan.so'}
-options = dict(ASAN_OPTIONS='detect_leaks=0', UBSAN_OPTIONS='print_stacktrace=1', TSAN_OPTIONS='ignore_noninstrumented_modules=1')   # Python frees little at its end; torch's threads aren't ours
+options = dict(
+    ASAN_OPTIONS='detect_leaks=0',   # Python frees little when it ends
+    UBSAN_OPTIONS='print_stacktrace=1',
+    TSAN_OPTIONS='ignore_noninstrumented_modules=1')   # torch's threads are not ours
 
-call = "import numpy as np; from fasterai_sparse.utils.native import *; x = np.ones((256,256), 'float32'); native_library()[0].fs_sum_max(x.ctypes.data, x.ctypes.data, {}, 0, 2)"
-strays = {'address': call.format('np.ones((256,256), "float32").ctypes.data, 256, 256, 512'), 'thread': call.format('x.ctypes.data, 256, 256, 256')}   # reads beyond; writes what another thread reads
+# Calls that a sanitizer has to report, or it would see nothing in the tests either: one reads beyond an array, one writes
+# what another thread reads
+call = '''
+import numpy as np
+from fasterai_sparse.utils.native import native_library
+x = np.ones((256, 256), 'float32')
+native_library()[0].fs_sum_max(x.ctypes.data, x.ctypes.data, {}, 0, 2)
+'''
+faults = {
+    'address': call.format('np.ones((256, 256), "float32").ctypes.data, 256, 256, 512'),
+    'thread': call.format('x.ctypes.data, 256, 256, 256')}
 
-def compiler(*args): return subprocess.run([os.environ.get('CXX', 'g++'), *args], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+def compiler(*args):
+    run = subprocess.run([os.environ.get('CXX', 'g++'), *args], check=True, stdout=subprocess.PIPE, text=True)
+    return run.stdout.strip()
 
 def build(tmp, kind):
-    "A copy of the package in `tmp`, with a library that is watched"
-    for name in ('fasterai_sparse', 'tests'): shutil.copytree(root/name, tmp/name, ignore=shutil.ignore_patterns('__pycache__', '_native*'))
+    "Copy the package to `tmp`, with a library that is watched"
+    ignored = shutil.ignore_patterns('__pycache__', '_native*')
+    for name in ('fasterai_sparse', 'tests'): shutil.copytree(root/name, tmp/name, ignore=ignored)
     shutil.copy(root/'pyproject.toml', tmp)
-    compiler('-shared', '-fPIC', '-std=c++17', '-pthread', '-O1', '-g', *builds[kind], *map(str, (tmp/'fasterai_sparse'/'csrc').glob('*.cpp')), '-o', str(tmp/'fasterai_sparse'/'_native.so'))
+    package = tmp/'fasterai_sparse'
+    sources = [str(p) for p in (package/'csrc').glob('*.cpp')]
+    flags = ['-shared', '-fPIC', '-std=c++17', '-pthread', '-O1', '-g', *builds[kind]]
+    compiler(*flags, *sources, '-o', str(package/'_native.so'))
 
-def fixed_addresses(): ctypes.CDLL(None).personality(0x40000)   # the thread sanitizer knows only some layouts of memory; where it isn't allowed it may do without
+def fixed_addresses():
+    "No random addresses: the thread sanitizer knows only some layouts of memory. Where that is refused it may work all the same"
+    ctypes.CDLL(None).personality(0x40000)
 
 def run(tmp, kind, *args, **kwargs):
-    "Run Python in `tmp` with the sanitizer's runtime, and the C++ library that it has to find, before all others"
+    "Run Python in `tmp`; the sanitizer's runtime, and the C++ library that it has to find, are loaded before all others"
     preload = ' '.join(compiler(f'-print-file-name={lib}') for lib in (runtimes[kind], 'libstdc++.so'))
-    return subprocess.run([sys.executable, *args], cwd=tmp, env={**os.environ, **options, 'PYTHONPATH': str(tmp), 'LD_PRELOAD': preload}, preexec_fn=fixed_addresses, **kwargs)
+    env = {**os.environ, **options, 'PYTHONPATH': str(tmp), 'LD_PRELOAD': preload}
+    return subprocess.run([sys.executable, *args], cwd=tmp, env=env, preexec_fn=fixed_addresses, **kwargs)
 
 def check(kind):
     with tempfile.TemporaryDirectory() as d:
         tmp = Path(d)
         build(tmp, kind)
-        stray = run(tmp, kind, '-c', strays[kind], capture_output=True, text=True)
-        if not stray.returncode or 'Sanitizer' not in stray.stderr: sys.exit(f'The {kind} sanitizer does not see what it is there for:\n{stray.stderr}')
-        if rc := run(tmp, kind, '-m', 'pytest', '--capture=sys', *tests).returncode: sys.exit(rc)   # what it reports goes to the terminal
+        fault = run(tmp, kind, '-c', faults[kind], capture_output=True, text=True)
+        if not fault.returncode or 'Sanitizer' not in fault.stderr:
+            sys.exit(f'The {kind} sanitizer does not report a fault that was made for it:\n{fault.stderr}')
+        failed = run(tmp, kind, '-m', 'pytest', '--capture=sys', *tests).returncode   # reports go to the terminal
+        if failed: sys.exit(failed)
 
 if __name__ == '__main__':
     for kind in sys.argv[1:] or builds: check(kind)

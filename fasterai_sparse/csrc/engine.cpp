@@ -1,5 +1,12 @@
-// Runs a network whose weights are mostly zero: a list of operations on activations that lie flat (engine.inc). A plain C interface, loaded with ctypes;
-// the list is made by the engine's notebook, whose `run_torch` is the specification of each operation.
+// The engine: runs a list of operations on activations that lie flat, skipping the weights that are zero. A plain C interface, loaded
+// with ctypes (nbs/engine/00_ops), whose classes make the list; their `run_torch` is the specification of each operation.
+//
+//   ops.def, acts.def   the lists of operations and activations
+//   ops.h               the structures of arguments, made from them
+//   vec.inc             vectors and activations
+//   conv.inc, matvec.inc, dense.inc, attention.inc   the kernels
+//   engine.inc          the above for one instruction set
+//   engine.cpp          instruction sets, threads, and the exported functions
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -10,18 +17,9 @@
 #include <immintrin.h>
 #endif
 #include "export.h"
+#include "ops.h"
 
 namespace {
-
-struct Op {
-    int32_t kind, act, rows, block, tile, vectors, k_blocks, chunks;
-    const int32_t *starts, *offsets;
-    const float *values, *bias, *x;   // values of sums: terms, the weights of a block and where their input lies
-    float* y;
-    const int32_t* mask;   // of each position: all bits where there is a pixel, none between rows
-    const float* residual;
-    int64_t y_stride, r_stride, a[16];
-};
 
 #if defined(__GNUC__)
 #if defined(__clang__)
@@ -73,71 +71,126 @@ POP
 #endif
 #endif
 
-struct Set { const char* name; int floats; void (*job)(const Op&, int); int64_t (*n_jobs)(const Op&); int (*finite)(const float*, int64_t); };
+// An instruction set, the floats of its vectors, and its kernels
+struct Set {
+    const char* name;
+    int floats;
+    void (*job)(const Op&, int64_t);
+    int64_t (*n_jobs)(const Op&);
+    int (*finite)(const float*, int64_t);
+};
 
-std::vector<Set> sets() {
-    std::vector<Set> found;
+// Those that were compiled and that this processor has, the best first
+struct Sets {
+    Set found[3];
+    int n = 0;
+
+    Sets() {
 #if defined(__GNUC__)
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")) found.push_back({"avx512", 16, avx512::job, avx512::n_jobs, avx512::finite});
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back({"avx2", 8, avx2::job, avx2::n_jobs, avx2::finite});
+        __builtin_cpu_init();
+        const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
+                          && __builtin_cpu_supports("avx512bw");
+        if (wide) found[n++] = {"avx512", 16, avx512::job, avx512::n_jobs, avx512::finite};
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+            found[n++] = {"avx2", 8, avx2::job, avx2::n_jobs, avx2::finite};
+        }
 #endif
-    found.push_back({"128-bit vectors", 4, narrow::job, narrow::n_jobs, narrow::finite});
+        found[n++] = {"128-bit vectors", 4, narrow::job, narrow::n_jobs, narrow::finite};
 #endif
-    return found;
+    }
+};
+
+// The `i`th best set, or a null pointer
+const Set* set_number(int i) {
+    static const Sets sets;
+    return i >= 0 && i < sets.n ? &sets.found[i] : nullptr;
 }
 
-const std::vector<Set>& all() {
-    static const auto found = sets();
-    return found;
-}
-
-// Threads that go through the operations side by side, and wait for each other after each
+// Threads that run a list of operations together: all take jobs of the same operation, and wait until it is done before the next
 struct Crew {
     const Op* ops;
     const int64_t n;
-    const Set set;
+    const Set& set;
     const int threads;
-    std::vector<std::atomic<int64_t>> next, done;
+    std::vector<std::atomic<int64_t>> next, done;   // of each operation: the next job that nobody has taken, threads that found none left
+    std::atomic<int> members;   // threads that take part; fewer than `threads` where the system refuses some
+    std::atomic<int> code{DONE};
+    std::atomic<int64_t> failed{-1};   // the operation that went wrong
 
-    Crew(const Op* ops, int64_t n, Set set, int threads) : ops(ops), n(n), set(set), threads(threads), next(n), done(n) {}
+    Crew(const Op* ops, int64_t n, const Set& set, int threads)
+        : ops(ops), n(n), set(set), threads(threads), next(n), done(n), members(threads) {}
 
-    void work() {
-        for (int64_t i = 0; i < n; i++) {
-            const int64_t jobs = set.n_jobs(ops[i]);
-            const int64_t step = ops[i].kind == 0 ? 1 : std::max<int64_t>(1, jobs/(4*threads));
-            for (int64_t j; (j = next[i].fetch_add(step)) < jobs; ) for (int64_t k = j; k < std::min(jobs, j+step); k++) set.job(ops[i], (int)k);
+    void run_jobs(int64_t i) {
+        const int64_t jobs = set.n_jobs(ops[i]);
+        const int64_t step = ops[i].kind == OP_conv ? 1 : std::max<int64_t>(1, jobs/(4*threads));
+        for (int64_t j; (j = next[i].fetch_add(step)) < jobs; ) {
+            for (int64_t k = j; k < std::min(jobs, j+step); k++) set.job(ops[i], k);
+        }
+    }
+
+    void work() noexcept {
+        for (int64_t i = 0; i < n && !code.load(); i++) {
+            if (const int outcome = outcome_of([&] { run_jobs(i); })) {   // the others see the code and stop
+                failed.store(i);
+                code.store(outcome);
+            }
             done[i].fetch_add(1);
-            for (int spins = 0; done[i].load() < threads; spins++) if (spins > 2000) std::this_thread::yield();
+            for (int spins = 0; done[i].load() < members.load() && !code.load(); spins++) if (spins > 2000) std::this_thread::yield();
         }
     }
 };
 
+int run_alone(const Op* ops, int64_t n, const Set& set, int64_t* failed) noexcept {
+    int64_t i = 0;
+    const int outcome = outcome_of([&] {
+        for (; i < n; i++) for (int64_t j = 0, jobs = set.n_jobs(ops[i]); j < jobs; j++) set.job(ops[i], j);
+    });
+    if (outcome) *failed = i;
+    return outcome;
 }
 
-// Name of the `i`th best instruction set here and how many floats its vectors have, or a null pointer
-EXPORT const char* fs_engine_set(int i, int* floats) {
-    if (i < 0 || i >= (int)all().size()) return nullptr;
-    *floats = all()[i].floats;
-    return all()[i].name;
-}
-
-EXPORT int fs_op_size() { return (int)sizeof(Op); }
-
-// Whether none of `n` numbers is infinite or no number
-EXPORT int fs_finite(const void* x, int64_t n) { return all()[0].finite((const float*)x, n); }
-
-EXPORT void fs_run(const void* ops, int64_t n, int which, int threads) {
-    const Op* o = (const Op*)ops;
-    const Set set = all()[which];
-    if (threads <= 1) {
-        for (int64_t i = 0; i < n; i++) for (int64_t j = 0, jobs = set.n_jobs(o[i]); j < jobs; j++) set.job(o[i], (int)j);
-        return;
-    }
-    Crew crew(o, n, set, threads);
+// May throw std::bad_alloc, before any thread is started
+int run_together(const Op* ops, int64_t n, const Set& set, int threads, int64_t* failed) {
+    Crew crew(ops, n, set, threads);
     std::vector<std::thread> others;
-    for (int t = 1; t < threads; t++) others.emplace_back(&Crew::work, &crew);
+    others.reserve(threads-1);
+    while ((int)others.size() < threads-1 && started(others, [&crew] { crew.work(); })) {}
+    crew.members.store(1 + (int)others.size());
     crew.work();
     for (auto& t : others) t.join();
+    *failed = crew.failed.load();
+    return crew.code.load();
+}
+
+}
+
+// The lists of operations with their arguments, and of activations, that this library was compiled with
+EXPORT const char* fs_operations() noexcept { return operation_list; }
+EXPORT const char* fs_activations() noexcept { return activation_list; }
+
+// Name of the `i`th best instruction set here and how many floats its vectors have, or a null pointer
+EXPORT const char* fs_engine_set(int i, int* floats) noexcept {
+    const Set* set = set_number(i);
+    if (!set) return nullptr;
+    *floats = set->floats;
+    return set->name;
+}
+
+// 1 if none of `n` floats is NaN or infinite, 0 if one is, -1 where there is no instruction set
+EXPORT int fs_finite(const void* x, int64_t n) noexcept {
+    const Set* set = set_number(0);
+    return set ? set->finite((const float*)x, n) : -1;
+}
+
+// Runs `n` operations in the `which`th best instruction set on at most `threads` threads. Returns an Outcome; `failed` becomes the number
+// of the operation that went wrong, or -1. What a failed run has written is undefined.
+EXPORT int fs_run(const void* ops, int64_t n, int which, int threads, int64_t* failed) noexcept {
+    const Set* set = set_number(which);
+    *failed = -1;
+    if (!set) return NO_INSTRUCTION_SET;
+    if (threads <= 1) return run_alone((const Op*)ops, n, *set, failed);
+    int code = DONE;
+    const int outcome = outcome_of([&] { code = run_together((const Op*)ops, n, *set, threads, failed); });
+    return outcome ? outcome : code;
 }

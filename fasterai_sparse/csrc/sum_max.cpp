@@ -1,5 +1,5 @@
-// The product that the permutation search is made of, with max in the place of times: out[i,j] = sum over r of max(h[i,r], x[j,r]).
-// A plain C interface, loaded with ctypes. Its specification is `sum_max_torch` of the permutation notebook.
+// sum_max: like a matrix product with max in place of times, out[i][j] = sum over r of max(h[i][r], x[j][r]). The permutation search
+// spends its time here. A plain C interface, loaded with ctypes; its specification is `sum_max_torch` (nbs/utils/06_native).
 #include <algorithm>
 #include <cstdint>
 #include <thread>
@@ -41,36 +41,34 @@ void tile_1(const float* h, const float* x, float* out, int64_t ld, int64_t nc, 
 }
 #endif
 
-struct Set { const char* name; Kernel tile; };
+struct TileSet { const char* name; Kernel tile; };
 
 // Those that this processor has, the best first
-std::vector<Set> sets() {
-    std::vector<Set> found;
+struct TileSets {
+    TileSet found[3];
+    int n = 0;
+
+    TileSets() {
 #if defined(__GNUC__)
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f")) found.push_back({"avx512", tile_avx512});
-    if (__builtin_cpu_supports("avx2")) found.push_back({"avx2", tile_avx2});
+        __builtin_cpu_init();
+        if (__builtin_cpu_supports("avx512f")) found[n++] = {"avx512", tile_avx512};
+        if (__builtin_cpu_supports("avx2")) found[n++] = {"avx2", tile_avx2};
 #endif
-    found.push_back({"128-bit vectors", tile_4});
+        found[n++] = {"128-bit vectors", tile_4};
 #else
-    found.push_back({"scalar", tile_1});
+        found[n++] = {"scalar", tile_1};
 #endif
-    return found;
+    }
+};
+
+// The `i`th best set, or a null pointer
+const TileSet* tile_set(int i) {
+    static const TileSets sets;
+    return i >= 0 && i < sets.n ? &sets.found[i] : nullptr;
 }
 
-}
-
-// Name of the `i`th best instruction set here, or a null pointer
-EXPORT const char* fs_instruction_set(int i) {
-    static const auto all = sets();
-    return i >= 0 && i < (int)all.size() ? all[i].name : nullptr;
-}
-
-// `out` (nh×nc) from `h` (nh×ld) and `x` (nc×ld), all row by row; ld is a multiple of 16. Uses the `which`th best instruction set, and up to `threads` threads
-EXPORT void fs_sum_max(const float* h, const float* x, float* out, int64_t nh, int64_t nc, int64_t ld, int which, int threads) {
-    static const auto all = sets();
-    const Kernel tile = all[which].tile;
+void sum_max(const float* h, const float* x, float* out, int64_t nh, int64_t nc, int64_t ld, Kernel tile, int threads) {
     const int64_t panel = std::max<int64_t>(4, 98304/ld/4*4);   // columns of x that stay in the cache while all rows of h pass by
     auto work = [=](int64_t from, int64_t to) {
         for (int64_t j0 = from; j0 < to; j0 += panel)
@@ -78,11 +76,33 @@ EXPORT void fs_sum_max(const float* h, const float* x, float* out, int64_t nh, i
                 for (int64_t j = j0; j < std::min(to, j0+panel); j += 4)
                     tile(h + i*ld, x + j*ld, out + i*nc + j, ld, nc, (int)std::min<int64_t>(4, nh-i), (int)std::min<int64_t>(4, to-j));
     };
-    const int64_t most = nh*nc*ld >> 21;   // a thread is started for a millisecond's work or so
+    const int64_t most = nh*nc*ld >> 21;   // one thread for about a millisecond of work
     const int64_t n = std::max<int64_t>(1, std::min<int64_t>({(int64_t)threads, most, (nc+3)/4}));
-    std::vector<std::thread> others;
     const int64_t step = ((nc+n-1)/n + 3)/4*4;
-    for (int64_t from = step; from < nc; from += step) others.emplace_back(work, from, std::min(nc, from+step));
+    std::vector<std::thread> others;
+    others.reserve(n);
+    int64_t from = step;   // columns of the calling thread: [0, step), and those for which it gets no other thread
+    for (; from < nc; from += step) {
+        const int64_t to = std::min(nc, from+step);
+        if (!started(others, [=] { work(from, to); })) break;
+    }
     work(0, std::min(nc, step));
+    if (from < nc) work(from, nc);
     for (auto& t : others) t.join();
+}
+
+}
+
+// Name of the `i`th best instruction set here, or a null pointer
+EXPORT const char* fs_instruction_set(int i) noexcept {
+    const TileSet* set = tile_set(i);
+    return set ? set->name : nullptr;
+}
+
+// `out` (nh×nc) from `h` (nh×ld) and `x` (nc×ld), all row by row; ld is a multiple of 16. Uses the `which`th best instruction set, and at
+// most `threads` threads. Returns an Outcome
+EXPORT int fs_sum_max(const float* h, const float* x, float* out, int64_t nh, int64_t nc, int64_t ld, int which, int threads) noexcept {
+    const TileSet* set = tile_set(which);
+    if (!set) return NO_INSTRUCTION_SET;
+    return outcome_of([&] { sum_max(h, x, out, nh, nc, ld, set->tile, threads); });
 }

@@ -6,27 +6,25 @@ from fractions import Fraction
 
 import numpy as np, pandas as pd, pytest
 from fastai.basics import (Adam, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, L,
-                           Lamb, Lookahead, OptimWrapper, RAdam, SGD, load_learner, params, ranger)
+                           Lamb, Lookahead, OptimWrapper, RAdam, SGD, params, ranger)
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import sched_cos, sched_exp, sched_lin, sched_no
-from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.text.models.awdlstm import WeightDropout
 
 from callback_helpers import (
-    all_same, at, at_batch, collect, convnet, copied_by, fit, follows_masks, images, kept, learner, loaders, masks,
-    raising, said, same, snapshot, weights)
+    all_same, at, at_batch, collect, convnet, copied_by, fit, follows_masks, held, images, kept, learner, loaders, masks,
+    raising, same, snapshot, weights)
 from fastai.basics import (
-    accuracy, Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, nn, partial, set_seed, torch)
+    Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, nn, partial, set_seed, torch)
 from fasterai_sparse.core.allocation import (
     erdos_renyi_sparsity, first_layer_dense_uniform, global_sparsity, uniform_sparsity)
 from fasterai_sparse.core.criteria import large_final, movement, wanda
 from fasterai_sparse.core.masks import (
-    apply_masks, get_mask, mask_sparsity, masked_params, masks_off, remove_masks, set_mask)
+    apply_masks, get_mask, masked_params, masks_off, remove_masks, set_mask)
 from fasterai_sparse.core.patterns import block, NM
 from fasterai_sparse.core.select import n_zeros
 from fasterai_sparse.core.sparsifier import Sparsifier
-from fasterai_sparse.train.updates import bake_masks
 from fasterai_sparse.dynamic.callback import (
     DynamicSparseTrainingCallback, GraNet_presets, ITOP_presets, MEST_presets, RigL_presets, SET_presets,
     SNFS_presets)
@@ -132,8 +130,6 @@ class Everywhere(Callback):
     def __call__(self, event_name): self.seen.append(self.f(self.learn))
 
 def n_live(learn): return [int(mask.sum()) for *_,mask in masked_params(learn.model)]
-
-def held(learn): return not any(p[mask == 0].any() for *_,p,mask in masked_params(learn.model))
 
 def watched(learn, cb, n_epoch=2, cbs=(), **kwargs):
     "The updates of a fit"
@@ -451,92 +447,13 @@ def test_a_checkpoint_fits_a_dense_model_and_one_that_is_sparse_in_other_places(
     assert same(snapshot(dense.model), snapshot(learn.model)) and all_same(masks(other.model), masks(learn.model))
     for _,mask,s in sparse_params(other.model): assert s == pytest.approx(1-int(mask.sum())/mask.numel())
 
-@pytest.mark.parametrize('method', ['SET', 'SNFS', 'RigL'])
-def test_the_best_epoch_is_loaded_at_the_end(method):
-    counter = iter(range(1000))
-    def later(pred, y): return next(counter)
-    learn, ends = sparse_learner(), []
-    learn.metrics = later
-    keep = at_epoch(0, lambda learn: ends.extend([masks(learn.model), snapshot(learn.model)]))
-    cbs = [dst(method, 3, stop_pct=1.), SaveModelCallback(monitor='later', comp=np.less, with_opt=True), keep]
-    said(lambda: fit(learn, 3, cbs))
-    assert all_same(masks(learn.model), ends[0]) and same(snapshot(learn.model), ends[1]) and follows_masks(learn.model)
-    assert sum(n_live(learn)) == sum(n_live(sparse_learner()))
-    fit(learn, 1)
-    assert all_same(masks(learn.model), ends[0]) and held(learn)
-
-@pytest.mark.parametrize('method', PRESETS)
-def test_plain_fits_after_it_keep_its_masks(method):
-    learn = fit(for_method(method, smooth()), 2, dst(method))
-    last = masks(learn.model)
-    watch, seen = collect('after_batch', lambda learn: all_same(last, masks(learn.model)) and held(learn))
-    fit(learn, 2, watch)
-    fit(learn, 1, watch, how='fit_one_cycle')
-    assert len(seen) == 18 and all(seen) and follows_masks(learn.model)
-
-LOOKS = dict(validate=lambda l: l.validate(), preds=lambda l: l.get_preds(),
-             train_loss=lambda l: l.get_preds(ds_idx=0, with_loss=True),
-             lr_find=lambda l: l.lr_find(num_it=6, show_plot=False, suggest_funcs=None), summary=lambda l: l.summary())
-
-@pytest.mark.parametrize('look', LOOKS)
-@pytest.mark.parametrize('method', ['SNFS', 'RigL', 'GraNet'])
-def test_looking_changes_nothing(method, look):
-    cb = dst(method)
-    learn = for_method(method, smooth(), cbs=cb)
-    for _ in range(2):
-        before, was, log = snapshot(learn.model), masks(learn.model), cb.log
-        with learn.no_bar(), learn.no_logging(): said(lambda: LOOKS[look](learn))
-        assert same(before, snapshot(learn.model)) and all_same(was, masks(learn.model))
-        assert cb.log.equals(log) or look == 'summary'   # which begins like a fit
-        fit(learn, 2)
-    assert batches(cb) == due(2, 12, stop=cb.stop_pct) + [9]*(method == 'GraNet')
-
-@pytest.mark.parametrize('look', ['validate', 'preds', 'train_loss'])
-@pytest.mark.parametrize('method', ['SET', 'SNFS', 'RigL'])
-def test_looking_between_epochs_changes_nothing(method, look):
-    ends = []
-    for cbs in ([], [at('after_epoch', LOOKS[look])]):
-        set_seed(0)
-        ends.append(snapshot(fit(sparse_learner(), 3, [dst(method, 4), *cbs]).model))
-    assert same(*ends)
-
 class Images(list):
     "A dataset whose loaders can be exported"
     def new_empty(self): return Images()
 
 def exportable(**kwargs): return dict(dls=loaders(6, lambda n: Images(images(n))), **kwargs)
 
-def test_masks_are_baked():
-    learn = fit(sparse_learner(**exportable()), 2, [dst()])
-    live, before = n_live(learn), snapshot(learn.model)
-    bake_masks(learn)
-    learn.export('baked.pkl')
-    assert same(before, snapshot(learn.model)) and sparse_params(learn.model) == []
-    assert b'fasterai_sparse' not in open('baked.pkl', 'rb').read()
-    assert [int(m.weight.count_nonzero()) for m in learn.model if isinstance(m, (nn.Conv2d, nn.Linear))] == live
-
-@pytest.mark.parametrize('method', ['SET', 'SNFS', 'RigL', 'GraNet'])
-def test_export_and_load(method):
-    learn = learner(model=convnet(), cbs=dst(method), **exportable())
-    sparsify_model(learn, .75, seed=0)
-    fit(learn, 2)
-    learn.export('learner.pkl')
-    other = load_learner('learner.pkl')
-    assert same(snapshot(learn.model), snapshot(other.model)) and all_same(masks(learn.model), masks(other.model))
-    other.dls = loaders()
-    before = masks(other.model)
-    fit(other, 1)
-    assert follows_masks(other.model) and (method == 'GraNet' or not all_same(before, masks(other.model)))
-
 HOW = dict(deepcopy=deepcopy, pickle=lambda o: pickle.loads(pickle.dumps(o)))
-
-@pytest.mark.parametrize('how', HOW)
-@pytest.mark.parametrize('method', ['SNFS', 'RigL'])
-def test_a_copy_of_the_model_taken_while_it_trains(method, how):
-    take, seen = collect('after_batch', lambda learn: (HOW[how](learn.model), masks(learn.model)))
-    learn = fit(sparse_learner(), 2, [dst(method), take])
-    assert all(all_same(then, masks(net)) and follows_masks(net) for net,then in seen) and len(seen) == 12
-    assert not all_same(seen[0][1], masks(learn.model)) and same(snapshot(seen[-1][0]), snapshot(learn.model))
 
 @pytest.mark.parametrize('how', HOW)
 @pytest.mark.parametrize('method', ['SNFS', 'RigL'])
@@ -549,16 +466,6 @@ def test_a_copy_of_the_learner_taken_while_it_trains(method, how):
     assert batches(other.dynamic_sparse_training) == due(2, 18, stop=cb.stop_pct) and held(other)
     assert {sum(n) for n in counts.seen} == {sum(n_live(learn))}
     assert all_same(was, masks(learn.model)) and cb.log.equals(log)
-
-@pytest.mark.parametrize('how', HOW)
-def test_a_copy_of_the_callback(how):
-    cb = dst('SNFS')
-    for _ in range(2):
-        ends = []
-        for c in (cb, HOW[how](cb)):
-            set_seed(0)
-            ends.append(masks(fit(sparse_learner(), 2, c).model))
-        assert all_same(*ends)
 
 # --- fits that break off, and objects that are used again
 
@@ -595,17 +502,6 @@ def test_batches_and_epochs_that_are_cut_short(event, exc):
     assert len(cb.log) >= 3 and len({tuple(n) for n,_ in counts.seen}) == 1 and held(learn)
     for u in updates: check_changes(u)
 
-def test_the_same_object_twice_in_a_fit():
-    ends = []
-    for twice in (False, True):
-        set_seed(0)
-        cb = dst()
-        learn = sparse_learner(cbs=[cb] if twice else None)
-        fit(learn, 2, [cb])
-        ends.append((masks(learn.model), cb.log, list(learn.recorder.metric_names)))
-    (m0, log0, names0), (m1, log1, names1) = ends
-    assert all_same(m0, m1) and log0.equals(log1) and names0 == names1
-
 def test_the_same_object_in_two_fits_and_two_learners():
     cb, learn = dst(), sparse_learner()
     fit(learn, 2, cb)
@@ -632,16 +528,6 @@ def test_two_callbacks_on_different_layers():
 # --- freezing, and layers that learn nothing
 
 def split(model): return [params(model[:3]), params(model[3:6]), params(model[6:])]
-
-@pytest.mark.parametrize('how', ['fit_one_cycle', 'fit_flat_cos'])
-@pytest.mark.parametrize('method', ['SNFS', 'RigL', 'GraNet'])
-def test_ways_to_fit(how, method):
-    learn, cb = for_method(method, smooth()), dst(method)
-    n = n_live(learn)
-    fit(learn, 3, cb, how)
-    assert batches(cb)[:2] == [2, 4] and follows_masks(learn.model)
-    assert method == 'GraNet' or sum(n_live(learn)) == sum(n)
-    assert method != 'GraNet' or mask_sparsity(learn.model) == pytest.approx(.9, abs=1e-3)
 
 @pytest.mark.parametrize('method', PRESETS)
 def test_fine_tune(method):
@@ -998,24 +884,6 @@ def test_schedules_of_the_users_own(f):
     assert cb.log.live.tolist() == [n-n_zeros(.8*p, n) for p in pos]
 
 # --- the table and the log
-
-@pytest.mark.parametrize('metrics', [accuracy, [], [accuracy, accuracy]], ids=['one', 'none', 'two'])
-@pytest.mark.parametrize('method', ['SET', 'GraNet'])
-def test_the_column_of_live_weights(method, metrics):
-    learn = for_method(method, smooth())
-    learn.metrics = metrics
-    n = len(learn.metrics)
-    count = lambda learn: sum(int(p.count_nonzero()) for *_,p,_ in masked_params(learn.model))
-    ends, seen = collect('after_epoch', count)
-    fit(learn, 3, [dst(method), ends])
-    names = list(learn.recorder.metric_names)
-    assert names == ['epoch', 'train_loss', 'valid_loss', 'live_weights', *['accuracy']*n, 'time']
-    at = names.index('live_weights') - 1
-    assert [row[at] for row in learn.recorder.values] == seen and (len(set(seen)) > 1) == (method == 'GraNet')
-    assert [len(row) for row in learn.recorder.values] == [len(names)-2]*3
-    assert learn.final_record[-1 if n else 1] == learn.validate()[-1]
-    fit(learn, 1)
-    assert 'live_weights' not in learn.recorder.metric_names
 
 def dead_outputs(m, mask):
     out = 1 if isinstance(m, nn.ConvTranspose2d) else 0

@@ -9,7 +9,7 @@ from fasterai_sparse.core.criteria import large_final
 from fasterai_sparse.core.sparsifier import Sparsifier
 from fasterai_sparse.engine.accelerate import accelerate
 from fasterai_sparse.engine.modules import Accelerated, Layerwise, SparseConv2d, SparseLinear
-from fasterai_sparse.engine.ops import acts, Attention, engine_sets, Flat, Grid, Products, Program, Scaled
+from fasterai_sparse.engine.ops import acts, Attention, engine_sets, Flat, Grid, MatVec, Program, Scale
 from fasterai_sparse.engine.plan import Choices, Plan
 
 SETS = list(engine_sets().items())
@@ -131,7 +131,7 @@ def test_attention_beside_other_images(which, tokens, causal):
 def between_stays_zero(plan):
     for op in plan.ops:
         y = getattr(op, 'y', None)
-        if not isinstance(y, Flat) or y.grid.single: continue
+        if not isinstance(y, Flat) or y.grid.one_position: continue
         inside = torch.zeros_like(y.memory, dtype=torch.bool)
         for o in [getattr(p, n, None) for p in plan.ops for n in ('x', 'y')]:
             if isinstance(o, Flat) and o.memory is y.memory: inside.as_strided(o.view.shape, o.view.stride(), o.begin).fill_(True)
@@ -149,7 +149,7 @@ def test_linear_of_any_rank(size):
 def test_one_position_in_each_form(n_out, density, act):
     from fasterai_sparse.engine.weights import Terms
     grid, w, b = Grid(1), torch.randn(n_out, 40), torch.randn(n_out).numpy()
-    grid.hold(1, 1)
+    grid.include(1, 1)
     w[torch.rand_like(w) >= density] = 0
     four = w.view(n_out, 10, 4)
     if density == .5: four.scatter_(2, four.abs().argsort(2)[...,:2], 0)
@@ -159,7 +159,7 @@ def test_one_position_in_each_form(n_out, density, act):
         terms = Terms(w, x)
         for size in [1, 16] + [24]*terms.is_24():
             for chunks in (1, 3):
-                p = Program([Products(x, y, b, *terms.products(size), size, act, r, chunks)], which, chunks)
+                p = Program([MatVec(x, y, b, *terms.matvec_layout(size), size, act, r, chunks)], which, chunks)
                 assert torch.equal(p.ops[0].weight(), w)
                 p()
                 assert same(acts[act]((w.double() @ x.view.flatten().double() + torch.from_numpy(b)).float() + r.view.flatten()), y.view.flatten(), 1e-5)
@@ -278,7 +278,7 @@ def test_masks_and_parametrizations():
     sparsifier.sparsify_model(80)
     with torch.no_grad(): want = model(x)
     fast, report = accelerate(model, x, cache=None)
-    assert report.sparsity.tolist() == pytest.approx([80, 80], abs=.5) and same(want, fast(x).detach()) and same(want, model(x).detach())
+    assert report.sparsity_pct.tolist() == pytest.approx([80, 80], abs=.5) and same(want, fast(x).detach()) and same(want, model(x).detach())
     assert equals(nn.Sequential(torch.nn.utils.parametrizations.weight_norm(conv(3, 8)), conv(8, 4)).eval(), x)
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float16, torch.bfloat16])
@@ -336,10 +336,10 @@ def test_overflow_passes():
 @pytest.mark.parametrize('which', range(len(SETS)))
 def test_a_factor_that_is_infinite_stays_on_its_image(which):
     floats, grid, ones = SETS[which][1], Grid(2), Grid(2)
-    grid.hold(5, 7, 1, 1, 1, 1), ones.hold(1, 1)
+    grid.include(5, 7, 1, 1, 1, 1), ones.include(1, 1)
     x, y, f = Flat(3, 5, 7, grid, floats), Flat(3, 5, 7, grid, floats), Flat(3, 1, 1, ones, floats)
     x.view.copy_(torch.rand(2, 3, 5, 7) + 1), f.view.fill_(float('inf'))
-    Program([Scaled(x, y, f, grid.mask(5, 7, floats))], which, 1)()
+    Program([Scale(x, y, f, grid.mask(5, 7, floats))], which, 1)()
     assert y.view.isinf().all() and not y.memory.isnan().any() and int(y.memory.isinf().sum()) == 2*3*5*7
 
 def test_autocast_and_inference_mode():

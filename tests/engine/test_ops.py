@@ -12,7 +12,7 @@ from fasterai_sparse.core.patterns import block, NM
 from fasterai_sparse.core.sparsifier import Sparsifier
 from fasterai_sparse.engine.accelerate import accelerate
 from fasterai_sparse.engine.modules import Accelerated
-from fasterai_sparse.engine.ops import acts, engine_sets, Flat, Grid, Parts, Program, Sums
+from fasterai_sparse.engine.ops import acts, Convolution, engine_sets, Flat, Grid, Program, Split
 from fasterai_sparse.engine.plan import Plan
 from fasterai_sparse.engine.weights import conv_taps, Terms
 
@@ -41,19 +41,19 @@ def conv_op(x, c, floats, act=None, residual=None, size=1, parts=1):
     with torch.no_grad(): out = c(x)
     (sy, sx) = ([s for _,s in conv_taps(k, s_, d, b)] for k,s_,d,b in zip(c.kernel_size, c.stride, c.dilation, c.padding))
     taps = [conv_taps(k, s_, d, b) for k,s_,d,b in zip(c.kernel_size, c.stride, c.dilation, c.padding)]
-    rests = sorted({(a, b) for a,_ in taps[0] for b,_ in taps[1]})
+    phases = sorted({(a, b) for a,_ in taps[0] for b,_ in taps[1]})
     h, w = (-(-n//s) for n,s in zip(x.shape[2:], c.stride))
     grid = Grid(len(x))
-    grid.hold(h, w, max(0, -min(sy)), max(0, -min(sx)))
-    grid.hold(*out.shape[2:], 0, 0, max(0, *sy), max(0, *sx))
-    taken, y = Flat(x.shape[1]*len(rests), h, w, grid, floats), Flat(out.shape[1], *out.shape[2:], grid, floats)
+    grid.include(h, w, max(0, -min(sy)), max(0, -min(sx)))
+    grid.include(*out.shape[2:], 0, 0, max(0, *sy), max(0, *sx))
+    taken, y = Flat(x.shape[1]*len(phases), h, w, grid, floats), Flat(out.shape[1], *out.shape[2:], grid, floats)
     r = None
     if residual is not None:
         r = Flat(out.shape[1], *out.shape[2:], grid, floats)
         r.view.copy_(residual)
-    terms = Terms(c.weight, taken, c.groups, c.stride, c.dilation, c.padding, rests)
+    terms = Terms(c.weight, taken, c.groups, c.stride, c.dilation, c.padding, phases)
     mask = grid.mask(*out.shape[2:], floats)
-    return [Parts(x, taken, tuple(c.stride), rests), Sums(taken, y, c.bias.detach().numpy(), *terms.sums(size, parts), mask, act, r, 1 if size == 16 else 3)], y
+    return [Split(x, taken, tuple(c.stride), phases), Convolution(taken, y, c.bias.detach().numpy(), *terms.conv_layout(size, parts), mask, act, r, 1 if size == 16 else 3)], y
 
 CONVS = [dict(kernel_size=3, padding=1), dict(kernel_size=1), dict(kernel_size=5, padding=2, stride=2), dict(kernel_size=3, dilation=2, padding=2), dict(kernel_size=3), dict(kernel_size=(1,7), padding=(0,3)),
          dict(kernel_size=2, stride=2), dict(kernel_size=3, padding=1, groups=4), dict(kernel_size=3, padding=1, groups=8), dict(kernel_size=4, stride=3, padding=1), dict(kernel_size=3, padding=2), dict(kernel_size=(3,2), stride=(1,2), padding=(2,0))]
@@ -86,16 +86,16 @@ def test_convolutions(which, kwargs, act):
 @pytest.mark.parametrize('size', [(1,1), (3,5), (8,16), (17,31), (32,33)])
 @pytest.mark.parametrize('stride', [(2,2), (1,2), (3,2), (2,1)])
 def test_parts_equal_their_twin(which, size, stride):
-    rests = [(a, b) for a in range(stride[0]) for b in range(stride[1])]
+    phases = [(a, b) for a in range(stride[0]) for b in range(stride[1])]
     grids = Grid(2), Grid(2)
-    grids[0].hold(*size, 1, 1), grids[1].hold(*(-(-n//s) for n,s in zip(size, stride)), 1, 1)
+    grids[0].include(*size, 1, 1), grids[1].include(*(-(-n//s) for n,s in zip(size, stride)), 1, 1)
     x = Flat(3, *size, grids[0], SETS[which][1])
     x.view.copy_(torch.randn(2, 3, *size))
     got = []
     for native in (False, True):
-        y = Flat(3*len(rests), *(-(-n//s) for n,s in zip(size, stride)), grids[1], SETS[which][1])
+        y = Flat(3*len(phases), *(-(-n//s) for n,s in zip(size, stride)), grids[1], SETS[which][1])
         y.view.fill_(7.)   # of another use
-        p = Program([Parts(x, y, stride, rests)], which, 1)
+        p = Program([Split(x, y, stride, phases)], which, 1)
         p() if native else p.run_torch()
         got.append(y.flat.clone())
     assert torch.equal(*got)
@@ -206,7 +206,7 @@ def test_report():
     model, x = sparse(nn.Sequential(conv(3,64), nn.ReLU(), conv(64,64), nn.ReLU(), conv(64,64), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64,4)), 95), torch.randn(1,3,64,64)
     before = copy.deepcopy(model.state_dict())
     fast, df = accelerate(model, x, threads=1)
-    assert df.layer.tolist() == ['0', '2', '4', '7'] and df.sparsity[1] == pytest.approx(95, abs=.1) and df.note[3] == '0 % sparse: little to skip' and (df.sparse_ms > 0).all() and (df.dense_ms > 0).all() and df.attrs['weights_mb'] > 0 and (accelerate(model, x, threads=2)[1].sparse_ms > 0).all()
+    assert df.layer.tolist() == ['0', '2', '4', '7'] and df.sparsity_pct[1] == pytest.approx(95, abs=.1) and df.note[3] == '0 % sparse: little to skip' and (df.sparse_ms > 0).all() and (df.dense_ms > 0).all() and df.attrs['weights_mb'] > 0 and (accelerate(model, x, threads=2)[1].sparse_ms > 0).all()
     assert df.attrs['note'] == '' and isinstance(fast, Accelerated) or 'as it is' in df.attrs['note'] and fast is model
     assert all(torch.equal(v, before[k]) for k,v in model.state_dict().items())
 

@@ -129,8 +129,8 @@ class Renamed(nn.Linear): pass
 
 REASONS = [(lambda: pruned(nn.Linear(64, 32)), ''), (lambda: pruned(nn.Linear(64, 32), torch.bfloat16), ''), (lambda: pruned(Renamed(64, 32)), ''),
     (lambda: pruned(nn.Conv2d(64, 32, 1)), ''), (lambda: pruned(nn.Conv2d(64, 32, 1, padding='same')), ''), (lambda: pruned(nn.Conv2d(64, 32, 1, dilation=2)), ''),
-    (lambda: pruned(nn.Linear(64, 1000)), 'out=1000 is no multiple of 16'), (lambda: pruned(nn.Linear(72, 32)), 'in=72 is no multiple of 16'),
-    (lambda: pruned(nn.Linear(64, 8)), 'out=8 is no multiple of 16'), (lambda: pruned(nn.Conv2d(64, 24, 1)), 'out=24 is no multiple of 16'),
+    (lambda: pruned(nn.Linear(64, 1000)), 'out=1000 is not a multiple of 16'), (lambda: pruned(nn.Linear(72, 32)), 'in=72 is not a multiple of 16'),
+    (lambda: pruned(nn.Linear(64, 8)), 'out=8 is not a multiple of 16'), (lambda: pruned(nn.Conv2d(64, 24, 1)), 'out=24 is not a multiple of 16'),
     (lambda: pruned(nn.Linear(64, 32), torch.float32), 'no 2:4 for float32: call .half() or .bfloat16() on the model'), (lambda: pruned(nn.Linear(64, 32), torch.float64), 'no 2:4 for float64: call .half() or .bfloat16() on the model'),
     (lambda: nn.Linear(64, 32).half(), 'its weight is dense'), (lambda: with_broken(1), 'not 2:4: 1 of 512 groups keep more than 2'), (lambda: with_broken(511), 'not 2:4: 511 of 512 groups keep more than 2'),
     (lambda: pruned(nn.Conv2d(64, 32, 3)), '3×3: only a 1×1 convolution is a matmul'), (lambda: pruned(nn.Conv2d(64, 32, (1,3))), '1×3: only a 1×1 convolution is a matmul'),
@@ -157,7 +157,7 @@ def test_shapes_that_fit(backend, rows, cols, dtype):
     for out in range(8, 200, 8):
         for n in range(8, 200, 8):
             why = why_not_24(pruned(nn.Linear(n, out)), backend, dtype)
-            assert why == (f'out={out} is no multiple of {rows}' if out % rows else f'in={n} is no multiple of {cols}' if n % cols else '')
+            assert why == (f'out={out} is not a multiple of {rows}' if out % rows else f'in={n} is not a multiple of {cols}' if n % cols else '')
 
 def test_asking_for_another_type(): assert why_not_24(pruned(nn.Linear(64, 32), torch.float32), dtype=torch.bfloat16) == ''
 
@@ -193,12 +193,12 @@ def test_report():
     net = Net()
     net.idle, net.big = pruned(nn.Linear(64, 32)), nn.Conv2d(64, 64, 3).half()
     fast, report = fast_of(net, torch.randn(4, 64, 5, 5).half(), race=race(quick=('Linear24',)))
-    assert list(report) == ['layer', 'kind', 'sparsity', 'dense_ms', 'sparse_ms', 'form', 'note']
+    assert list(report) == ['layer', 'kind', 'sparsity_pct', 'dense_ms', 'sparse_ms', 'form', 'note']
     rows = report.set_index('layer')
     assert list(rows.index) == ['conv', 'up', 'down', 'head', 'idle', 'big']
-    assert list(rows.kind) == ['Conv2d', 'Linear', 'Linear', 'Linear', 'Linear', 'Conv2d'] and list(rows.sparsity[:3]) == [50]*3 and rows.sparsity['big'] == 0
+    assert list(rows.kind) == ['Conv2d', 'Linear', 'Linear', 'Linear', 'Linear', 'Conv2d'] and list(rows.sparsity_pct[:3]) == [50]*3 and rows.sparsity_pct['big'] == 0
     assert dict(rows.form) == dict(conv='dense', up='2:4, reference', down='2:4, reference', head='dense', idle='dense', big='dense')
-    assert dict(rows.note) == dict(conv='dense is quicker', up='', down='', head='out=10 is no multiple of 32', idle='is not called with this batch: its weight is read elsewhere, or not at all', big='3×3: only a 1×1 convolution is a matmul')
+    assert dict(rows.note) == dict(conv='dense is quicker', up='', down='', head='out=10 is not a multiple of 32', idle='is not called with this batch: its weight is read elsewhere, or not at all', big='3×3: only a 1×1 convolution is a matmul')
     assert tuple(rows.loc['conv', ['dense_ms', 'sparse_ms']]) == (1, 1) and tuple(rows.loc['up', ['dense_ms', 'sparse_ms']]) == (1, .5) and rows.loc[['head', 'idle', 'big'], ['dense_ms', 'sparse_ms']].isna().all(None)
     assert report.attrs == dict(dense_ms=1, sparse_ms=.5, note='')
     assert kinds(fast) == ['Conv2d', 'BatchNorm2d', 'Linear24', 'Linear24', 'Dropout', 'Linear', 'Linear', 'Conv2d']
@@ -224,7 +224,7 @@ def test_no_kernel_on_a_cpu():
     net = Net()
     fast, report = accelerate_cuda(net, torch.randn(4, 64, 5, 5).half())
     assert fast is net and report.attrs['note'].startswith('no 2:4 kernel runs here: cusparselt: ') and 'cutlass: ' in report.attrs['note']
-    assert report.note[3] == 'out=10 is no multiple of 16' and report.note[0].startswith('RuntimeError')
+    assert report.note[3] == 'out=10 is not a multiple of 16' and report.note[0].startswith('RuntimeError')
 
 def test_models_without_layers_or_parameters():
     for net, note in ((nn.ReLU(), 'its parameters are on no device, not on one GPU'), (nn.LayerNorm(4).half(), 'no layer can run as 2:4')):
@@ -245,7 +245,7 @@ def test_the_quicker_backend_of_two():
 
 def test_the_reason_is_that_of_a_backend_that_runs():
     fast, report = fast_of(Net(), torch.randn(4, 64, 5, 5).half(), backends=[CUSPARSELT, Reference24])
-    assert list(report.note) == ['', '', '', 'out=10 is no multiple of 32'] and list(report.form[:3]) == ['2:4, reference']*3
+    assert list(report.note) == ['', '', '', 'out=10 is not a multiple of 32'] and list(report.form[:3]) == ['2:4, reference']*3
 
 def test_half_layers_in_a_float32_model():
     class Mixed(nn.Module):
@@ -495,7 +495,7 @@ def test_cuda_clock_and_winners():
     assert 0 < small < large
     net = nn.Sequential(pruned(nn.Linear(4096, 16384)), nn.GELU(), pruned(nn.Linear(16384, 4096)), nn.Linear(4096, 1000).half()).cuda()
     fast, report = accelerate_cuda(net, torch.randn(4096, 4096).half().cuda())
-    assert report.note[2] == 'out=1000 is no multiple of 16' or all(probe_24('cuda').values())
+    assert report.note[2] == 'out=1000 is not a multiple of 16' or all(probe_24('cuda').values())
     assert (fast is net) == bool(report.attrs['note'])
     if fast is not net: assert report.attrs['sparse_ms'] < report.attrs['dense_ms']
 

@@ -8,11 +8,12 @@ from torch import nn
 from callback_helpers import at, fit, learner
 from cases import in_a_loop
 from fasterai_sparse.core.criteria import large_final
+from fasterai_sparse.core.from_zeros import masks_from_zeros
 from fasterai_sparse.core.layers import maskable_weights
 from fasterai_sparse.core.masks import get_mask, masked_params, masks_off, remove_masks
 from fasterai_sparse.core.report import sparsity_report
 from fasterai_sparse.core.schedules import one_shot
-from fasterai_sparse.core.sparsifier import masks_from_zeros, Sparsifier
+from fasterai_sparse.core.sparsifier import Sparsifier
 from fasterai_sparse.train.keep_masks import KeepMasks
 from fasterai_sparse.train.sparsify_callback import SparsifyCallback
 from fasterai_sparse.nncf.const import ConstSparsityCallback

@@ -4,28 +4,18 @@ import sys
 import torch
 from fastai.basics import Callback
 from fastai.callback.training import GradientAccumulation
-from torch import nn
 
 from callback_helpers import follows_masks, masks, zeros
 from ddp_worker import Accelerator, digest, finish, gathered, make, train
+from kinds import LAYERS, Stirred
 from fasterai_sparse.core.masks import set_mask
 from fasterai_sparse.nncf.epoch_schedules import Polynomial
 from fasterai_sparse.nncf.magnitude import MagnitudeSparsityCallback
-from fasterai_sparse.nncf.rb import RBSparsityCallback
-
-ALL = (nn.Conv2d, nn.Linear)
-
-class Stirred(RBSparsityCallback):
-    "RB with logits that start anywhere, the same on both ranks"
-    def make_masks(self):
-        known, soft, g = getattr(self.__dict__.get('soft'), 'logits', {}), super().make_masks(), torch.Generator().manual_seed(0)
-        for s in (s for n,s in soft.logits.items() if n not in known): s.add_(torch.randn(s.shape, generator=g)*1.5 - 3.6)
-        return soft
 
 class Noting(Callback):
     "Notes what `cb` draws, and what comes of it in each step"
     order, run_valid = 90, False
-    def __init__(self, cb): self.cb, self.masks, self.steps, self.spared, self.ends, self.drawn = cb, [], [], [], [], []
+    def __init__(self, cb): self.cb, self.masks, self.steps, self.spared, self.ends, self.drawn = cb, *([] for _ in range(5))
     def before_backward(self):
         if self.cb.frozen: return
         self.masks.append(digest(self.cb.soft.masks.values()))
@@ -33,18 +23,25 @@ class Noting(Callback):
     def before_step(self):
         "Whether gradients, averaged by now, are zero where all have dropped a weight, and not all where some have"
         for n,p in self.cb.params.items() if self.drawn else ():
-            kept, n_drawn = sum(torch.tensor(m) for m in gathered(sum(d[n].int() for d in self.drawn).tolist())), 2*len(self.drawn)
+            here = sum(d[n].int() for d in self.drawn).tolist()
+            kept, n_drawn = sum(torch.tensor(m) for m in gathered(here)), 2*len(self.drawn)
             partly = (0 < kept) & (kept < n_drawn)
             self.spared.append(not p.grad[kept == 0].any() and bool(p.grad[partly].any()) == bool(partly.any()))
         self.drawn = []
-    def after_batch(self): self.steps.append(digest([*getattr(self.cb.soft, 'logits', {}).values(), *self.cb.params.values()]))
-    def after_epoch(self): self.ends.append((digest(self.cb.params.values()), sum(int((p == 0).sum()) for p in self.cb.params.values())))
+    def after_batch(self):
+        self.steps.append(digest([*getattr(self.cb.soft, 'logits', {}).values(), *self.cb.params.values()]))
+    def after_epoch(self):
+        ps = self.cb.params.values()
+        self.ends.append((digest(ps), sum(int((p == 0).sum()) for p in ps)))
 
 def run_soft(cb, *cbs, learn=None, n_epoch=4):
     learn, noting = learn or make(), Noting(cb)
     train(learn, cb, noting, *cbs, n_epoch=n_epoch)
-    here = dict(drawn=noting.masks, steps=noting.steps, spared=noting.spared, ends=noting.ends, masks=digest(masks(learn.model)), weights=digest(learn.model.parameters()), zeros=zeros(learn.model, ALL),
-                held=follows_masks(learn.model), column=[float(v[list(learn.recorder.metric_names).index('sparsity')-1]) for v in learn.recorder.values])
+    at = list(learn.recorder.metric_names).index('sparsity') - 1
+    here = dict(drawn=noting.masks, steps=noting.steps, spared=noting.spared, ends=noting.ends,
+                masks=digest(masks(learn.model)), weights=digest(learn.model.parameters()),
+                zeros=zeros(learn.model, LAYERS), held=follows_masks(learn.model),
+                column=[float(v[at]) for v in learn.recorder.values])
     return {k: gathered(v) for k,v in here.items()}
 
 def rb(): return run_soft(Stirred(60))
@@ -52,7 +49,9 @@ def rb_local(): return run_soft(Stirred(60, context='local'))
 def rb_to_the_end(): return run_soft(Stirred(60, freeze_pct=1))
 def rb_accumulates(): return run_soft(Stirred(60, freeze_pct=1), GradientAccumulation(8))
 def magnitude(): return run_soft(MagnitudeSparsityCallback(60))
-def magnitude_adapts(): return run_soft(MagnitudeSparsityCallback(schedule=Polynomial(.2, .6, 3, 2), num_bn_adaptation_samples=8))
+def magnitude_adapts():
+    schedule = Polynomial(.2, .6, 3, 2)
+    return run_soft(MagnitudeSparsityCallback(schedule=schedule, num_bn_adaptation_samples=8))
 
 def again():
     learn, cb = make(), Stirred(40)

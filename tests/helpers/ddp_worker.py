@@ -117,7 +117,8 @@ def permuted():
     "The channels move on both ranks alike, although each looks at batches of its own"
     learn, cb = make(), sparse(50, nm=True, permute=True, update_every=2, sparsifier=Noted)
     train(learn, cb)
-    return dict(left(learn, cb), moved=gathered(bool(cb.sparsifier.permutation.kept.sum() > cb.sparsifier.permutation.naive.sum())))
+    found = cb.sparsifier.permutation
+    return dict(left(learn, cb), moved=gathered(bool(found.kept.sum() > found.naive.sum())))
 
 def one_loss_is_not_finite():
     "The last step is skipped on both ranks, as after an overflow, and the loss is not finite on one of them"
@@ -135,5 +136,6 @@ if __name__ == '__main__':
     Accelerator()
     res = {f.__name__: f() for f in SCENES}
     for n in sys.argv[1:]:
-        for c in ('local', 'global'): res[f'{n}-{c}'] = run(criteria=getattr(fasterai_sparse.core.criteria, n), context=c)
+        criteria = getattr(fasterai_sparse.core.criteria, n)
+        for c in ('local', 'global'): res[f'{n}-{c}'] = run(criteria=criteria, context=c)
     finish(res)

@@ -1,10 +1,10 @@
-"Run by test_beside.py: `die` is killed in the middle of an epoch, `resume` goes on from its last checkpoint"
+"Run by test_with_fastai.py: `die` is killed in the middle of an epoch, `resume` goes on from its last checkpoint"
 import os, sys
 
 from fastai.callback.tracker import SaveModelCallback
 
 from callback_helpers import at, collect, fit, learner, sparse, zeros
-from fasterai_sparse.core.sparsifier import masks_from_zeros
+from fasterai_sparse.core.from_zeros import masks_from_zeros
 
 N_EPOCH, BROKEN = 6, 3
 

@@ -6,10 +6,12 @@ import torch.nn.functional as F
 from fastai.layers import AdaptiveConcatPool2d, Flatten
 from torch import nn
 
-from fasterai_sparse.nm import channels
 from fasterai_sparse.core.masks import get_mask, set_mask
+from fasterai_sparse.nm import rules
 from fasterai_sparse.nm.channels import outputs_of
 from fasterai_sparse.nm.permute_model import permute_model
+from fasterai_sparse.utils.compat import BatchNorm
+from fasterai_sparse.utils.operations import kind_of
 
 class Net(nn.Module):
     "Modules `mods` by name, and a function of them and the input as `forward`"
@@ -75,7 +77,7 @@ def heads(s, x):
 def stirred(model):
     "`model` with BatchNorm that has seen something"
     for m in model.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.running_mean.normal_(), m.running_var.uniform_(.5, 2), m.weight.data.uniform_(.5, 2), m.bias.data.normal_()
+        if isinstance(m, BatchNorm): m.running_mean.normal_(), m.running_var.uniform_(.5, 2), m.weight.data.uniform_(.5, 2), m.bias.data.normal_()
     return model.eval()
 
 def outputs(model, x): return [t for outs in outputs_of(model, x)[0] for t in outs]
@@ -148,14 +150,14 @@ def test_what_decides_by_values_is_refused():
 
 def test_a_wrong_rule_moves_nothing(monkeypatch):
     "What the rules say is not believed: channels that change the output go back, others stay moved"
-    monkeypatch.setattr(channels, '_elementwise', channels._elementwise | {'cumsum'})
+    monkeypatch.setattr(rules, 'kind_of', lambda name: 'elementwise' if name == 'cumsum' else kind_of(name))
     model = Net(lambda s, x: s.e(torch.relu(s.d(torch.cumsum(s.a(x), 1)))), a=conv(4,16), d=conv(16,32), e=conv(32,8))
     df = permuted(model, image()).set_index('layer')
     assert 'output would change' in df.note['d'] and df.kept['e'] > df.naive['e']
 
 def test_a_head_of_zeros_hides_nothing(monkeypatch):
     "A wrong rule shows although the output is zero, as that of a new head can be"
-    monkeypatch.setattr(channels, '_elementwise', channels._elementwise | {'cumsum'})
+    monkeypatch.setattr(rules, 'kind_of', lambda name: 'elementwise' if name == 'cumsum' else kind_of(name))
     model = Net(lambda s, x: s.f(torch.relu(s.d(torch.cumsum(s.a(x), 1)))), a=conv(4,16), d=conv(16,32), f=conv(32,8))
     nn.init.zeros_(model.f.weight), nn.init.zeros_(model.f.bias)
     assert 'output would change' in permuted(model, image()).set_index('layer').note['d']

@@ -9,7 +9,7 @@ from fasterai_sparse.nm import search_cuda as permutation_cuda
 from fasterai_sparse.utils.native import sum_max_torch
 from fasterai_sparse.nm.search import _Search, search_permutation, TorchMap
 from fasterai_sparse.nm.search_cuda import (
-    _arguments, _CudaKernels, _deals, _launch, _nvrtc_files, _source, _swap_deals, asp_kernels, asp_search,
+    _arguments, _CudaKernels, _deals, _launch, _nvrtc_files, _kernel_source, _swap_deals, asp_kernels, asp_search,
     ASPKernels, compile_cubin, CudaMap, nvrtc_library, sum_max_cuda)
 
 on_device = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')]
@@ -20,9 +20,9 @@ needs_nvrtc = pytest.mark.skipif(bool(nvrtc_library()[1]), reason=nvrtc_library(
 @needs_nvrtc
 @pytest.mark.parametrize('arch', ['sm_80', 'sm_90', 'sm_100'])
 def test_kernels_compile(arch):
-    cubin = compile_cubin(_source(), arch)
-    assert cubin[:4] == b'\x7fELF' and compile_cubin(_source(), arch) is cubin
-    for name in re.findall(r'^extern "C".* (\w+)\(', _source(), re.M): assert f'.text.{name}\0'.encode() in cubin
+    cubin = compile_cubin(_kernel_source(), arch)
+    assert cubin[:4] == b'\x7fELF' and compile_cubin(_kernel_source(), arch) is cubin
+    for name in re.findall(r'^extern "C".* (\w+)\(', _kernel_source(), re.M): assert f'.text.{name}\0'.encode() in cubin
 
 @needs_nvrtc
 def test_a_wrong_source_shows_the_log():
@@ -31,7 +31,7 @@ def test_a_wrong_source_shows_the_log():
 @needs_nvrtc
 @pytest.mark.parametrize('arch', ['sm_1', 'sm_90;', '90', ''])
 def test_an_unknown_architecture_is_refused(arch):
-    with pytest.raises(ValueError, match='sm_90'): compile_cubin(_source(), arch)
+    with pytest.raises(ValueError, match='sm_90'): compile_cubin(_kernel_source(), arch)
 
 def test_without_nvrtc(monkeypatch):
     monkeypatch.setattr(permutation_cuda, '_nvrtc_files', lambda: ['libnvrtc.so.none', '/nowhere/libnvrtc.so'])
@@ -133,10 +133,10 @@ def cpu_kernels(tmp_path_factory):
     "The kernels as a library for this CPU"
     if sys.platform != 'linux' or not shutil.which('g++'): pytest.skip('takes g++ on Linux')
     folder = tmp_path_factory.mktemp('kernels')
-    names = re.findall(r'^extern "C".* (\w+)\(', _source(), re.M)
+    names = re.findall(r'^extern "C".* (\w+)\(', _kernel_source(), re.M)
     assert len(names) == 7
     starts = [f'extern "C" void run_{n}(int x, int y, int z, int threads, int backwards, void** a) {{ run([](void** a) {{ call({n}, a); }}, x, y, z, threads, backwards, a); }}\n' for n in names]
-    (folder/'permutation.cu').write_text(_source())
+    (folder/'permutation.cu').write_text(_kernel_source())
     driver = DRIVER.replace('KERNELS', ', '.join(f'{{"{n}", run_{n}}}' for n in names))
     (folder/'kernels.cpp').write_text(CPU.replace('SOURCE', '"permutation.cu"') + ''.join(starts) + driver)
     subprocess.run(['g++', '-std=c++17', '-O1', '-w', '-shared', '-fPIC', '-o', folder/'kernels.so', folder/'kernels.cpp'], check=True, timeout=300)
@@ -196,7 +196,7 @@ def test_a_search_by_cuda_map_ends_where_its_twin_does(device, n, m):
     kept = []
     for e in (CudaMap(x, n, m, device), CudaMap(x, n, m, device), TorchMap(x, n, m)):
         search = _Search(e, 24, 0, float('inf'))
-        search.descend(8)
+        search.improve(8)
         kept.append((search.kept.sum(), search.order.tolist()))
         assert sorted(search.order) == list(range(24))
         assert search.kept.sum() == pytest.approx(x[search.order].view(-1, m, 30).topk(n, 1).values.sum().item(), rel=1e-5)

@@ -3,9 +3,9 @@ import json, math, pickle, warnings
 from copy import deepcopy
 from pathlib import Path
 
-import numpy as np, pytest, torch.nn.functional as F
+import pytest, torch.nn.functional as F
 from fastai.basics import (Adam, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
-                           CancelTrainException, CancelValidException, L, Lookahead, Metric, OptimWrapper, Recorder, SGD, load_learner, params)
+                           CancelTrainException, L, Lookahead, OptimWrapper, SGD, load_learner, params)
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import sched_no
 from fastai.callback.tracker import SaveModelCallback
@@ -18,25 +18,28 @@ from callback_helpers import (
     all_same, at, collect, convnet, copied_by, fit, follows_masks, images, kept, learner, loaders, masks, N, raising,
     said, same, snapshot, sparse, weights, zeros)
 from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, nn, partial, set_seed, torch
+from cases import in_a_loop
+from kinds import Stirred
 from fasterai_sparse.core.allocation import erdos_renyi_sparsity
 from fasterai_sparse.core.criteria import large_final
+from fasterai_sparse.core.from_zeros import masks_from_zeros
 from fasterai_sparse.core.layers import maskable_weights
 from fasterai_sparse.core.masks import get_mask, mask_sparsity, masked_params
 from fasterai_sparse.core.report import format_report, sparsity_report
 from fasterai_sparse.core.schedules import agp, cos, lin, sched_one_shot, Schedule
 from fasterai_sparse.core.select import n_zeros
-from fasterai_sparse.core.sparsifier import masks_from_zeros, Sparsifier
+from fasterai_sparse.core.sparsifier import Sparsifier
 from fasterai_sparse.train.bn_adaptation import adapt_batchnorm
 from fasterai_sparse.train.keep_masks import KeepMasks
 from fasterai_sparse.train.updates import bake_masks
 from fasterai_sparse.dynamic.callback import DynamicSparseTrainingCallback, RigL_presets, SET_presets
 from fasterai_sparse.dynamic.random_masks import sparsify_model
 from fasterai_sparse.nncf.config import callbacks_from_config, SparsityConfig
-from fasterai_sparse.nncf.epoch_schedules import Adaptive, EpochSchedule, Exponential, Multistep, Polynomial
 from fasterai_sparse.nncf.const import ConstSparsityCallback
+from fasterai_sparse.nncf.epoch_schedules import Adaptive, EpochSchedule, Exponential, Multistep, Polynomial
 from fasterai_sparse.nncf.magnitude import MagnitudeSparsityCallback, weight_importances
 from fasterai_sparse.nncf.rb import RBSparsityCallback
-from fasterai_sparse.nncf.soft_masks import CONV_AND_LINEAR, SoftMaskCallback
+from fasterai_sparse.nncf.soft_masks import CONV_AND_LINEAR
 
 ALL = (nn.Conv2d, nn.Linear)
 N_ALL = N + 64   # with the linear layer's
@@ -47,13 +50,6 @@ pytestmark = [pytest.mark.filterwarnings(f'ignore:{w}') for w in ('numpy.core is
 def in_tmp(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
 
 def defect(why): return pytest.mark.xfail(strict=True, reason=why)
-
-class Stirred(RBSparsityCallback):
-    "RB with logits that start anywhere, so that few steps show what takes many"
-    def make_masks(self):
-        known, soft, g = getattr(self.__dict__.get('soft'), 'logits', {}), super().make_masks(), torch.Generator().manual_seed(0)
-        for s in (s for n,s in soft.logits.items() if n not in known): s.add_((torch.randn(s.shape, generator=g)*1.5 - 3.6).to(s))
-        return soft
 
 CLASSES = dict(rb=Stirred, magnitude=MagnitudeSparsityCallback)
 both = pytest.mark.parametrize('kind', CLASSES)
@@ -352,16 +348,6 @@ def test_half_precision(kind, dtype):
     assert all(s.dtype == torch.float32 for s in getattr(cb.soft, 'logits', {}).values())
     check_sparse(learn)
 
-@pytest.mark.filterwarnings('ignore:.*CUDA is not available', 'ignore:.*GradScaler is enabled')
-@pytest.mark.parametrize('to', ['to_fp16', 'to_bf16'])
-@both
-def test_to_half_precision_and_back(kind, to):
-    learn = getattr(learner(4), to)()
-    fit(learn, 3, soft(kind, 50))
-    check_sparse(learn)
-    fit(learn.to_fp32(), 3, soft(kind, 70))
-    check_sparse(learn)
-
 @pytest.mark.parametrize('skipped', [{0}, {1, 4, 5}, {6, 7, 8, 17}])
 @pytest.mark.parametrize('acc', [False, True])
 def test_logits_rest_while_gradients_overflow(skipped, acc):
@@ -652,8 +638,7 @@ def test_rb_lands_on_its_target(context, schedule):
 def test_a_target_that_was_not_reached_is_warned_about(cb, why):
     with pytest.warns(UserWarning, match=f'{cb.func.__name__} has {why}'): fit(learner(), 2, cb())
 
-@both
-def test_a_target_that_was_reached_is_not(kind):
+def test_a_target_that_was_reached_is_not():
     with warnings.catch_warnings():
         warnings.filterwarnings('error', '.*has (reached|come)')
         fit(learner(), 2, soft('magnitude'))
@@ -666,47 +651,6 @@ def exportable(n=5): return dict(dls=loaders(n, lambda n: Images(images(n))))
 class Images(list):
     "A dataset whose loaders can be exported"
     def new_empty(self): return Images()
-
-HOW = dict(deepcopy=deepcopy, pickle=lambda o: pickle.loads(pickle.dumps(o)))
-
-@pytest.mark.parametrize('how', HOW)
-@both
-def test_a_copy_of_the_model_in_a_fit(kind, how):
-    "Has the weights of the moment, and nothing of the masks or hooks"
-    learn, cb, seen = learner(), soft(kind, freeze_pct=1), []
-    def take(learn):
-        net = HOW[how](learn.model)
-        assert same(snapshot(net), snapshot(learn.model)) and not has_hooks(net) and masks(net) == []
-        seen.append(zeros(net, ALL))
-    fit(learn, 3, [cb, at('before_backward', take), at('after_batch', take), at('after_epoch', take)])
-    assert [z == 0 for z in seen] == [False, True]*6 + [False] + [False, True]*6 + [False] + [False, True]*6 + [False]
-
-@pytest.mark.parametrize('event', ['after_batch', 'before_backward', 'after_epoch'])
-@pytest.mark.parametrize('how', HOW)
-@both
-def test_a_copy_of_the_learner_in_a_fit(kind, how, event):
-    "Goes its own way: the one that was copied ends as if it had not been, and both in hard masks"
-    learns, got = [], []
-    for copied in (False, True):
-        learn, cb = learner(4), soft(kind)
-        take = at(event, lambda l: got.append(copied_by(take, HOW[how])) if copied and l.epoch == 1 and (event == 'after_epoch' or l.iter == 2) else None)
-        learns.append(fit(learn, 4, [cb, take]))
-    assert same(*(snapshot(l.model) for l in learns)) and len(got) == 1
-    if event == 'after_epoch': assert n_zero(got[0]) > 0
-    before = snapshot(learn.model)
-    other = next(c for c in got[0].cbs if isinstance(c, SoftMaskCallback))
-    fit(got[0], 4)
-    check_sparse(got[0])
-    check_sparse(learn)
-    assert same(before, snapshot(learn.model)) and other is not cb and (kind == 'rb' or n_zero(got[0]) == n_zeros(.7, N_ALL))
-
-@pytest.mark.parametrize('how', HOW)
-@both
-def test_a_copy_of_the_callback(kind, how):
-    cb = soft(kind)
-    fit(learner(4), 3, cb)
-    again = HOW[how](cb)
-    assert same(*(snapshot(fit(learner(4), 3, c).model) for c in (cb, again)))
 
 @pytest.mark.parametrize('when', ['after_epoch', 'after'])
 @both
@@ -740,34 +684,6 @@ def test_what_is_saved_after_each_epoch(kind):
         saved = torch.load(f'models/model_{e}.pth')
         assert list(saved) == keys and all(torch.equal(saved[k], v) for k,v in seen[e].items() if 'running' not in k)
 
-@pytest.mark.parametrize('best', [0, 1, 3])
-@pytest.mark.parametrize('with_opt', [True, False])
-@both
-def test_the_best_epoch_is_loaded_at_the_end(kind, with_opt, best):
-    "Its zeros are the masks, of this fit and the next"
-    learn, cb, ends = learner(4), soft(kind), []
-    learn.metrics = [AtEpoch(best)]
-    keep = at('after_epoch', lambda l: ends.append(snapshot(l.model)))
-    said(lambda: fit(learn, 4, [cb, keep, SaveModelCallback(monitor='at_epoch', comp=np.less, with_opt=with_opt)]))
-    assert same(snapshot(learn.model), ends[best]) and n_zero(learn) > 0
-    check_sparse(learn)
-    was = masks(learn.model)
-    fit(learn, 1)
-    assert all_same(was, masks(learn.model)) and follows_masks(learn.model)
-    fit(learn, 3, cb)
-    check_sparse(learn)
-    if kind == 'magnitude': assert n_zero(learn) == n_zeros(.7, N_ALL)
-
-class AtEpoch(Metric):
-    "A metric that is lowest at the epoch `best`"
-    def __init__(self, best): self.best = best
-    def reset(self): pass
-    def accumulate(self, learn): self.now = learn.epoch
-    @property
-    def value(self): return abs(self.now-self.best)
-    @property
-    def name(self): return 'at_epoch'
-
 @pytest.mark.parametrize('event', ['after_epoch', 'before_epoch', 'after_validate'])
 @both
 def test_what_is_loaded_between_epochs_takes_effect(kind, event):
@@ -794,7 +710,7 @@ def broken_off(kind, event, exc=RuntimeError('stop'), beside=()):
     assert then and cb.learn is None
     return learn, cb, then
 
-@pytest.mark.parametrize('event', STOPS)
+@in_a_loop('event', STOPS)
 @both
 def test_what_a_fit_that_breaks_off_leaves(kind, event):
     "Masked weights, but from the end of the backward pass to the end of the batch, and where no batch has begun"
@@ -839,23 +755,7 @@ def test_a_fit_after_one_that_broke_off_ends_without_hooks(kind):
     fit(learn, 3, soft(kind))
     check_sparse(learn)
 
-CANCELS = [(CancelBatchException, e) for e in STOPS[2:9]] + [(CancelStepException, 'before_step'), (CancelBackwardException, 'before_backward')] + \
-          [(CancelTrainException, e) for e in ('before_train', 'after_pred', 'before_step', 'after_batch')] + [(CancelEpochException, e) for e in ('before_epoch', 'after_pred', 'before_step')] + \
-          [(CancelFitException, e) for e in ('before_epoch', 'before_train', 'after_loss', 'after_backward', 'after_step', 'after_validate', 'after_epoch')] + [(CancelValidException, 'before_validate')]
-
-@pytest.mark.parametrize('exc,event,order', [(*c, o) for c in CANCELS for o in (0, 66) if o or c[0] is CancelFitException or c[1] in ('before_batch', 'after_backward', 'after_batch')],
-                         ids=lambda o: o.__name__[6:-9] if isinstance(o, type) else str(o))
-@both
-def test_what_others_cancel(kind, exc, event, order):
-    "No raw weights are left behind, and the fit ends as any other"
-    learn, cb = learner(4), soft(kind)
-    def stop(learn):
-        if cb.n_epochs == 1 and (learn.iter == 2 or event not in STOPS[2:10]): raise exc
-    fit(learn, 3, [cb, at(event, stop, order)])
-    check_sparse(learn)
-    if kind == 'magnitude': assert n_zero(learn) == n_zeros(.7*2/3 if exc is CancelFitException and (event, order) in (('before_epoch', 0), ('before_epoch', 66), ('before_train', 0), ('after_epoch', 66)) else .7, N_ALL)
-
-@pytest.mark.parametrize('event,order', [*((e, 66) for e in STOPS[:13]), ('before_batch', 0), ('before_step', 0), ('after_train', 0)])
+@in_a_loop('event,order', [*((e, 66) for e in STOPS[:13]), ('before_batch', 0), ('before_step', 0), ('after_train', 0)])
 @both
 def test_what_is_saved_of_an_epoch_that_was_cancelled(kind, event, order):
     learn, cb = learner(4), soft(kind)
@@ -865,22 +765,22 @@ def test_what_is_saved_of_an_epoch_that_was_cancelled(kind, event, order):
     fit(learn, 3, [cb, at(event, stop, order), watch])
     assert all(seen)
 
+@in_a_loop('event,order,level', [('before_epoch', 0, 2/3), ('before_epoch', 66, 2/3), ('before_train', 0, 2/3), ('after_epoch', 66, 2/3),
+                                 ('before_train', 66, 1), ('after_loss', 66, 1), ('after_step', 66, 1), ('after_validate', 66, 1), ('after_epoch', 0, 1)])
+def test_a_fit_that_is_cancelled_ends_at_the_level_of_that_moment(event, order, level):
+    learn, cb = learner(4), soft('magnitude')
+    def stop(learn):
+        if cb.n_epochs == 1 and (learn.iter == 2 or event not in STOPS[2:10]): raise CancelFitException
+    fit(learn, 3, [cb, at(event, stop, order)])
+    assert n_zero(learn) == n_zeros(.7*level, N_ALL)
+
 LOOKS = dict(validate=lambda l: l.validate(), preds=lambda l: l.get_preds(), train_loss=lambda l: l.get_preds(ds_idx=0, with_loss=True),
              lr_find=lambda l: l.lr_find(num_it=6, show_plot=False, suggest_funcs=None), summary=lambda l: l.summary(), fit0=lambda l: l.fit(0))
 
 def looked(learn, look):
     with learn.no_bar(), learn.no_logging(): said(lambda: LOOKS[look](learn))
 
-@pytest.mark.parametrize('look', LOOKS)
-@both
-def test_looking_before_a_fit_changes_nothing(kind, look):
-    cb = RBSparsityCallback(70) if kind == 'rb' else soft(kind, schedule=Polynomial(.2, .7, 3, 2))
-    learn = learner(cbs=cb)
-    before = snapshot(learn.model)
-    looked(learn, look)
-    assert same(before, snapshot(learn.model)) and masks(learn.model) == [] and not has_hooks(learn.model)
-
-@pytest.mark.parametrize('look', LOOKS)
+@in_a_loop('look', LOOKS)
 @both
 def test_looking_after_a_fit_changes_nothing(kind, look):
     cb = soft(kind)
@@ -890,16 +790,6 @@ def test_looking_after_a_fit_changes_nothing(kind, look):
     looked(learn, look)
     assert same(before, snapshot(learn.model)) and all_same(was, masks(learn.model)) and same(logits, getattr(cb.soft, 'logits', {})) and cb.level == .7
 
-@pytest.mark.parametrize('look', ['validate', 'preds', 'train_loss'])
-@both
-def test_looking_between_epochs_changes_nothing(kind, look):
-    res = []
-    for cbs in ([], [at('after_epoch', partial(looked, look=look))]):
-        learn, cb = learner(4), soft(kind)
-        fit(learn, 4, [cb, *cbs])
-        res.append(snapshot(learn.model))
-    assert same(*res)
-
 @both
 def test_validation_is_of_masked_weights(kind):
     learn, cb, seen = learner(), soft(kind), []
@@ -907,20 +797,6 @@ def test_validation_is_of_masked_weights(kind):
         if isinstance(m, ALL): m.register_forward_pre_hook(lambda m, args, n=n: seen.append(torch.equal(m.weight == 0, ~masks_of(cb)[n]) and bool((m.weight == 0).any())) if not learn.model.training else None)
     fit(learn, 4, cb)
     assert len(seen) == 4*2*3 and all(seen)
-
-@both
-def test_the_same_object_twice_and_no_recorder(kind):
-    res = []
-    for how in ('once', 'twice', 'added'):
-        cb = soft(kind)
-        learn = learner(4, cbs=[cb] if how == 'added' else None)
-        fit(learn, 3, [cb, cb] if how == 'twice' else [cb])
-        res.append((snapshot(learn.model), list(learn.recorder.metric_names)))
-    assert all(same(res[0][0], s) and res[0][1] == n for s,n in res)
-    learn = learner(4)
-    learn.remove_cb(Recorder)
-    fit(learn, 3, soft(kind))
-    assert same(res[0][0], snapshot(learn.model))
 
 def test_logits_of_a_checkpoint():
     "A new callback goes on from them; without, all start anew"

@@ -18,7 +18,8 @@ from fasterai_sparse.core.criteria import grad_crit, large_init, movement, rando
 from fasterai_sparse.core.masks import masked_params, set_mask
 from fasterai_sparse.core.schedules import agp, as_schedule, cos, dsd, iterative, lin, one_cycle, one_shot, Schedule
 from fasterai_sparse.core.select import n_zeros
-from fasterai_sparse.core.sparsifier import masks_from_zeros, Sparsifier
+from fasterai_sparse.core.from_zeros import masks_from_zeros
+from fasterai_sparse.core.sparsifier import Sparsifier
 from fasterai_sparse.train.keep_masks import KeepMasks
 from fasterai_sparse.train.lottery import RewindPoint, takes_steps
 

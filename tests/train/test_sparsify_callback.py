@@ -1,28 +1,28 @@
 "SparsifyCallback and KeepMasks in real fits: exact targets, zeros that stay, optimizers, interruptions, checkpoints"
-import math, pickle, subprocess, sys, warnings
-from copy import deepcopy
+import math, warnings
 
 import pytest
 from fastai.callback.schedule import SchedCos, sched_lin
-from fastai.basics import (Adam, CancelBatchException, CancelFitException, CancelStepException, Datasets, L, Lamb, Larc,
+from fastai.basics import (Adam, CancelBatchException, CancelFitException, CancelStepException, L, Lamb, Larc,
                            Lookahead, OptimWrapper, RAdam, SGD, ValueMetric, params, ranger, tensor)
 from fastai.callback.tracker import SaveModelCallback
-from fastai.callback.training import GradientAccumulation, GradientClip, ShortEpochCallback
+from fastai.callback.training import GradientClip, ShortEpochCallback
 from sklearn.datasets import load_digits
 
 from callback_helpers import (
     all_same, at, at_batch, collect, convnet, dead_filters, fit, follows_masks, held_tensors, kept, learner, loaders,
     masks, N, raising, said, same, snapshot, sparse, Spy, weights, zeros)
 from fastai.basics import Callback, DataLoader, DataLoaders, nn, partial, torch
+from cases import in_a_loop
 from fasterai_sparse.core.criteria import (
     grad_crit, large_final, large_init_large_final, magnitude_increase, movement, movmag, random_criteria,
     small_final, updating_movement, updating_movmag, wanda)
 from fasterai_sparse.core.masks import get_mask, masked_params
 from fasterai_sparse.core.schedules import agp, cos, dsd, iterative, lin, one_cycle, one_shot, Schedule
 from fasterai_sparse.core.select import as_ratio, n_zeros, top_k_mask
-from fasterai_sparse.core.sparsifier import masks_from_zeros, Sparsifier
+from fasterai_sparse.core.from_zeros import masks_from_zeros
+from fasterai_sparse.core.sparsifier import Sparsifier
 from fasterai_sparse.train.keep_masks import KeepMasks
-from fasterai_sparse.train.sparsify_callback import SparsifyCallback
 from fasterai_sparse.train.updates import bake_masks
 
 SCHEDULES = dict(one_shot=one_shot, iterative=iterative, agp=agp, one_cycle=one_cycle, cos=cos, lin=lin,
@@ -80,9 +80,6 @@ def test_fit_of_no_epochs():
     out = said(lambda: fit(learn, 0, sparse(verbose=True)))
     assert same(before, snapshot(learn.model)) and zeros(learn.model) == 0
     assert 'Final Sparsity: 0.00%' in out
-
-def test_start_epoch_skips_and_still_ends_on_target():
-    assert zeros(fit(learner(), 4, sparse(), start_epoch=2).model) == n_zeros(.9, N)
 
 def test_a_dict_reaches_each_target():
     learn = fit(learner(), 2, sparse({'0': 25, '3': 75}))
@@ -174,12 +171,6 @@ def test_no_zero_wakes_up_between_batches(opt):
     watch, seen = collect('after_batch', lambda learn: follows_masks(learn.model))
     fit(learner(opt_func=OPTIMIZERS[opt]), 2, [sparse(), watch])
     assert all(seen) and len(seen) == 12
-
-def test_keepmasks_is_added_once():
-    learn = learner()
-    for _ in range(3): fit(learn, 1, sparse())
-    assert sum(isinstance(cb, KeepMasks) for cb in learn.cbs) == 1
-    assert not any(isinstance(cb, SparsifyCallback) for cb in learn.cbs)
 
 def test_bake_masks_frees_the_model():
     learn = fit(learner(), 2, sparse())
@@ -277,13 +268,6 @@ def test_layerwise_optimizers_do_not_see_masked_gradients(opt_func):
     fit(learner(opt_func=opt_func), 2, [sparse(schedule=one_shot), watch])
     assert not any(seen)
 
-@pytest.mark.parametrize('n_acc', [16, 24, 1000])
-def test_gradient_accumulation(n_acc):
-    learn = fit(learner(7), 2, [sparse(), GradientAccumulation(n_acc)])
-    assert zeros(learn.model) == n_zeros(.9, N)
-    fit(learn, 1, GradientAccumulation(n_acc))
-    assert zeros(learn.model) == n_zeros(.9, N)
-
 def test_discriminative_learning_rates():
     learn = learner(splitter=lambda m: [params(m[:3]), params(m[3:])])
     fit(learn, 2, sparse(), how='fit_one_cycle', lr_max=slice(1e-4, 1e-2))
@@ -346,8 +330,8 @@ def test_an_update_due_on_an_overflow_waits_for_a_step():
 
 # --- batches that are skipped
 
-@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward'])
-@pytest.mark.parametrize('bad', [0, 5, 11])
+@in_a_loop('event', ['before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward'])
+@in_a_loop('bad', [0, 5, 11])
 def test_a_skipped_batch_does_not_lose_the_target(event, bad):
     def skip(learn):
         if learn.train_iter == bad: raise CancelBatchException()
@@ -426,54 +410,6 @@ def test_a_checkpoint_of_the_middle_of_a_fit(with_opt):
     fit(learn, 1)
     assert zeros(learn.model) == n
 
-# --- copies
-
-@pytest.mark.parametrize('copy', [deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=['deepcopy', 'pickle'])
-def test_a_copy_of_the_model_inside_a_fit(copy):
-    copies = []
-    learn = fit(learner(), 2, [sparse(), at_batch(8, lambda learn: copies.append(copy(learn.model)))])
-    m = copies[0]
-    n, final = zeros(m), snapshot(learn.model)
-    assert 0 < n < zeros(learn.model) and follows_masks(m)
-    other = fit(learner(model=m), 1, sparse(95))
-    assert zeros(m) == n_zeros(.95, N) and same(final, snapshot(learn.model))
-
-@pytest.mark.parametrize('copy', [deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=['deepcopy', 'pickle'])
-def test_a_copy_of_the_learner_midway(copy):
-    learn = learner(cbs=sparse())
-    fit(learn, 2, at_batch(7, raising(CancelFitException())))
-    before, n = snapshot(learn.model), zeros(learn.model)
-    learn.loss_grad = None   # fastai leaves it with its graph, which deepcopy refuses
-    other = copy(learn)
-    assert 0 < n == zeros(other.model)
-    fit(other, 2)
-    assert zeros(other.model) == n_zeros(.9, N) and same(before, snapshot(learn.model))
-    fit(learn, 2)
-    assert zeros(learn.model) == n_zeros(.9, N)
-
-LOAD = '''
-import sys
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] == 'fasterai_sparse': raise ImportError('blocked')
-sys.meta_path.insert(0, Block())
-from fastai.basics import *
-from fastai.callback.all import *
-def zeros(model): return sum(int((m.weight==0).sum()) for m in model.modules() if isinstance(m, nn.Conv2d))
-for f in sys.argv[1:]: print(zeros(load_learner(f).model))
-'''
-
-def test_baked_learners_load_where_the_package_is_absent():
-    for name,installed in (('given.pkl', False), ('installed.pkl', True)):
-        learn = learner(cbs=sparse() if installed else None)
-        fit(learn, 2, None if installed else sparse())
-        x,y = (torch.cat(o) for o in zip(*learn.dls.train.dataset))
-        learn.dls = Datasets(range(16), tfms=[[x.__getitem__], [y.__getitem__]]).dataloaders(bs=8)
-        bake_masks(learn).export(name)
-    args = [sys.executable, '-W', 'ignore', '-c', LOAD, 'given.pkl', 'installed.pkl']
-    r = subprocess.run(args, capture_output=True, text=True)
-    assert r.stdout.split() == [str(n_zeros(.9, N))]*2, r.stderr[-500:]
-
 # --- what is not training
 
 def idle(learn):
@@ -491,14 +427,6 @@ def test_validate_get_preds_and_lr_find_change_and_print_nothing(criteria):
     assert same(before, snapshot(learn.model)) and not masks(learn.model)
     fit(learn, 2)
     assert zeros(learn.model) == n_zeros(.9, N)
-
-def test_nor_once_the_model_is_sparse():
-    learn = fit(learner(cbs=sparse(50, verbose=True)), 2)
-    before, kept = snapshot(learn.model), masks(learn.model)
-    with warnings.catch_warnings():
-        warnings.simplefilter('error', UserWarning)
-        assert said(lambda: idle(learn)) == ''
-    assert same(before, snapshot(learn.model)) and all_same(kept, masks(learn.model))
 
 def quiet_validate(learn):
     with learn.no_logging(): learn.validate()
@@ -558,44 +486,6 @@ def test_prev_is_the_weights_at_the_last_update(cbs):
 
 # --- interruptions
 
-@pytest.mark.parametrize('exc', [RuntimeError('stop'), KeyboardInterrupt(), CancelFitException()],
-                         ids=['error', 'interrupt', 'cancel'])
-@pytest.mark.parametrize('event', ['after_batch', 'before_step', 'after_epoch'])
-@pytest.mark.parametrize('installed', [False, True])
-def test_a_fit_after_an_interrupted_one(exc, event, installed):
-    cb, log = sparse(sparsifier=Spy), []
-    learn = learner(cbs=cb if installed else None)
-    stop = at(event, lambda learn: log.append(0) or (len(log)==8 and raising(exc)(learn)), order=0)
-    try: fit(learn, 10, [stop] + ([] if installed else [cb]))
-    except (RuntimeError, KeyboardInterrupt) as e: assert type(e) is type(exc)
-    n = zeros(learn.model)
-    watch, seen = collect('after_batch', lambda learn: zeros(learn.model))
-    fit(learn, 2, [watch] + ([] if installed else [cb]))
-    assert 0 <= n <= min(seen) and seen[-1] == n_zeros(.9, N)
-
-def test_a_plain_fit_after_an_interrupted_one_keeps_the_zeros():
-    learn = learner()
-    with pytest.raises(KeyboardInterrupt): fit(learn, 2, [sparse(), at_batch(8, raising(KeyboardInterrupt()))])
-    n = zeros(learn.model)
-    assert 0 < n < n_zeros(.9, N)
-    assert zeros(fit(learn, 1).model) == n
-
-@pytest.mark.parametrize('what', ['validate', 'lr_find', 'get_preds'])
-def test_an_interrupted_validation_does_not_switch_the_callback_off(what):
-    learn = learner(cbs=sparse())
-    stop = at('before_validate' if what != 'lr_find' else 'before_batch', raising(KeyboardInterrupt()), always=True)
-    kw = dict(num_it=6, show_plot=False) if what == 'lr_find' else dict(cbs=stop)
-    if what == 'lr_find': learn.add_cb(stop)
-    with learn.no_bar(), pytest.raises(KeyboardInterrupt): getattr(learn, what)(**kw)
-    learn.remove_cb(stop)
-    assert zeros(fit(learn, 2).model) == n_zeros(.9, N)
-
-def test_a_fit_cancelled_before_it_starts():
-    learn, cb = learner(), sparse(verbose=True)
-    fit(learn, 1, [cb, at('before_fit', raising(CancelFitException()), order=0)])
-    assert zeros(learn.model) == 0
-    assert zeros(fit(learn, 1, cb).model) == n_zeros(.9, N)
-
 def test_early_end_is_said():
     out = said(lambda: fit(learner(), 4, [sparse(verbose=True), at_batch(11, raising(CancelFitException()))]))
     assert 'Final Sparsity: 44.98%' in out
@@ -625,15 +515,6 @@ def test_fine_tune_waits_until_layers_train(extra):
     assert len(seen) == 2 and all_same(seen[1], start)
     assert out.count('waiting') == 1 and out.count('Pruning of') == 1
     assert zeros(learn.model) == n_zeros(.9, N)
-
-def test_an_interrupted_wait_does_not_switch_the_callback_off():
-    learn = learner(splitter=split, cbs=sparse())
-    learn.create_opt()
-    learn.freeze()
-    with pytest.raises(KeyboardInterrupt): fit(learn, 1, at_batch(2, raising(KeyboardInterrupt())))
-    assert zeros(learn.model) == 0
-    learn.unfreeze()
-    assert zeros(fit(learn, 2).model) == n_zeros(.9, N)
 
 def test_layers_masked_before_they_freeze_stay_as_they_are():
     learn = fit(learner(splitter=split), 1, sparse(50))
@@ -910,11 +791,6 @@ def test_verbose_false_says_nothing():
         warnings.simplefilter('error')
         assert ''.join(said(lambda: fit(learn, 1, cb, how=how)) for how in ('fine_tune', 'fit', 'fit_one_cycle')) == ''
 
-def test_metrics_stay_where_they_are():
-    learn = fit(learner(), 1, sparse())
-    assert list(learn.recorder.metric_names) == ['epoch', 'train_loss', 'valid_loss', 'sparsity', 'accuracy', 'time']
-    assert learn.final_record[-1] == learn.validate()[-1]
-
 # --- wrapped models
 
 def test_data_parallel_is_looked_through(tmp_path):
@@ -934,14 +810,6 @@ def test_zeros_from_a_file_are_held(tmp_path):
     assert zeros(fit(fresh, 2).model) == n_zeros(.9, N) and all_same(masks(fresh.model), masks(learn.model))
 
 # --- while it waits, and what is only rounding
-
-def test_a_callback_that_waits_still_fills_its_column():
-    learn = learner()
-    for m in learn.model: m.requires_grad_(isinstance(m, nn.Linear))
-    fit(learn, 2, sparse())
-    names, rows = list(learn.recorder.metric_names[1:-1]), learn.recorder.values
-    assert 'sparsity' in names and all(len(row) == len(names) and row[names.index('sparsity')] == 0 for row in rows)
-    assert learn.final_record[-1] == learn.validate()[-1]
 
 def test_rounding_to_whole_weights_is_no_shortfall():
     out = said(lambda: fit(learner(), 2, sparse({'0': 30, '3': 80}, verbose=True)))   # 43 of 144 weights are 29.86 %

@@ -1,6 +1,5 @@
 "What must hold when SparsifyCallback meets the rest of fastai: other callbacks, wrapped models, applications, restarts"
-import pickle, random, subprocess, sys
-from copy import deepcopy
+import random, subprocess, sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -33,15 +32,15 @@ from sklearn.datasets import load_digits
 from torchvision.models import resnet18
 
 from callback_helpers import (
-    all_same, at, at_batch, collect, convnet, copied_by, dead_filters, fit, follows_masks, learner, loaders, masks,
+    all_same, at, at_batch, collect, convnet, dead_filters, fit, follows_masks, held, learner, loaders, masks,
     N, raising, said, same, snapshot, sparse, weights, zeros)
 from fastai.basics import (
     accuracy, Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, nn, partial, set_seed, torch)
-from fasterai_sparse.core.criteria import grad_crit, large_final, movement, random_criteria, updating_movement, wanda
+from fasterai_sparse.core.criteria import grad_crit, large_final, movement, updating_movement, wanda
 from fasterai_sparse.core.masks import masked_params
 from fasterai_sparse.core.schedules import agp, dsd, lin, one_shot
 from fasterai_sparse.core.select import n_zeros
-from fasterai_sparse.core.sparsifier import masks_from_zeros
+from fasterai_sparse.core.from_zeros import masks_from_zeros
 from fasterai_sparse.train.keep_masks import KeepMasks
 from fasterai_sparse.train.sparsify_callback import SparsifyCallback
 from fasterai_sparse.train.updates import bake_masks
@@ -58,8 +57,6 @@ pytestmark = [pytest.mark.filterwarnings(f'ignore:{w}') for w in
 
 @pytest.fixture(autouse=True)
 def in_tmp(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
-
-def held(learn): return not any(p[~mask].any() for *_,p,mask in masked_params(learn.model))
 
 def watching(event='after_batch'): return collect(event, lambda learn: zeros(learn.model))
 
@@ -81,11 +78,6 @@ def test_one_object_in_two_fits_starts_its_schedule_anew():
     out = said(lambda: fit(learn, 2, [cb, watch]))
     assert seen == [n_zeros(.45, N), n_zeros(.9, N)]
     assert [l.split(':')[0][-7:] for l in epoch_lines(out)] == ['epoch 0', 'epoch 1']
-
-def test_one_object_twice_in_a_fit_ends_on_target():
-    cb, learn = sparse(), learner()
-    fit(learn, 2, [cb, cb])
-    assert zeros(learn.model) == n_zeros(.9, N) and cb not in learn.cbs
 
 def test_one_object_twice_in_a_fit_keeps_its_schedule():
     cb, learn, (watch, seen) = sparse(verbose=True), learner(), watching('after_epoch')
@@ -171,16 +163,6 @@ class OnCPU(MixedPrecision):
         self.n_steps = len(self.scales)
         super().after_fit()
 
-@pytest.mark.parametrize('criteria', [large_final, movement, grad_crit])
-@pytest.mark.parametrize('mode,dtype', [('fp16', torch.float16), ('bf16', torch.bfloat16)], ids=['fp16', 'bf16'])
-def test_mixed_precision(mode, dtype, criteria):
-    learn, (steps, seen), dtypes = learner(cbs=OnCPU(mode)), collect('after_step', held), set()
-    learn.model[3].register_forward_hook(lambda m, x, out: dtypes.add(out.dtype) if learn.training else None)
-    fit(learn, 2, [sparse(criteria=criteria, update_every=1), steps])
-    assert zeros(learn.model) == n_zeros(.9, N) and all(seen) and len(seen) == 12 and dtypes == {dtype}
-    fit(learn, 2, steps)
-    assert zeros(learn.model) == n_zeros(.9, N) and all(seen) and len(seen) == 24
-
 @pytest.mark.parametrize('criteria', [large_final, grad_crit])
 def test_a_scale_that_overflows_at_first(criteria):
     amp = OnCPU(scale=2.**22)
@@ -191,15 +173,6 @@ def test_a_scale_that_overflows_throughout_says_so():
     amp = OnCPU(scale=2.**60)
     out = said(lambda: fit(learner(cbs=amp), 2, sparse(criteria=grad_crit, verbose=True)))
     assert amp.n_steps == 0 and 'The target was not reached' in out
-
-@pytest.mark.filterwarnings('ignore:.*CUDA is not available', 'ignore:.*GradScaler is enabled')
-@pytest.mark.parametrize('to', ['to_fp16', 'to_bf16'])
-def test_to_fp16_and_to_bf16_and_back(to):
-    learn = getattr(learner(), to)()
-    fit(learn, 2, [sparse(50), GradientClip(.1)])
-    assert zeros(learn.model) == n_zeros(.5, N)
-    fit(learn.to_fp32(), 2, sparse(90))
-    assert zeros(learn.model) == n_zeros(.9, N)
 
 # --- optimizers
 
@@ -296,11 +269,6 @@ def test_loaders_that_change_between_the_epochs_of_a_fit():
     fit(learn, 4, [sparse(update_every=1), at('before_epoch', swap), watch, ends])
     assert len(seen) == 17 and seen == sorted(seen) and at_ends == [n_zeros(.9*i/4, N) for i in (1,2,3,4)]
 
-@pytest.mark.parametrize('how,kwargs', [('fit_sgdr', dict(cycle_len=1)), ('fit_flat_cos', {}), ('fit_one_cycle', {})])
-def test_other_ways_to_fit(how, kwargs):
-    learn = fit(learner(), 2, sparse(), how=how, **kwargs)
-    assert zeros(learn.model) == n_zeros(.9, N)
-
 # --- freezing
 
 def split(model): return [params(model[:3]), params(model[3:6]), params(model[6:])]
@@ -326,15 +294,6 @@ def test_freeze_to_leaves_what_is_below_alone():
     fit(learn, 2, cb, how='fit_one_cycle', lr_max=slice(1e-4, 1e-2))
     assert counts(learn) == [0, n_zeros(.9, 1152)]
     assert dict(zip(*cb.sparsifier.report()[['layer', 'note']].T.values))['0'].startswith('frozen')
-
-def test_refreezing_a_sparse_model_keeps_its_zeros():
-    learn = fit(learner(splitter=split), 2, sparse())
-    learn.freeze()
-    fit(learn, 2)
-    assert zeros(learn.model) == n_zeros(.9, N) and held(learn)
-    learn.unfreeze()
-    fit(learn, 2, lr=slice(1e-4, 1e-2))
-    assert zeros(learn.model) == n_zeros(.9, N) and held(learn)
 
 @pytest.mark.parametrize('criteria', [large_final, movement, grad_crit])
 @pytest.mark.parametrize('context', ['local', 'global'])
@@ -568,15 +527,6 @@ def test_the_raw_weights_of_weight_dropout_can_be_sparse(make):
 
 # --- few batches, no validation, epochs that are skipped
 
-def test_fit_of_no_epochs_before_and_after():
-    learn, cb = learner(), sparse()
-    fit(learn, 0, cb)
-    assert zeros(learn.model) == 0
-    fit(learn, 2, cb)
-    fit(learn, 0, cb)
-    fit(learn, 0)
-    assert zeros(learn.model) == n_zeros(.9, N) == zeros(fit(learn, 1).model)
-
 @pytest.mark.parametrize('criteria', [large_final, updating_movement, grad_crit])
 def test_epochs_of_one_batch(criteria):
     watch, seen = watching()
@@ -625,61 +575,7 @@ def test_a_baked_export_predicts_the_same_and_is_plain():
     assert not any(isinstance(cb, (KeepMasks, SparsifyCallback)) for cb in loaded.cbs)
     with loaded.no_bar(): assert torch.equal(loaded.predict(item)[2], expected)
 
-class Copies(Callback):
-    "Takes a copy with `f(learn)` in the middle of a fit, when `event` comes for the eighth time"
-    order, run_valid = 66, False
-    def __init__(self, event, f): self.seen, self.copy, self.event, self.f = 0, None, event, f
-    def __call__(self, event_name):
-        if event_name == self.event: self.seen += 1
-        if event_name == self.event and self.seen == 8 and self.copy is None: self._take()
-        return super().__call__(event_name)
-    def _take(self): self.copy = copied_by(self, self.f)
-
-COPIES = dict(deepcopy=deepcopy, pickle=lambda learn: pickle.loads(pickle.dumps(learn)),
-              callback=lambda learn: pickle.loads(pickle.dumps(learn.sparsify)).learn)
-
-@pytest.mark.parametrize('criteria', [large_final, movement, updating_movement, random_criteria])
-@pytest.mark.parametrize('event', ['before_batch', 'after_step', 'after_batch'])
-@pytest.mark.parametrize('how', COPIES)
-def test_a_copy_in_the_middle_of_a_fit(how, event, criteria):
-    take = Copies(event, COPIES[how])
-    learn = learner(cbs=sparse(criteria=criteria))
-    fit(learn, 2, take)
-    assert zeros(learn.model) == n_zeros(.9, N)
-    other, final = take.copy, snapshot(learn.model)
-    assert 0 < zeros(other.model) < n_zeros(.9, N) and follows_masks(other.model)
-    n, (watch, seen) = zeros(other.model), watching()
-    fit(other, 2, watch)
-    assert min(seen) >= n and zeros(other.model) == n_zeros(.9, N) and same(final, snapshot(learn.model))
-
-def test_a_copy_does_not_disturb_the_fit():
-    plain = fit(learner(cbs=sparse(criteria=movement)), 2)
-    copied = fit(learner(cbs=sparse(criteria=movement)), 2, Copies('after_batch', deepcopy))
-    assert same(snapshot(plain.model), snapshot(copied.model))
-
-def test_a_pickled_callback_that_has_not_run_yet():
-    cb = pickle.loads(pickle.dumps(sparse(schedule=agp, criteria=movement)))
-    assert zeros(fit(learner(), 2, cb).model) == n_zeros(.9, N)
-
 # --- interruptions
-
-@pytest.mark.parametrize('exc', [RuntimeError('stop'), KeyboardInterrupt(), CancelFitException(), SystemExit()],
-                         ids=['error', 'interrupt', 'cancel', 'exit'])
-@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_step', 'before_validate', 'after_epoch'])
-def test_a_fit_that_breaks_off_and_another(event, exc):
-    learn, cb, calls = learner(), sparse(update_every=1), []
-    def stop(learn):
-        calls.append(1)
-        if len(calls) == (2 if event in ('before_validate', 'after_epoch') else 8): raise exc
-    stop = at(event, stop, 70, always=True)
-    try: fit(learn, 3, [cb, stop])
-    except (RuntimeError, KeyboardInterrupt, SystemExit) as e: assert type(e) is type(exc)
-    n = zeros(learn.model)
-    assert 0 < n < n_zeros(.9, N) and held(learn) and not any(isinstance(o, SparsifyCallback) for o in learn.cbs)
-    assert zeros(fit(learn, 1).model) == n and held(learn)
-    watch, seen = watching()
-    fit(learn, 2, [cb, watch])
-    assert seen == sorted(seen) and seen[0] >= n and seen[-1] == n_zeros(.9, N)
 
 @pytest.mark.parametrize('exc', [CancelBatchException, CancelTrainException, CancelEpochException, CancelFitException])
 @pytest.mark.parametrize('sparsify', [True, False], ids=['sparsify', 'keep'])

@@ -1,0 +1,18 @@
+"Run by contract/test_two_ranks.py on two ranks: prints what a fit with each callback leaves on both, as JSON"
+from callback_helpers import collect, follows_masks, held, masks
+from ddp_worker import Accelerator, digest, finish, gathered, make, train
+from kinds import KINDS, n_zero
+
+def left_by(kind):
+    learn = make()
+    kind.prepare(learn)
+    ends, seen = collect('after_epoch', lambda learn: digest(learn.model.parameters()))
+    train(learn, kind.make(), ends, n_epoch=3)
+    rows = [list(map(float, row[2:-1])) for row in learn.recorder.values]   # losses and accuracy are each rank's own
+    here = dict(ends=seen, masks=digest(masks(learn.model)), weights=digest(learn.model.parameters()), rows=rows,
+                zeros=n_zero(learn), held=held(learn) and follows_masks(learn.model))
+    return {k: gathered(v) for k,v in here.items()}
+
+if __name__ == '__main__':
+    Accelerator()
+    finish({name: left_by(kind) for name,kind in KINDS.items()})

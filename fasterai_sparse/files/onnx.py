@@ -13,43 +13,99 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from torch import nn
 
-from ..utils.batches import call_with
+from ..utils.batches import as_call, call_with
 from ..utils.compat import tree_leaves
 from ..utils.modes import evaluating, unwrapped
 from ..core.layers import maskable_weights
 from ..core.masks import masks_off
 from ..core.patterns import NM
+from ..core.select import Zeros
 
-# %% ../../nbs/files/01_onnx.ipynb #31af74f3
+# %% ../../nbs/files/01_onnx.ipynb #5e0c1a76
+def export_onnx(
+    model:nn.Module, # A model, with masks (which stay) or baked
+    path, # File to write; weights beyond 1 GB go beside it, into `{path}.data`
+    example_input, # A batch: a tensor, or a tuple or dict of the arguments of `forward`
+    opset=None, # Version of ONNX's operators; None: PyTorch's choice
+    nm=(2,4), # Pattern to look for along the inputs
+    **kwargs, # For `torch.onnx.export`, such as `dynamic_shapes`, `input_names` or `dynamo=False`
+)->pd.DataFrame:
+    """Export `model` in eval mode and without masks to ONNX, zeros included; returns a row per initializer of the
+    file. A row has the name, the operator that uses it as a weight, the shape, zeros, the sparsity in percent,
+    the dimension of the inputs, and the `pattern`: '2:4' (or `nm`), 'dense' or 'no', as in `verify_nm`. Raises
+    `ImportError` without the packages onnx and onnxscript; `ValueError` if zeros are lost, if PyTorch has no such
+    `opset`, or if ONNX Runtime, where it is installed, can't run the file or its outputs differ (by more than
+    1e-4 of the largest output, or 8 roundings of a shorter type). Then no file is written, and one that was there
+    stays."""
+    _need('onnx', 'onnxscript')
+    NM(*nm)   # raises for an impossible pattern
+    model, path = unwrapped(model), Path(path)
+    with masks_off(model) as plain, evaluating(plain), tempfile.TemporaryDirectory(dir=path.parent) as tmp:
+        out = Path(tmp)/path.name
+        _export(plain, out, example_input, opset, **kwargs)
+        df = _checked_export(plain, out, example_input, opset, nm, kwargs.get('input_names') or ())
+        for f in sorted(Path(tmp).iterdir(), reverse=True): f.replace(path.parent/f.name)   # the data before the model
+    return df
+
+# %% ../../nbs/files/01_onnx.ipynb #17c1e0a8
 def _need(*names):
-    if lacking := [n for n in names if find_spec(n) is None]: raise ImportError(f"export_onnx needs {' and '.join(lacking)}: pip install {' '.join(lacking)}")
+    "Raise `ImportError` for those of the packages `names` that are not installed"
+    if missing := [n for n in names if find_spec(n) is None]:
+        raise ImportError(f"export_onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+
+# %% ../../nbs/files/01_onnx.ipynb #7259cb05
+def _export(model, path, example_input, opset, **kwargs):
+    "Write `model` to `path` with PyTorch's exporter"
+    args, named = as_call(example_input)
+    is_large = sum(p.nbytes for p in model.parameters()) > 2**30
+    kwargs = {'dynamo': True, 'verbose': False, 'external_data': is_large, **kwargs}
+    with torch.enable_grad(), warnings.catch_warnings():   # without gradients, attention runs as one private operator
+        warnings.filterwarnings('ignore', '.*_flat_weights.* were assigned during export')   # of recurrent layers
+        torch.onnx.export(model, args, path, kwargs=named or None, opset_version=opset, **kwargs)
+
+# %% ../../nbs/files/01_onnx.ipynb #0ee3d986
+def _checked_export(model, path, example_input, opset, nm, input_names):
+    "The table of the file's initializers; raises `ValueError` if the file is not what was asked for"
+    import onnx
+    exported = onnx.load(path)
+    _check_opset(exported, opset)
+    df = _initializers(exported.graph, *nm)
+    _check_zeros(model, df)
+    if find_spec('onnxruntime'):
+        found = _run_onnx(path, model, *as_call(example_input), input_names)
+        _check_outputs(found, _tensors(call_with(model, example_input)))
+    return df
 
 # %% ../../nbs/files/01_onnx.ipynb #b70aabdb
 def _weight_axes(graph):
-    "Name of an initializer -> (operator, dimension of the inputs) that uses it as a weight, through transpositions too"
-    known, seen, axes = {i.name: len(i.dims) for i in graph.initializer}, {}, {}
+    "Name of an initializer -> (operator that uses it as a weight, dimension of the inputs)"
+    n_dims, transposed, axes = {i.name: len(i.dims) for i in graph.initializer}, {}, {}
     for node in graph.node:
         attrs = {a.name: list(a.ints) or a.i for a in node.attribute}
-        if node.op_type == 'Transpose' and node.input[0] in known:
-            name, n = node.input[0], known[node.input[0]]
-            seen[node.output[0]] = name, attrs.get('perm', list(range(n))[::-1])
+        if node.op_type == 'Transpose' and node.input[0] in n_dims:
+            name = node.input[0]
+            transposed[node.output[0]] = name, attrs.get('perm', list(range(n_dims[name]))[::-1])
         for i,axis in _input_axes(node.op_type, attrs):
-            name, perm = seen.get(node.input[i], (node.input[i], None)) if i < len(node.input) else ('', None)
-            if known.get(name, 0) > 1: axes.setdefault(name, (node.op_type, perm[axis] if perm else axis % known[name]))
+            name, perm = transposed.get(node.input[i], (node.input[i], None)) if i < len(node.input) else ('', None)
+            if n_dims.get(name, 0) < 2: continue
+            axes.setdefault(name, (node.op_type, perm[axis] if perm else axis % n_dims[name]))
     return axes
 
 # %% ../../nbs/files/01_onnx.ipynb #d585b39e
 def _input_axes(op, attrs):
-    "(number of an operand, its dimension that holds the inputs) of an operator that has weights"
+    "Pairs (operand, its dimension of the inputs) of an operator whose operands can be weights"
     if op == 'Gemm': return (1, 1 if attrs.get('transB') else 0), (0, 0 if attrs.get('transA') else 1)
-    return {'Conv': [(1,1)], 'ConvTranspose': [(1,0)], 'MatMul': [(1,-2), (0,-1)], **dict.fromkeys(('LSTM', 'GRU', 'RNN'), [(1,2), (2,2)])}.get(op, [])
+    recurrent = [(1,2), (2,2)]
+    return {'Conv': [(1,1)], 'ConvTranspose': [(1,0)], 'MatMul': [(1,-2), (0,-1)],
+            'LSTM': recurrent, 'GRU': recurrent, 'RNN': recurrent}.get(op, [])
 
 # %% ../../nbs/files/01_onnx.ipynb #4a361cd9
 def _pattern_of(a, axis, n, m):
-    "What `verify_nm` would say of the array `a`"
+    "The pattern of the bool array `a` (True = not zero) along `axis`, in the words of `verify_nm`"
     if a.all(): return 'dense'
     if a.shape[axis] % m: return 'no'
-    return f'{n}:{m}' if np.count_nonzero(np.moveaxis(a, axis, -1).reshape(-1, m), axis=1).max(initial=0) <= n else 'no'
+    n_live = np.count_nonzero(np.moveaxis(a, axis, -1).reshape(-1, m), axis=1)
+    return f'{n}:{m}' if n_live.max(initial=0) <= n else 'no'
 
 # %% ../../nbs/files/01_onnx.ipynb #29c3849d
 def _initializers(graph, n, m):
@@ -60,24 +116,31 @@ def _initializers(graph, n, m):
         a, (op, axis) = numpy_helper.to_array(i), axes.get(i.name, ('', None))
         zeros = int(np.count_nonzero(a == 0))
         pattern = '' if axis is None else _pattern_of(a != 0, axis, n, m)
-        rows.append(dict(name=i.name, op=op, shape=a.shape, zeros=zeros, sparsity=100*zeros/max(a.size, 1), axis=axis, pattern=pattern))
-    return pd.DataFrame(rows, columns='name op shape zeros sparsity axis pattern'.split()).astype({'axis': 'Int64'})
+        percent = Zeros(zeros, a.size).percent
+        rows.append([i.name, op, a.shape, zeros, percent, axis, pattern])
+    columns = 'name op shape zeros sparsity_pct axis pattern'.split()
+    return pd.DataFrame(rows, columns=columns).astype({'axis': 'Int64'})
 
 # %% ../../nbs/files/01_onnx.ipynb #5e0c1a74
 def _check_zeros(model, df):
-    "Raise `ValueError` where weights of `model` have more zeros than those of the same size (in whatever order of dimensions) in the file"
+    """Raise `ValueError` if a weight of `model` has more zeros than its counterpart in the file; as the exporter
+    renames and transposes weights, those of the same dimensions in any order are compared, sorted by their
+    zeros"""
     size, ours, theirs = lambda shape: tuple(sorted(d for d in shape if d > 1)), {}, {}
     for name,m,p in maskable_weights(model):
-        if (w := m._parameters.get(p)) is not None: ours.setdefault(size(w.shape), []).append((int((w == 0).sum()), name))
+        if (w := m._parameters.get(p)) is None: continue
+        ours.setdefault(size(w.shape), []).append((int((w == 0).sum()), name))
     for r in df.itertuples(): theirs.setdefault(size(r.shape), []).append(r.zeros)
     for k,have in ours.items():
         found = sorted(theirs.get(k, []))   # fewer where a layer isn't used
         for (n,name),z in zip(sorted(have), found[-len(have):]):
-            if z < n: raise ValueError(f"The export would lose zeros: the weight of {name!r}, of shape {k}, has {n:,d} and the file {z:,d}")
+            if z < n:
+                raise ValueError(f"The export would lose zeros: the weight of {name!r}, of shape {k}, has {n:,d} "
+                                 f"and the file {z:,d}")
 
 # %% ../../nbs/files/01_onnx.ipynb #80dc52e7
 def _check_opset(model, opset):
-    "Raise `ValueError` where the exported `model` isn't of the version `opset`, to which PyTorch only tries to convert it"
+    "Raise `ValueError` if the file `model` has another opset than was asked for: PyTorch only tries to convert it"
     found = next(o.version for o in model.opset_import if o.domain in ('', 'ai.onnx'))
     if opset not in (None, found): raise ValueError(f"PyTorch can't export {opset=} here: the file would have {found}")
 
@@ -86,66 +149,38 @@ def _tensors(tree): return [t for t in tree_leaves(tree) if torch.is_tensor(t)]
 
 # %% ../../nbs/files/01_onnx.ipynb #3974cedf
 def _by_name(names, model, args, kwargs, input_names):
-    "`names` of the file's inputs -> tensors, by the names of what `forward` takes; in their order where it has others. The older exporter leaves out what isn't used"
+    """`names` of the file's inputs -> tensors: by the names of the arguments of `forward`, else in their order.
+    The older exporter leaves out arguments that are not used"""
     leaves = _tensors((args, kwargs))
     known = {**inspect.signature(model.forward).bind(*args, **kwargs).arguments, **dict(zip(input_names, leaves))}
-    return {n: known[n] for n in names} if all(torch.is_tensor(known.get(n)) for n in names) else dict(zip(names, leaves))
+    if all(torch.is_tensor(known.get(n)) for n in names): return {n: known[n] for n in names}
+    return dict(zip(names, leaves))
 
 # %% ../../nbs/files/01_onnx.ipynb #b748be97
 def _run_onnx(path, model, args, kwargs, input_names):
-    "What ONNX Runtime computes from the file; raises `ValueError` where it can't"
+    "The outputs of the file in ONNX Runtime; raises `ValueError` if it can't run it"
     import onnxruntime
     try:
         session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
         given = _by_name([i.name for i in session.get_inputs()], model, args, kwargs, input_names)
         return session.run(None, {n: t.detach().cpu().numpy() for n,t in given.items()})
-    except Exception as e: raise ValueError(f"ONNX Runtime can't run the export, so that nothing can be checked (it has most operators for float32): {e}") from e
+    except Exception as e:
+        raise ValueError("ONNX Runtime can't run the export, so its outputs can't be checked (most operators exist "
+                         f"for float32 only): {e}") from e
 
 # %% ../../nbs/files/01_onnx.ipynb #b145a729
 def _difference(a, b):
-    "The largest difference between `a` and `b`, none where they are infinite or NaN alike; and the largest finite number in `b`"
+    "(largest difference of `a` and `b`, 0 where both are the same infinity or NaN; largest finite number in `b`)"
     same, finite = (a == b) | a.isnan() & b.isnan(), b[b.isfinite()]
     return (a-b).abs().masked_fill(same, 0).max() if b.numel() else 0, finite.abs().max() if len(finite) else 0
 
 # %% ../../nbs/files/01_onnx.ipynb #e0a5dec1
 def _check_outputs(found, outputs):
-    "Raise `ValueError` where the arrays `found` are others than the tensors `outputs`"
+    "Raise `ValueError` if the arrays `found` differ from the model's `outputs`"
     for i,(a,b) in enumerate(zip(found, outputs, strict=True)):
         tol = max(1e-4, 8*torch.finfo(b.dtype).eps) if b.is_floating_point() else 0
-        if a.shape != b.shape: raise ValueError(f"ONNX Runtime's output {i} has the shape {a.shape}, that of the model {tuple(b.shape)}")
+        if a.shape != b.shape:
+            raise ValueError(f"ONNX Runtime's output {i} has the shape {a.shape}, the model's has {tuple(b.shape)}")
         off, top = _difference(torch.as_tensor(a).double(), b.detach().cpu().double())
-        if not off <= tol*top: raise ValueError(f"ONNX Runtime's output {i} is off by {off:.2g}, where the largest of the model is {top:.2g}")
-
-# %% ../../nbs/files/01_onnx.ipynb #5e0c1a76
-def export_onnx(
-    model:nn.Module, # A model, with masks (which stay) or baked
-    path, # File to write; weights beyond 1 GB go beside it, into `{path}.data`
-    example_input, # A batch: a tensor, or a tuple or dict of the arguments of `forward`
-    opset=None, # Version of ONNX's operators; None: what PyTorch prefers
-    nm=(2,4), # Pattern to look for along the inputs
-    **kwargs, # For `torch.onnx.export`, as `dynamic_shapes`, `input_names` or `dynamo=False`
-)->pd.DataFrame:
-    """Export `model` in eval mode and without masks to ONNX, its zeros kept, and return what the file holds, a row per initializer.
-    A row has the name, the operator that uses it as a weight, the shape, zeros, sparsity in percent, the dimension of the inputs, and the `pattern`: '2:4'
-    (or as asked), 'dense' or 'no', as in `verify_nm`. Raises `ImportError` without the packages onnx and onnxscript; `ValueError` where zeros are lost, where
-    PyTorch has no such `opset`, or where ONNX Runtime, if it is installed, can't run the file or computes something else (off by more than 1e-4 of the
-    largest output, or 8 roundings of a shorter type). Then no file is written and one that was there stays."""
-    _need('onnx', 'onnxscript')
-    import onnx
-    NM(*nm)
-    model, path = unwrapped(model), Path(path)
-    kw = example_input if isinstance(example_input, dict) else {}
-    args = () if isinstance(example_input, dict) else tuple(example_input) if isinstance(example_input, (tuple,list)) else (example_input,)
-    large = sum(p.nbytes for p in model.parameters()) > 2**30
-    with masks_off(model) as plain, evaluating(plain, []), tempfile.TemporaryDirectory(dir=path.parent) as tmp:
-        out = Path(tmp)/path.name
-        with torch.enable_grad(), warnings.catch_warnings():   # without gradients, attention takes a path that older exporters don't know
-            warnings.filterwarnings('ignore', '.*_flat_weights.* were assigned during export')   # recurrent layers keep a list of theirs
-            torch.onnx.export(plain, args, out, kwargs=kw or None, opset_version=opset, **{'dynamo': True, 'verbose': False, 'external_data': large, **kwargs})
-        exported = onnx.load(out)
-        _check_opset(exported, opset)
-        df = _initializers(exported.graph, *nm)
-        _check_zeros(plain, df)
-        if find_spec('onnxruntime'): _check_outputs(_run_onnx(out, plain, args, kw, kwargs.get('input_names') or ()), _tensors(call_with(plain, example_input)))
-        for f in sorted(Path(tmp).iterdir(), reverse=True): f.replace(path.parent/f.name)
-    return df
+        if not off <= tol*top:   # also where `off` is NaN
+            raise ValueError(f"ONNX Runtime's output {i} is off by {off:.2g}, where the model's largest is {top:.2g}")

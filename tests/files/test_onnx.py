@@ -65,7 +65,7 @@ def test_onnx_of_a_convnet(tmp_path, kw):
     assert [f.name for f in tmp_path.iterdir()] == ['m.onnx']
     weights = df[df.op != '']
     assert set(weights.op) <= {'Conv', 'Gemm', 'MatMul'} and sorted(weights.zeros) == sorted(int((p == 0).sum()) for *_,p,_ in masked_params(model))
-    assert (weights['sparsity'] > 85).all() and (df.pattern[df.op == ''] == '').all()
+    assert (weights['sparsity_pct'] > 85).all() and (df.pattern[df.op == ''] == '').all()
     ours = verify_nm(model).set_index('shape').pattern
     assert all(r.pattern == ours[r.shape] for r in weights.itertuples()) and {'2:4', 'no'} == set(weights.pattern)
     out = run_onnx(tmp_path/'m.onnx', x)[0]

@@ -23,7 +23,7 @@ from fasterai_sparse.nncf.soft_masks import SoftMasks
 from fasterai_sparse.files.safetensors import load_sparse, save_sparse, sparse_contents
 import fasterai_sparse.files.safetensors as sf
 
-DTYPES = list(sf._dtypes.values())
+DTYPES = list(sf._torch_dtypes.values())
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 def raw(t): return torch.cat([t.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg().reshape(-1)]).view(torch.uint8).numpy().tobytes()
@@ -87,7 +87,7 @@ def test_minus_zero_takes_a_bit(path, dtype):
     assert df.bytes[0] == 64*dtype.itemsize + 2*80 - sum(dtype.itemsize for i in range(5, 640, 7) if i % 10 == 0) and torch.signbit(load_sparse(path)['a']).any()
 
 def test_pieces_fit_together(path, monkeypatch):
-    monkeypatch.setattr(sf, '_piece', 64)
+    monkeypatch.setattr(sf, '_piece_size', 64)
     w = torch.randn(40,8,3,3)
     w[:,::4], w[:,1::4] = 0, 0
     ragged = torch.randn(1001)*(torch.rand(1001) > .8)
@@ -142,7 +142,7 @@ def test_tied_weights_are_there_once(path):
     assert path.stat().st_size < 4*(50*16 + 16*16 + 16) + 3000
     state = load_sparse(path)
     Sparsifier(sparse := Tied(), 'weight', 'local', large_final, layer_type=nn.Embedding).sparsify_model(60)
-    assert save_sparse(sparse, tmp := path.with_name('s')).sparsity[[0,3]].tolist() == [60, 60] and sparse_contents(tmp).stored[3] == 'as emb.weight'
+    assert save_sparse(sparse, tmp := path.with_name('s')).sparsity_pct[[0,3]].tolist() == [60, 60] and sparse_contents(tmp).stored[3] == 'as emb.weight'
     assert state['head.weight'] is state['emb.weight']
     assert list(df.layer) == ['emb', 'block', '', '', '', '']
     model = load_sparse(path, Tied())
@@ -235,7 +235,7 @@ def test_attention_lstm_and_transposed_layers(path):
     model = nn.ModuleList([nn.MultiheadAttention(16,2), nn.LSTM(16,8,2), nn.ConvTranspose2d(16,6,3), nn.GRUCell(16,4), nn.Conv3d(16,4,2)])
     Sparsifier(model, 'weight', 'local', large_final, nm=True, layer_type=None).sparsify_model(50)
     df = round_trip(model, path)
-    assert (df.stored[df.layer != ''] == '2:4').all() and (df.sparsity[df.layer != ''] == 50).all()
+    assert (df.stored[df.layer != ''] == '2:4').all() and (df.sparsity_pct[df.layer != ''] == 50).all()
 
 # N:M
 
@@ -311,8 +311,8 @@ def test_contents(path):
     model = sparse_net()
     df = save_sparse(model, path)
     report = sparsity_report(model)
-    assert abs(df.attrs['sparsity'] - 100*report.zeros.sum()/report.params.sum()) < 1e-9
-    assert df[df.layer != ''].set_index('layer').sparsity.to_dict() == pytest.approx(report.set_index('layer').sparsity_pct.to_dict())
+    assert abs(df.attrs['sparsity_pct'] - 100*report.zeros.sum()/report.params.sum()) < 1e-9
+    assert df[df.layer != ''].set_index('layer').sparsity_pct.to_dict() == pytest.approx(report.set_index('layer').sparsity_pct.to_dict())
     again = sparse_contents(path)
     assert again.equals(df) and again.attrs == df.attrs
     n = int.from_bytes(path.read_bytes()[:8], 'little')
@@ -329,7 +329,7 @@ def test_the_safetensors_package_reads_it(path, model):
     for k,t in tensors.items():
         if k in model.state_dict(): assert same(t, model.state_dict()[k])
     with safe_open(path, 'pt') as f: meta = f.metadata()
-    assert meta['format_version'] == '1' and abs(100*float(meta['sparsity']) - save_sparse(model, path).attrs['sparsity']) < 1e-3
+    assert meta['format_version'] == '1' and abs(100*float(meta['sparsity']) - save_sparse(model, path).attrs['sparsity_pct']) < 1e-3
     assert set(json.loads(meta['layers'])) == {n for n,*_ in maskable_weights(model)}
 
 def test_parts_are_aligned(path):
@@ -337,7 +337,7 @@ def test_parts_are_aligned(path):
     save_sparse(model, path)
     with open(path, 'rb') as f: stored, at = sf._read_header(f, path)
     for s in stored:
-        for part,(dtype,_) in s.parts().items(): assert at[part][0] % sf._dtypes[dtype].itemsize == 0
+        for part,(dtype,_) in s.parts().items(): assert at[part][0] % sf._torch_dtypes[dtype].itemsize == 0
 
 # memory
 
@@ -549,7 +549,7 @@ class Extra(nn.Linear):
     def get_extra_state(self): return {'a': 1}
     def set_extra_state(self, s): pass
 
-@pytest.mark.parametrize('model,word', [(lambda: nn.LazyLinear(3), 'lazy'), (lambda: nn.Linear(3,3,device='meta'), 'meta'), (lambda: Extra(2,2), '_extra_state is no tensor but a dict'),
+@pytest.mark.parametrize('model,word', [(lambda: nn.LazyLinear(3), 'lazy'), (lambda: nn.Linear(3,3,device='meta'), 'meta'), (lambda: Extra(2,2), '_extra_state is a dict, not a tensor'),
                                         (lambda: Holder(a=torch.ones(3,3).to_sparse()), 'sparse_coo'), (lambda: Holder(a=torch.ones(3, dtype=torch.complex128)), 'complex128')])
 def test_what_cannot_be_stored(path, model, word):
     path.write_bytes(b'old')
@@ -647,7 +647,7 @@ def test_learner(tmp_path):
     learn.path = tmp_path/'new'
     fit(learn, cbs=SparsifyCallback(80, granularity='weight', context='local', criteria=large_final, schedule=one_shot, layer_type=(nn.Conv2d, nn.Linear)))
     df = learn.export_sparse()
-    assert round(df.attrs['sparsity']) == 80 and sum(1 for _ in masked_params(learn.model))
+    assert round(df.attrs['sparsity_pct']) == 80 and sum(1 for _ in masked_params(learn.model))
     for k,t in load_sparse(tmp_path/'new'/'model.safetensors').items(): assert same(t, learn.model.state_dict()[k])
     other = learner(model=net())
     load_sparse(tmp_path/'new'/'model.safetensors', other.model)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['datasets', 'demo_schedules', 'WholeBatches', 'whole_dls', 'digits', 'fashion_mnist', 'pets', 'small_cnn',
-           'demo_learner', 'file_bytes', 'packed_size', 'side_by_side', 'Measured', 'plot_demo', 'PlainTable',
+           'demo_learner', 'file_bytes', 'packed_size', 'side_by_side', 'EpochSparsity', 'plot_demo', 'PlainTable',
            'run_demo', 'main']
 
 # %% ../nbs/demo.ipynb #912792f8
@@ -152,7 +152,7 @@ def side_by_side(
     return '\n'.join([f"{'':<26}{'accuracy':>9}{'on disk':>15}", *lines])
 
 # %% ../nbs/demo.ipynb #4bc8eaab
-class Measured(Callback):
+class EpochSparsity(Callback):
     "Measure the sparsity of all convolutions after each epoch, in percent"
     order, run_valid = SparsifyCallback.order+1, False
     def before_fit(self): self.percents = []
@@ -184,8 +184,7 @@ class PlainTable(Callback):
     order = Recorder.order - 1   # before Recorder writes a row
     def before_fit(self): self.was, self.learn.logger = self.learn.logger, self.write
     def before_train(self):
-        if self.epoch > 0: return
-        self.write(['epoch', 'train_loss', 'valid_loss', *[m.name for m in self.learn.metrics], 'time'])
+        if self.epoch == 0: self.write(self.recorder.metric_names)
     def write(self, row): print(''.join(f'{v:<12.4f}' if isinstance(v, float) else f'{v:<12}' for v in row))
     def after_fit(self): self.learn.logger = self.was
 
@@ -221,7 +220,7 @@ def run_demo(
 )->tuple:
     "Train dense and sparse, print a comparison, save the sparse model and a picture; returns both learners"
     cb = SparsifyCallback(sparsity, granularity, context, large_final, getattr(schedules, schedule))
-    measured = Measured()
+    measured = EpochSparsity()
     make, default_epochs, width = datasets[data]
     epochs, out = epochs or default_epochs, Path(out)
     set_seed(0)
@@ -232,7 +231,8 @@ def run_demo(
     print(f'\n{side_by_side(dense, sparse)}\n')
     plot_demo(cb, measured.percents, sparse.model, out/'sparsity.png')
     cb.sparsifier.save_model(out/'sparse.pth')
-    print(f"Saved {out/'sparse.pth'} (torch.load loads it without this package) and {out/'sparsity.png'}")
+    print(f"Saved {out/'sparsity.png'} and {out/'sparse.pth'}",
+          '(load it with torch.load(..., weights_only=False); this package is not needed)')
     return dense, sparse
 
 # %% ../nbs/demo.ipynb #d000000e

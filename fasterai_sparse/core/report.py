@@ -6,6 +6,8 @@
 __all__ = ['weight_uses', 'packed_bytes', 'sparsity_report', 'format_report', 'plot_sparsity']
 
 # %% ../../nbs/core/10_report.ipynb #fe49ea4c
+from contextlib import contextmanager
+
 import pandas as pd, torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -81,8 +83,8 @@ def _report_row(name, m, p, uses, notes):
     row = dict(layer=name, type=type(m).__name__, shape=shape, params=n, zeros=zeros.n_zero,
                sparsity_pct=zeros.percent, bytes=n*size, packed_bytes=packed_bytes(n, n_live, size))
     if uses is not None:
-        n_uses = uses.get(id(_weight_or_layer(m, p)), 0)
-        row |= dict(flops=2*n*n_uses, sparse_flops=2*n_live*n_uses)
+        per_weight = 2*uses.get(id(_weight_or_layer(m, p)), 0)
+        row |= dict(flops=per_weight*n, sparse_flops=per_weight*n_live)
     return dict(row, note=notes.get(name) or unmaskable(m, p) or _mask_note(get_mask(m, p), nonzero))
 
 # %% ../../nbs/core/10_report.ipynb #97345af7
@@ -108,7 +110,10 @@ def sparsity_report(
 # %% ../../nbs/core/10_report.ipynb #5ae07cad
 _table_line = '{:<30} {:<15} {:<10} {:<10} '
 
+def _flops_line(sparse, dense): return f'FLOPs: {sparse:,d} of {dense:,d}, {sparse/dense:.1%}'
+
 def _table_row(layer, kind, n, zeros):
+    "One line of the table"
     percent = f'{100*zeros/n if n else 0:>8.2f}%'
     return _table_line.format(layer, kind, f'{n:,d}', f'{zeros:,d}') + percent
 
@@ -131,9 +136,7 @@ def format_report(
     lines += [*(_table_row(r.layer, r.type, r.params, r.zeros) for r in df.itertuples()), '-'*80]
     lines.append(_table_row('Overall', 'all', int(df.params.sum()), int(df.zeros.sum())))
     if 'level_pct' in df: lines += _callback_lines(df)
-    if 'flops' in df and (dense := int(df.flops.sum())):
-        sparse = int(df.sparse_flops.sum())
-        lines.append(f'FLOPs: {sparse:,d} of {dense:,d}, {sparse/dense:.1%}')
+    if 'flops' in df and df.flops.sum(): lines.append(_flops_line(int(df.sparse_flops.sum()), int(df.flops.sum())))
     lines += [f'{r.layer}: {r.note}' for r in df.itertuples() if r.note not in ('', 'no mask')]
     return '\n'.join(lines)
 

@@ -200,8 +200,9 @@ def set_up(self:SoftMaskCallback)->bool:
     "Find the layers; returns False where none of them trains"
     self.net, self.begun, self.frozen = unwrapped(self.model), False, False
     self.all_layers = self._find_layers()
-    self.owners = {n: (m, p) for n,(m,p) in self.all_layers.items() if m._parameters[p].requires_grad}
-    self.params = {n: m._parameters[p] for n,(m,p) in self.owners.items()}
+    params = {n: m._parameters[p] for n,(m,p) in self.all_layers.items()}
+    self.params = {n: p for n,p in params.items() if p.requires_grad}
+    self.owners = {n: self.all_layers[n] for n in self.params}
     self._check_others()
     if not self.params: print('All layers to sparsify are frozen: waiting for a fit in which they train')
     return bool(self.params)
@@ -216,16 +217,19 @@ def tear_down(self:SoftMaskCallback):
 # %% ../../nbs/nncf/01_soft_masks.ipynb #e6142055
 @patch
 def _find_layers(self:SoftMaskCallback):
-    "Name -> (module, parameter name) of the weights to sparsify, those that do not train among them"
+    "Name -> (module, parameter name) of the weights to sparsify, whether they train or not"
     model = unwrapped(self.model)
     known = {n: (m, p) for n,m,p in maskable_weights(model, self.layer_type)}
     unknown = sorted(set(self.layers or ()) - set(known))
     if unknown: raise ValueError(f"No layer {unknown[0]!r} to sparsify; there are {list(known)}")
     found = {n: l for n,l in known.items() if self.layers is None or n in self.layers}
     if not found: raise ValueError(f"No layer to sparsify in {type(model).__name__}")
-    for n,(m,p) in found.items():
-        if why := unmaskable(m, p) or _why_no_soft_mask(m): raise ValueError(f"Layer {n!r} {why}")
+    for n,(m,p) in found.items(): _check_maskable(n, m, p)
     return found
+
+# %% ../../nbs/nncf/01_soft_masks.ipynb #52e71567
+def _check_maskable(name, m, p):
+    if why := unmaskable(m, p) or _why_no_soft_mask(m): raise ValueError(f"Layer {name!r} {why}")
 
 # %% ../../nbs/nncf/01_soft_masks.ipynb #efd6521b
 def _why_no_soft_mask(m):
@@ -237,14 +241,13 @@ def _why_no_soft_mask(m):
 # %% ../../nbs/nncf/01_soft_masks.ipynb #8950d39d
 @patch
 def _check_others(self:SoftMaskCallback):
-    "Raise `ValueError` where another callback has soft masks over the same parameter"
-    own = {id(p): n for n,p in self.params.items()}
+    "Raise `ValueError` where another callback has soft masks over the same layer"
     for cb in self.learn.cbs:
         if not isinstance(cb, SoftMaskCallback) or cb is self: continue
-        both = [own[i] for m,p in cb._find_layers().values() if (i := id(m._parameters[p])) in own]
-        if both: raise ValueError(
-            f"{type(self).__name__} and {type(cb).__name__} would both lay masks over {both[0]!r}; "
-            "give them layers= of their own")
+        theirs = {id(m._parameters[p]) for m,p in cb._find_layers().values()}
+        both = [n for n,p in self.params.items() if id(p) in theirs]
+        names = f"{type(self).__name__} and {type(cb).__name__}"
+        if both: raise ValueError(f"{names} would both lay masks over {both[0]!r}; give them layers= of their own")
 
 # %% ../../nbs/nncf/01_soft_masks.ipynb #6ab2a558
 @patch
@@ -252,12 +255,17 @@ def _begin(self:SoftMaskCallback):
     "Make the soft masks, before the first epoch that trains"
     self._unbake()
     self._note_hard_masks()
-    target = None if self.sparsity is None else float(as_fraction(self.sparsity))
-    self.batches_per_epoch = max(len(self.dl), 1)
-    self.course = epoch_course(self.schedule, self.n_epoch, self.batches_per_epoch, target, self.freeze_pct)
+    self._make_course()
     self.soft, self.level, self.log_rows, self.n_done, self.begun = self.make_masks(), 0., [], 0, True
     self.soft.callback = self
     self.begin()
+
+# %% ../../nbs/nncf/01_soft_masks.ipynb #6caf75c9
+@patch
+def _make_course(self:SoftMaskCallback):
+    self.batches_per_epoch = max(len(self.dl), 1)
+    target = None if self.sparsity is None else float(as_fraction(self.sparsity))
+    self.course = epoch_course(self.schedule, self.n_epoch, self.batches_per_epoch, target, self.freeze_pct)
 
 # %% ../../nbs/nncf/01_soft_masks.ipynb #91dafecd
 @patch
@@ -265,7 +273,7 @@ def _unbake(self:SoftMaskCallback):
     "Take back the hard masks that this callback has made in the fit before"
     for n,(mask,before) in self.baked.items():
         m, p = self.owners.get(n, (None, None))
-        now = None if m is None else get_mask(m, p)
+        now = get_mask(m, p) if m else None
         if now is None or not torch.equal(now, mask.to(now.device)): continue
         if before is None: delattr(m, f'{p}_mask')
         else: now.copy_(before)
@@ -403,8 +411,7 @@ def plot(self:SoftMaskCallback,
 # %% ../../nbs/nncf/01_soft_masks.ipynb #af961883
 @patch
 def report(self:SoftMaskCallback)->pd.DataFrame:
-    """The `sparsity_report` of the layers to sparsify, with `level_pct`, the sparsity that was asked for. For magnitudes
-    it has the `threshold`, the greatest importance that is masked; for RB the mean `probability` to be kept."""
+    "The `sparsity_report` of the layers to sparsify, with `level_pct`, the sparsity that was asked for"
     if not self.params: raise ValueError("There is nothing to report before a fit")
     df = sparsity_report(self.net, layer_type=self.layer_type)
     df = df[df.layer.isin(list(self.params))].reset_index(drop=True)

@@ -21,7 +21,7 @@ from .opt_state import reset_opt_state
 
 # %% ../../nbs/train/05_lottery.ipynb #17d58fdd
 class RewindPoint:
-    "All weights and statistics of `model` when this was made; `rewind` and `ticket` bring them back under the model's present masks"
+    "All weights and statistics of `model` at this moment, which `rewind` and `ticket` bring back under later masks"
     def __init__(self,
         model:nn.Module, # The whole model, or the part that goes back
     ):
@@ -93,7 +93,7 @@ class LotteryTickets:
         lth=False, # Go back to the weights of `rewind_epoch` at each step of the schedule
         rewind_epoch=0, # Epoch at whose start these weights are taken
         reset_end=False, # Go back to them after training
-        save_tickets=False, # Write a ticket at each update and at the end: a folder, or True for the learner's model folder
+        save_tickets=False, # Write a ticket at each update and at the end: a folder, or True for the learner's own
     ):
         check_whole('rewind_epoch', rewind_epoch, least=0)
         store_attr()
@@ -112,8 +112,8 @@ def check_schedule(self:LotteryTickets,
 )->None:
     "Raise `ValueError` if weights go back at each step of `schedule` and it has no steps"
     if not self.lth or update_every is not None or takes_steps(schedule): return
-    raise ValueError("lth rewinds at each step of the schedule, and this one changes all the time: use one_shot, iterative "
-                     "or partial(iterative, n_steps=5), or set update_every= to the number of batches between steps")
+    raise ValueError("lth rewinds at each step of the schedule, and this one changes all the time: use one_shot, "
+                     "iterative or partial(iterative, n_steps=5), or set update_every= to the batches between steps")
 
 # %% ../../nbs/train/05_lottery.ipynb #024cfc21
 @patch

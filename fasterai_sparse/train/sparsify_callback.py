@@ -34,15 +34,15 @@ class SparsifyCallback(MaskUpdates):
     columns = ('sparsity',)
     def __init__(self,
         sparsity=None, # Target in percent, or a dict of layer names (or modules) to percent
-        granularity='weight', # Unit that is dropped as a whole: 'weight', 'kernel', 'filter', …, `block(4,1)` or `NM(2,4)`
+        granularity='weight', # Unit that is dropped as a whole: 'weight', 'filter', …, `block(4,1)` or `NM(2,4)`
         context='local', # How the sparsity is shared among layers: 'local', 'global' or an allocation
         criteria=large_final, # How important a weight is: a score function or a `Criteria`
         schedule=None, # A `Schedule`, an annealer of fastai, `f(pos)` or `f(start, end, pos)`
         lth=False, # Lottery tickets: at each step of the schedule, go back to the weights of `rewind_epoch`
         rewind_epoch=0, # Epoch at whose start these weights are taken, and the `init` of criteria that ask for it
         reset_end=False, # Go back to these weights after training
-        save_tickets=False, # Write a ticket at each update and at the end: a folder, or True for the learner's model folder
-        model=None, # Part of the learner's model to sparsify; None: all of it. Names are relative to it; only it is rewound
+        save_tickets=False, # Write a ticket at each update and at the end: a folder, or True for the learner's own
+        model=None, # Part of the learner's model to sparsify and rewind, with layer names relative to it; None: all
         round_to=None, # Make the kept number of groups of each layer a multiple of this
         nm=False, # N:M pattern: True for 2:4, or `(n, m)`
         permute=False, # First order the channels so that N:M keeps most; the model's outputs stay the same
@@ -173,10 +173,12 @@ def _from_first_rank(norms):
 @patch
 def _reset_progress(self:SparsifyCallback):
     "Start counting for a new fit"
-    self.n_since, self.last_position = 0, 0.   # batches since the last update; position at which one was last considered
-    self.step_cancelled = False   # In this batch
-    self.epoch_trained, self.fit_trained = False, self.n_epoch == 0   # Whether this epoch, and any, had training batches
-    self.now = self.trained_last = None   # Sparsity measured in this epoch; and after the last epoch that trained
+    self.n_since = 0   # batches since the last update
+    self.last_position = 0.   # where an update was last considered
+    self.step_cancelled = False   # in this batch
+    self.epoch_trained = False   # whether this epoch has trained
+    self.fit_trained = self.n_epoch == 0   # whether any has; a fit of no epochs reports too
+    self.now = self.trained_last = None   # sparsity measured in this epoch, and after the last one that trained
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #c2e38683
 @patch
@@ -349,7 +351,8 @@ def _permute(self:SparsifyCallback):
 def _measure(self:SparsifyCallback):
     "`MeasuredSparsity` of the layers with a target, or of all layers while the callback waits"
     if self.waits:
-        return measured_sparsity({n: w for n,(m,p) in self.sparsifier.matched.items() if (w := m._parameters.get(p)) is not None})
+        found = {n: m._parameters.get(p) for n,(m,p) in self.sparsifier.matched.items()}
+        return measured_sparsity({n: w for n,w in found.items() if w is not None})
     return measured_sparsity({n: self.sparsifier.param(n) for n in self.targets.names}, self.targets.per_layer)
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #1620fc36

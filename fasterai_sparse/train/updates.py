@@ -15,48 +15,51 @@ from .keep_masks import KeepMasks
 
 # %% ../../nbs/train/03_updates.ipynb #e20bd7c8
 class MaskUpdates(Callback):
-    "Base of the callbacks that change masks: prepares and ends fits, counts epochs, and fills columns of the epoch table"
+    "Base of the callbacks that change masks: prepares and ends fits, counts epochs, fills columns of the epoch table"
     run_valid = False
-    columns = ()   # Names of the columns of the epoch table that it fills
-    column_names = ()   # The same as they stand in the table of this fit
+    columns = ()   # Names of the columns that it fills in the epoch table
+    column_names = ()   # These names in the table of this fit, with a number if another callback has the same
     started = False   # Takes part in the fit that runs
     waits = False   # All layers are frozen: in this fit it only measures
-    n_epochs = 0   # Epochs of this fit that are over, skipped ones included (`learn.epoch` restarts when something validates)
+    n_epochs = 0   # Epochs of this fit that are over or were skipped (`learn.epoch` restarts when something validates)
 
     def set_up(self)->bool:
-        "Prepare a fit, and raise before anything changes; returns False where there is nothing to do, as all layers are frozen"
+        "Prepare a fit, and raise before anything changes; returns False if all layers are frozen"
         return True
     def tear_down(self): "End a fit, also one that was interrupted"
-    def column_values(self): "What this epoch's row shows, a value for each of `columns`"
+    def column_values(self)->list: "The values of this epoch's row, one for each of `columns`"
 
     def __call__(self, event_name):
         if self.learn is None: return   # another callback has removed it during this event
         if event_name == 'before_fit' and self._is_given_twice(): return self.learn.cbs.remove(self)
         if event_name == 'before_fit': self._add_columns()   # the recorder starts a new table, whoever calls it
-        if self.learn.lock.locked() or hasattr(self.learn, 'lr_finder'): return   # the lock is held by validate and get_preds
+        if self.learn.lock.locked() or hasattr(self.learn, 'lr_finder'): return   # validate and get_preds hold the lock
+        self._act_in_fit(event_name)
+
+    def _act_in_fit(self, event_name):
         if event_name == 'before_fit': self.n_epochs = 0
         if event_name == 'before_fit' or not self.waits: super().__call__(event_name)
         if event_name == 'after_validate': self._fill_columns()
         if event_name == 'after_epoch': self.n_epochs += 1
 
     def before_fit(self):
-        if self.started: self.tear_down()   # of a fit that was interrupted
+        if self.started: self.tear_down()   # a fit that was interrupted
         self.started = self.waits = False
         self.started = self.set_up()
         self.waits = not self.started
 
-    def _is_given_twice(self): return self.learn.cbs.items.count(self) > 1   # the other call sets up
+    def _is_given_twice(self): return self.learn.cbs.items.count(self) > 1   # the other one of the two acts
 
     def n_batches(self)->int:
-        "Batches of the fit that are over when this one is"
+        "Batches of the fit that are over after this one"
         return self.n_epochs*self.n_iter + self.iter + 1
 
     def position(self)->float:
-        "Share of the fit that is over when this batch is, from 0 to exactly 1"
+        "Share of the fit that is over after this batch, from 0 to exactly 1"
         return min(self.n_batches() / (self.n_epoch*self.n_iter), 1.)
 
     def keep_masks(self)->KeepMasks:
-        "The learner's `KeepMasks`, which is added where it has none"
+        "The learner's `KeepMasks`, which is added if it has none"
         found = [cb for cb in self.learn.cbs if isinstance(cb, KeepMasks)]
         if found: return found[0]
         self.learn.add_cb(keeper := KeepMasks())
@@ -68,10 +71,11 @@ def add_column(
     recorder, # The learner's `Recorder`, after its own `before_fit`
     name,
 )->str:
-    "Put the column `name` after `valid_loss`, before the user's metrics; returns its name, with a number where the table has one of that name"
+    "Put a column before the user's metrics; returns its name: `name`, with a number if the table has that name already"
     names = recorder.metric_names
     name = next(n for n in (name, *(f'{name}_{i}' for i in range(2, 1000))) if n not in names)
-    names.items.insert(len(names) - bool(recorder.add_time) - len(recorder.metrics), name)   # after the columns that others have added
+    n_after = len(recorder.metrics) + bool(recorder.add_time)
+    names.items.insert(len(names) - n_after, name)   # after the columns that other callbacks have added
     return name
 
 # %% ../../nbs/train/03_updates.ipynb #5c45fe54
@@ -99,7 +103,7 @@ def _fill_columns(self:MaskUpdates):
 
 # %% ../../nbs/train/03_updates.ipynb #7af4c339
 class Companion(MaskUpdates):
-    "Acts for the callback `cb` at another place in the order of callbacks"
+    "Base of the callbacks that act for another one, `cb`, at another place in the order"
     def __init__(self, cb): self.cb = cb
 
     @property
@@ -110,26 +114,27 @@ class Companion(MaskUpdates):
 # %% ../../nbs/train/03_updates.ipynb #dcde3c99
 @patch
 def add_companion(self:MaskUpdates,
-    cls, # A `Companion`
-):
-    "Add a companion of the class `cls` to the learner, unless there is one for this callback"
+    cls, # A subclass of `Companion`
+)->None:
+    "Add a companion of the class `cls` to the learner, unless this callback has one there"
     if not self._companions(cls): self.learn.add_cb(cls(self))
 
 # %% ../../nbs/train/03_updates.ipynb #1474914e
 @patch
-def remove_companions(self:MaskUpdates):
+def remove_companions(self:MaskUpdates)->None:
     "Take this callback's companions out of the learner"
     self.learn.remove_cbs(self._companions(Companion))
 
 # %% ../../nbs/train/03_updates.ipynb #55019324
 @patch
-def _companions(self:MaskUpdates, cls): return [cb for cb in self.learn.cbs if isinstance(cb, cls) and getattr(cb, 'cb', None) is self]
+def _companions(self:MaskUpdates, cls):
+    return [cb for cb in self.learn.cbs if isinstance(cb, cls) and getattr(cb, 'cb', None) is self]
 
 # %% ../../nbs/train/03_updates.ipynb #775e4a8f
 def bake_masks(
     m, # A model or a Learner
 ):
-    "End all masks: zeros stay; buffers, hooks and callbacks go. Returns `m`, which then loads where this package is not installed"
+    "End all masks: zeros stay; buffers, hooks and callbacks go. Returns `m`, which loads where this package is absent"
     if isinstance(m, Learner): m.remove_cb(KeepMasks).remove_cbs([cb for cb in m.cbs if isinstance(cb, MaskUpdates)])
     model = model_of(m)
     remove_masks(model)

@@ -52,9 +52,10 @@ def function_sources(path):
 def source_of(cell): return ''.join(cell['source'])
 
 def definitions(source):
-    "Functions and classes that an export cell defines; private one-liners are left out, they go with what they serve"
+    "Functions and classes that an export cell defines, without private helpers of up to three lines beside another one"
     nodes = [n for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
-    return [n for n in nodes if len(nodes) == 1 or n.name[0] != '_' or n.end_lineno > n.lineno]
+    main = [n for n in nodes if n.name[0] != '_' or n.end_lineno > n.lineno + 2]
+    return main or nodes[:1]
 
 def only_imports(source): return all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(source).body)
 

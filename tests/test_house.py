@@ -54,5 +54,7 @@ def test_definitions_of_a_cell():
     cell = '#| export\ndef _short(x): return x\n\ndef long(x):\n    return _short(x)\n'
     assert [d.name for d in definitions(cell)] == ['long']
     assert len(definitions(cell + '\nclass Other: pass')) == 2
+    assert len(definitions(cell + '\ndef _long(x):\n    "Doc"\n    x += 1\n    return x')) == 2
+    assert [d.name for d in definitions('#| export\ndef _a(): pass\ndef _b(): pass')] == ['_a']
 
 def test_the_picture_shows_all_folders(): assert set(PLACES) == set(house.titles)

@@ -25,7 +25,7 @@ namespace {
 #if defined(__GNUC__)
 #if defined(__clang__)
 #define PUSH_512 \
- _Pragma("clang attribute push(__attribute__((target(\"avx512f,avx512vl,avx512dq,avx512bw,fma\"))), apply_to=function)")
+_Pragma("clang attribute push(__attribute__((target(\"avx512f,avx512vl,avx512dq,avx512bw,fma\"))), apply_to=function)")
 #define PUSH_2 _Pragma("clang attribute push(__attribute__((target(\"avx2,fma\"))), apply_to=function)")
 #define POP _Pragma("clang attribute pop")
 #else

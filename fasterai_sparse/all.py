@@ -26,6 +26,7 @@ from .nncf.soft_masks import *
 from .nncf.config import *
 from .nm.search import *
 from .nm.search_cuda import *
+from .nm.labels import *
 from .nm.channels import *
 from .nm.permute_model import *
 from .nm.verify import *

@@ -27,6 +27,7 @@ from .nncf.config import *
 from .nm.search import *
 from .nm.search_cuda import *
 from .nm.labels import *
+from .nm.rules import *
 from .nm.channels import *
 from .nm.permute_model import *
 from .nm.verify import *

@@ -21,7 +21,7 @@ from ..utils.batches import call_with, tensors_in
 from ..utils.modes import observing
 from ..utils.operations import kind_of, operation_name
 from .labels import _ChannelLabels, _NoRule
-from .rules import _Call
+from .rules import TorchCall
 
 # %% ../../nbs/nm/04_channels.ipynb #846c6703
 def _call_exactly(func, args, kwargs):
@@ -93,7 +93,7 @@ class _ChannelWatch(_ExactMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out, name = _call_exactly(func, args, kwargs or {}), operation_name(func)
         constant = name.startswith('new_') or name.endswith('_like')
-        if not constant: self.follow(_Call(name, func, args, kwargs or {}, out))
+        if not constant: self.follow(TorchCall(name, func, args, kwargs or {}, out))
         return out
 
     def label_inputs(self, x):

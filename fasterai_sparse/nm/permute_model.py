@@ -21,7 +21,6 @@ from ..core.masks import get_mask, masked_params, unmaskable
 from ..core.sparsifier import Sparsifier
 from ..train.opt_state import elementwise_state, params_of, state_of
 from .channels import detached_copy, follow_channels, outputs_of
-from .labels import Place
 from .search import search_permutation
 
 # %% ../../nbs/nm/05_permute_model.ipynb #951c6f50

@@ -18,7 +18,7 @@ from ..utils.batches import tensors_in
 from ..utils.checks import is_whole
 from ..utils.operations import kind_of
 from .labels import (
-    _collapsed, _expand_along, _is_uniform, _no_labels, _reason_of, _varying_dims, _ChannelLabels, _NoRule)
+    _ChannelLabels, _collapsed, _expand_along, _is_uniform, _no_labels, _NoRule, _reason_of, _varying_dims)
 
 # %% ../../nbs/nm/03_rules.ipynb #878b0466
 @dataclass

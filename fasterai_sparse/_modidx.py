@@ -668,6 +668,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                                 'fasterai_sparse/dynamic/callback.py'),
                                                   'fasterai_sparse.dynamic.callback.DynamicSparseTrainingCallback._see_gradients': ( 'dynamic/callback.html#dynamicsparsetrainingcallback._see_gradients',
                                                                                                                                      'fasterai_sparse/dynamic/callback.py'),
+                                                  'fasterai_sparse.dynamic.callback.DynamicSparseTrainingCallback._share_seen': ( 'dynamic/callback.html#dynamicsparsetrainingcallback._share_seen',
+                                                                                                                                  'fasterai_sparse/dynamic/callback.py'),
                                                   'fasterai_sparse.dynamic.callback.DynamicSparseTrainingCallback._start_anew': ( 'dynamic/callback.html#dynamicsparsetrainingcallback._start_anew',
                                                                                                                                   'fasterai_sparse/dynamic/callback.py'),
                                                   'fasterai_sparse.dynamic.callback.DynamicSparseTrainingCallback._start_log': ( 'dynamic/callback.html#dynamicsparsetrainingcallback._start_log',

@@ -47,7 +47,7 @@ class Layer:
 # %% ../../nbs/engine/02_trace.ipynb #1b4a6ba7
 class Graph:
     """`model` for inputs like `x`: `items` are `Layer`s for the engine and nodes for torch, in order.
-    Raises `ValueError` where sizes or numbers depend on the input's values, or shared memory is changed in place"""
+    Raises `ValueError` where sizes or numbers depend on values, or shared memory is changed in place"""
     def __init__(self, model, x):
         self.is_leaf = _EngineTracer().is_leaf_module(model, '')
         self.gm = _trace(nn.Sequential(model) if self.is_leaf else model, len(x))
@@ -257,8 +257,8 @@ def _permutation(n)->tuple:
 # %% ../../nbs/engine/02_trace.ipynb #104fd916
 @patch
 def find_layers(self:Graph):
-    "Fill `items` with a layer for each node that matches, and all other nodes"
-    self.items, self.aliases = [], {}  # node -> (node with the same values, whether the form turns)
+    "Fill `items` with layers for the nodes that match, and all others"
+    self.items, self.aliases = [], {}  # node -> (node of the same values, whether the form turns)
     self.made = {}                     # value that the engine computes -> its form
     self.positive = set()              # values ≥ 0
     self.absorbed = set()              # nodes inside a layer
@@ -546,11 +546,11 @@ def match_linear(self:Graph, n, m, size)->bool:
 # %% ../../nbs/engine/02_trace.ipynb #7f21c70e
 @patch
 def match_max_pool(self:Graph, n, m, size)->bool:
-    "Max pooling of a value ≥ 0"
+    "Max pooling of values ≥ 0"
     if type(m) is not nn.MaxPool2d or len(size) != 4 or m.dilation not in (1, (1,1)) or m.return_indices: return False
     if not self.has(n.args[0], 'first') or self.source(n.args[0])[0] not in self.positive: return False
-    kernel, stride, before = map(_pair, (m.kernel_size, m.stride, m.padding))
-    return self.add_layer('pool', n, n.args[:1], 'first', name=n.target, kernel=kernel, stride=stride, before=before)
+    sizes = dict(kernel=_pair(m.kernel_size), stride=_pair(m.stride), before=_pair(m.padding))
+    return self.add_layer('pool', n, n.args[:1], 'first', name=n.target, **sizes)
 
 # %% ../../nbs/engine/02_trace.ipynb #4b28b333
 def _has_equal_windows(m)->bool:

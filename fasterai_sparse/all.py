@@ -5,13 +5,13 @@ from .core.criteria import (
     Criteria, grad_crit, large_final, large_init, large_init_large_final, magnitude, magnitude_increase, movement,
     movmag, Normalizer, random_criteria, Reducer, small_final, small_init, small_init_small_final, squared_final,
     updating_magnitude_increase, updating_movement, updating_movmag, wanda)
+from .core.from_zeros import masks_from_zeros
 from .core.granularity import Granularities
 from .core.masks import apply_masks, get_mask, masked_params, set_mask
 from .core.patterns import block, NM
 from .core.report import plot_sparsity, sparsity_report
 from .core.schedules import agp, cos, dsd, iterative, lin, one_cycle, one_shot, Schedule
 from .core.select import top_k_mask
-from .core.from_zeros import masks_from_zeros
 from .core.sparsifier import Sparsifier
 from .core.targets import as_fraction
 from .train.bn_adaptation import adapt_batchnorm, AdaptBatchNorm

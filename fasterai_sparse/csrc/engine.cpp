@@ -1,5 +1,6 @@
-// The engine: runs a list of operations on activations that lie flat, skipping the weights that are zero. A plain C interface, loaded
-// with ctypes (nbs/engine/00_ops), whose classes make the list; their `run_torch` is the specification of each operation.
+// The engine: runs a list of operations on activations that lie flat, skipping the weights that are zero. A plain C
+// interface, loaded with ctypes (nbs/engine/00_ops), whose classes make the list; their `run_torch` is the
+// specification of each operation.
 //
 //   ops.def, acts.def   the lists of operations and activations
 //   ops.h               the structures of arguments, made from them
@@ -23,7 +24,8 @@ namespace {
 
 #if defined(__GNUC__)
 #if defined(__clang__)
-#define PUSH_512 _Pragma("clang attribute push(__attribute__((target(\"avx512f,avx512vl,avx512dq,avx512bw,fma\"))), apply_to=function)")
+#define PUSH_512 \
+_Pragma("clang attribute push(__attribute__((target(\"avx512f,avx512vl,avx512dq,avx512bw,fma\"))), apply_to=function)")
 #define PUSH_2 _Pragma("clang attribute push(__attribute__((target(\"avx2,fma\"))), apply_to=function)")
 #define POP _Pragma("clang attribute pop")
 #else
@@ -89,8 +91,8 @@ struct Sets {
 #if defined(__GNUC__)
 #if defined(__x86_64__)
         __builtin_cpu_init();
-        const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
-                          && __builtin_cpu_supports("avx512bw");
+        const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")
+                          && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
         if (wide) found[n++] = {"avx512", 16, avx512::job, avx512::n_jobs, avx512::finite};
         if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
             found[n++] = {"avx2", 8, avx2::job, avx2::n_jobs, avx2::finite};
@@ -107,13 +109,15 @@ const Set* set_number(int i) {
     return i >= 0 && i < sets.n ? &sets.found[i] : nullptr;
 }
 
-// Threads that run a list of operations together: all take jobs of the same operation, and wait until it is done before the next
+// Threads that run a list of operations together: all take jobs of the same operation, and wait until it is done before
+// the next
 struct Crew {
     const Op* ops;
     const int64_t n;
     const Set& set;
     const int threads;
-    std::vector<std::atomic<int64_t>> next, done;   // of each operation: the next job that nobody has taken, threads that found none left
+    // Of each operation: the next job that nobody has taken, threads that found none left
+    std::vector<std::atomic<int64_t>> next, done;
     std::atomic<int> members;   // threads that take part; fewer than `threads` where the system refuses some
     std::atomic<int> code{DONE};
     std::atomic<int64_t> failed{-1};   // the operation that went wrong
@@ -136,7 +140,9 @@ struct Crew {
                 code.store(outcome);
             }
             done[i].fetch_add(1);
-            for (int spins = 0; done[i].load() < members.load() && !code.load(); spins++) if (spins > 2000) std::this_thread::yield();
+            for (int spins = 0; done[i].load() < members.load() && !code.load(); spins++) {
+                if (spins > 2000) std::this_thread::yield();
+            }
         }
     }
 };
@@ -183,8 +189,8 @@ EXPORT int fs_finite(const void* x, int64_t n) noexcept {
     return set ? set->finite((const float*)x, n) : -1;
 }
 
-// Runs `n` operations in the `which`th best instruction set on at most `threads` threads. Returns an Outcome; `failed` becomes the number
-// of the operation that went wrong, or -1. What a failed run has written is undefined.
+// Runs `n` operations in the `which`th best instruction set on at most `threads` threads. Returns an Outcome; `failed`
+// becomes the number of the operation that went wrong, or -1. What a failed run has written is undefined.
 EXPORT int fs_run(const void* ops, int64_t n, int which, int threads, int64_t* failed) noexcept {
     const Set* set = set_number(which);
     *failed = -1;

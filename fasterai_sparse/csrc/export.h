@@ -16,19 +16,20 @@ namespace {
 // Return codes of the exported functions; `check_outcome` in nbs/utils/06_native makes Python errors of them
 enum Outcome { DONE = 0, NO_MEMORY = 1, NO_INSTRUCTION_SET = 2, FAILED = 3 };
 
-// Calls `f`. No exception leaves an exported function or a thread: Python could not catch it, and the process would be aborted
+// Calls `f`. No exception leaves an exported function or a thread: Python could not catch it, and the process would be
+// aborted
 template<class F> int outcome_of(F&& f) noexcept {
     try {
         f();
         return DONE;
     }
     catch (const std::bad_alloc&) { return NO_MEMORY; }
-    catch (const std::length_error&) { return NO_MEMORY; }   // a std::vector that is asked for more than it can ever hold
+    catch (const std::length_error&) { return NO_MEMORY; }   // a std::vector of more than it can ever hold
     catch (...) { return FAILED; }
 }
 
-// Whether `f` now runs on a new thread, the last of `threads` (which has room for it). The system may refuse one: a container's
-// limit on threads, `ulimit -u`, no memory for its stack
+// Whether `f` now runs on a new thread, the last of `threads` (which has room for it). The system may refuse one: a
+// container's limit on threads, `ulimit -u`, no memory for its stack
 template<class F> bool started(std::vector<std::thread>& threads, F&& f) noexcept {
     try {
         threads.emplace_back(f);

@@ -1,5 +1,6 @@
-// sum_max: like a matrix product with max in place of times, out[i][j] = sum over r of max(h[i][r], x[j][r]). The permutation search
-// spends its time here. A plain C interface, loaded with ctypes; its specification is `sum_max_torch` (nbs/utils/06_native).
+// sum_max: like a matrix product with max in place of times, out[i][j] = sum over r of max(h[i][r], x[j][r]). The
+// permutation search spends its time here. A plain C interface, loaded with ctypes; its specification is
+// `sum_max_torch` (nbs/utils/06_native).
 #include <algorithm>
 #include <cstdint>
 #include <thread>
@@ -69,12 +70,15 @@ const TileSet* tile_set(int i) {
 }
 
 void sum_max(const float* h, const float* x, float* out, int64_t nh, int64_t nc, int64_t ld, Kernel tile, int threads) {
-    const int64_t panel = std::max<int64_t>(4, 98304/ld/4*4);   // columns of x that stay in the cache while all rows of h pass by
+    // Columns of x that stay in the cache while all rows of h pass by
+    const int64_t panel = std::max<int64_t>(4, 98304/ld/4*4);
     auto work = [=](int64_t from, int64_t to) {
         for (int64_t j0 = from; j0 < to; j0 += panel)
             for (int64_t i = 0; i < nh; i += 4)
-                for (int64_t j = j0; j < std::min(to, j0+panel); j += 4)
-                    tile(h + i*ld, x + j*ld, out + i*nc + j, ld, nc, (int)std::min<int64_t>(4, nh-i), (int)std::min<int64_t>(4, to-j));
+                for (int64_t j = j0; j < std::min(to, j0+panel); j += 4) {
+                    const int rows = (int)std::min<int64_t>(4, nh-i), columns = (int)std::min<int64_t>(4, to-j);
+                    tile(h + i*ld, x + j*ld, out + i*nc + j, ld, nc, rows, columns);
+                }
     };
     const int64_t most = nh*nc*ld >> 21;   // one thread for about a millisecond of work
     const int64_t n = std::max<int64_t>(1, std::min<int64_t>({(int64_t)threads, most, (nc+3)/4}));
@@ -99,9 +103,10 @@ EXPORT const char* fs_instruction_set(int i) noexcept {
     return set ? set->name : nullptr;
 }
 
-// `out` (nh×nc) from `h` (nh×ld) and `x` (nc×ld), all row by row; ld is a multiple of 16. Uses the `which`th best instruction set, and at
-// most `threads` threads. Returns an Outcome
-EXPORT int fs_sum_max(const float* h, const float* x, float* out, int64_t nh, int64_t nc, int64_t ld, int which, int threads) noexcept {
+// `out` (nh×nc) from `h` (nh×ld) and `x` (nc×ld), all row by row; ld is a multiple of 16. Uses the `which`th best
+// instruction set, and at most `threads` threads. Returns an Outcome
+EXPORT int fs_sum_max(const float* h, const float* x, float* out, int64_t nh, int64_t nc, int64_t ld, int which,
+                      int threads) noexcept {
     const TileSet* set = tile_set(which);
     if (!set) return NO_INSTRUCTION_SET;
     return outcome_of([&] { sum_max(h, x, out, nh, nc, ld, set->tile, threads); });

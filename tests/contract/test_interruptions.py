@@ -19,7 +19,8 @@ pytestmark = quiet
 # --- fits that break off, and what others cancel
 
 EVENTS = ['before_epoch', 'before_train', 'before_batch', 'after_pred', 'after_loss', 'before_backward',
-          'after_backward', 'before_step', 'after_step', 'after_batch', 'after_train', 'before_validate', 'after_validate', 'after_epoch']
+          'after_backward', 'before_step', 'after_step', 'after_batch', 'after_train', 'before_validate',
+          'after_validate', 'after_epoch']
 OF_BATCH = EVENTS[2:10]
 
 def in_second_epoch(event, exc, order=66):

@@ -15,7 +15,8 @@ from fasterai_sparse.nncf.magnitude import MagnitudeSparsityCallback
 class Noting(Callback):
     "Notes what `cb` draws, and what comes of it in each step"
     order, run_valid = 90, False
-    def __init__(self, cb): self.cb, self.masks, self.steps, self.spared, self.ends, self.drawn = cb, *([] for _ in range(5))
+    def __init__(self, cb):
+        self.cb, self.masks, self.steps, self.spared, self.ends, self.drawn = cb, [], [], [], [], []
     def before_backward(self):
         if self.cb.frozen: return
         self.masks.append(digest(self.cb.soft.masks.values()))

@@ -50,7 +50,8 @@ def machine(floats=16):
         grid = Grid(1)
         grid.include(1, tile*floats)
         x, y = (Flat(c, 1, tile*floats, grid, floats) for c in (48, 16))
-        op = Convolution(x, y, np.zeros(16, np.float32), *Terms(torch.randn(16, 48), x).conv_layout(size), grid.mask(1, tile*floats,
+        op = Convolution(x, y, np.zeros(16, np.float32), *Terms(torch.randn(16, 48), x).conv_layout(size),
+                         grid.mask(1, tile*floats,
             floats), tile=tile)
         return 200*counted(op, floats)[which]/least(Program([op]*200, 0, 1))
     small, large = torch.ones(2*2**20), torch.ones(64*2**20)

@@ -17,6 +17,7 @@ from fastai.callback.progress import ProgressCallback
 from torchvision.models import resnet18
 
 import fasterai_sparse.all as ours
+from fasterai_sparse.core.schedules import sched_one_shot
 import greenlet
 from one_shot import tensor_bytes
 
@@ -31,7 +32,7 @@ def theirs_cb(sparsity=.9, granularity='weight', context='local', **kwargs):
     return theirs.SparsifyCallback(sparsity, granularity, context, their_criteria.large_final, schedule, **kwargs)
 
 RUNS = {   # name -> what makes our callback, theirs, and what is asked of ours, in dense batches
-    'masks only, from the first batch': (partial(ours_cb, schedule=ours.Schedule(ours.sched_one_shot, end_pct=1e-6)),
+    'masks only, from the first batch': (partial(ours_cb, schedule=ours.Schedule(sched_one_shot, end_pct=1e-6)),
                                          None, 1.12),
     'weight local lin': (ours_cb, theirs_cb, 1.3),
     'weight global lin': (partial(ours_cb, context='global'), partial(theirs_cb, context='global'), 1.4),

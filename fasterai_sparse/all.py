@@ -13,7 +13,6 @@ from .core.report import plot_sparsity, sparsity_report
 from .core.schedules import agp, cos, dsd, iterative, lin, one_cycle, one_shot, Schedule
 from .core.select import top_k_mask
 from .core.sparsifier import Sparsifier
-from .core.targets import as_fraction
 from .train.bn_adaptation import adapt_batchnorm, AdaptBatchNorm
 from .train.keep_masks import copy_masks, KeepMasks
 from .train.opt_state import clear_opt_state
@@ -29,7 +28,7 @@ from .nncf.const import ConstSparsityCallback
 from .nncf.magnitude import MagnitudeSparsityCallback
 from .nncf.rb import RBSparsityCallback
 from .nm.permute_model import permute_model
-from .nm.search import search_permutation
+from .nm.search import permutation_backends, search_permutation
 from .nm.search_cuda import asp_search
 from .nm.verify import prune_trained_model, verify_nm
 from .engine.accelerate import accelerate
@@ -41,7 +40,7 @@ from .files.safetensors import load_sparse, save_sparse
 __all__ = [
     # core: sparsify a model in one shot
     'Sparsifier', 'masks_from_zeros', 'sparsity_report', 'plot_sparsity',
-    'get_mask', 'set_mask', 'apply_masks', 'masked_params', 'top_k_mask', 'as_fraction',
+    'get_mask', 'set_mask', 'apply_masks', 'masked_params', 'top_k_mask',
     'Granularities', 'block', 'NM',
     'Criteria', 'Reducer', 'Normalizer', 'random_criteria', 'magnitude', 'large_final', 'squared_final', 'small_final',
     'large_init', 'small_init', 'large_init_large_final', 'small_init_small_final',
@@ -60,7 +59,8 @@ __all__ = [
     'RBSparsityCallback', 'MagnitudeSparsityCallback', 'ConstSparsityCallback',
     'SparsityConfig', 'callbacks_from_config',
     # nm: the N:M pattern
-    'prune_trained_model', 'permute_model', 'search_permutation', 'asp_search', 'verify_nm',
+    'prune_trained_model', 'permute_model', 'search_permutation', 'permutation_backends', 'asp_search',
+    'verify_nm',
     # engine: inference that skips zeros
     'accelerate', 'Accelerated', 'Layerwise', 'SparseLinear', 'SparseConv2d', 'accelerate_cuda',
     # files: sparse models on disk

@@ -1,6 +1,6 @@
 """The public names. `from fasterai_sparse.all import *` brings these and nothing of fastai's, so it stands beside
 fastai's own star import, before or after it. Everything else is reached through its module."""
-from .core.allocation import erdos_renyi_sparsity, first_layer_dense_uniform, global_sparsity, uniform_sparsity
+from .core.allocation import erdos_renyi_sparsity, first_layer_dense_uniform, uniform_sparsity
 from .core.criteria import (
     Criteria, grad_crit, large_final, large_init, large_init_large_final, magnitude, magnitude_increase, movement,
     movmag, Normalizer, random_criteria, Reducer, small_final, small_init, small_init_small_final, squared_final,
@@ -13,6 +13,7 @@ from .core.report import plot_sparsity, sparsity_report
 from .core.schedules import agp, cos, dsd, iterative, lin, one_cycle, one_shot, Schedule
 from .core.select import top_k_mask
 from .core.sparsifier import Sparsifier
+from .core.targets import as_fraction
 from .train.bn_adaptation import adapt_batchnorm, AdaptBatchNorm
 from .train.keep_masks import copy_masks, KeepMasks
 from .train.opt_state import clear_opt_state
@@ -40,13 +41,13 @@ from .files.safetensors import load_sparse, save_sparse
 __all__ = [
     # core: sparsify a model in one shot
     'Sparsifier', 'masks_from_zeros', 'sparsity_report', 'plot_sparsity',
-    'get_mask', 'set_mask', 'apply_masks', 'masked_params', 'top_k_mask',
+    'get_mask', 'set_mask', 'apply_masks', 'masked_params', 'top_k_mask', 'as_fraction',
     'Granularities', 'block', 'NM',
     'Criteria', 'Reducer', 'Normalizer', 'random_criteria', 'magnitude', 'large_final', 'squared_final', 'small_final',
     'large_init', 'small_init', 'large_init_large_final', 'small_init_small_final',
     'magnitude_increase', 'movement', 'movmag',
     'updating_magnitude_increase', 'updating_movement', 'updating_movmag', 'wanda', 'grad_crit',
-    'uniform_sparsity', 'first_layer_dense_uniform', 'erdos_renyi_sparsity', 'global_sparsity',
+    'uniform_sparsity', 'first_layer_dense_uniform', 'erdos_renyi_sparsity',
     'Schedule', 'one_shot', 'iterative', 'agp', 'one_cycle', 'cos', 'lin', 'dsd',
     # train: a schedule in a fastai fit, and zeros that stay
     'SparsifyCallback', 'KeepMasks', 'bake_masks', 'copy_masks', 'adapt_batchnorm', 'AdaptBatchNorm', 'clear_opt_state',

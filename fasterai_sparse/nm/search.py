@@ -240,16 +240,16 @@ def exchange_gains(self:_Search, stripes, holes):
 # %% ../../nbs/nm/00_search.ipynb #443491f9
 @patch
 def assign(self:_Search, n_most=512):
-    "Exchange columns between random holes of up to `n_most` stripes; returns whether it gained"
+    "Exchange columns between random holes of `n_most` stripes; returns whether it gained"
     stripes = self.some_stripes(n_most)
     holes = self.random_holes(stripes)
     gain = self.exchange_gains(stripes, holes)
     i, j = _best_assignment(gain)
-    before, eps = self.kept.sum(), self.eps_of_sum
-    if gain[i,j].sum() <= eps: return False
+    if gain[i,j].sum() <= self.eps_of_sum: return False
+    before = self.kept.sum()
     self.order[holes] = self.order[holes[j]]
     self.refresh(stripes[i != j])
-    return self.kept.sum() > before + eps/2
+    return self.kept.sum() > before + self.eps_of_sum/2
 
 # %% ../../nbs/nm/00_search.ipynb #9aa803f3
 @patch
@@ -302,7 +302,7 @@ def share_left(self:_Search, done, n, start):
 # %% ../../nbs/nm/00_search.ipynb #1a00d0fb
 @patch
 def escape(self:_Search, n, start):
-    "Escape `n` times, or, if `n` is None, until the deadline; ends at the best order of all"
+    "Escape `n` times, or until the deadline if `n` is None; ends at the best order"
     order, kept = self.order.copy(), self.kept.sum()
     best, most, threshold, done = order, kept, .005*self.kept.mean(), 0
     while not self.out_of_time and (n is None or done < n):

@@ -240,7 +240,7 @@ def exchange_gains(self:_Search, stripes, holes):
 # %% ../../nbs/nm/00_search.ipynb #443491f9
 @patch
 def assign(self:_Search, n_most=512):
-    "Exchange columns between random holes of `n_most` stripes; returns whether it gained"
+    "Move columns between random holes, one per stripe; returns whether it gained"
     stripes = self.some_stripes(n_most)
     holes = self.random_holes(stripes)
     gain = self.exchange_gains(stripes, holes)
@@ -392,7 +392,7 @@ def _backend(name, device):
     return name
 
 # %% ../../nbs/nm/00_search.ipynb #e65ebc51
-def _check_values(s):
+def _check_score_values(s):
     "Raises `ValueError` for scores that are negative or not finite"
     n_odd, least = int((~torch.isfinite(s)).sum()), s.min().item()
     if n_odd: raise ValueError(f"scores must be finite, but {n_odd} of {s.numel()} are not")
@@ -403,10 +403,10 @@ def _check_scores(s, n, m):
     "`s` as a float32 matrix; raises `ValueError` for invalid scores or patterns"
     if not isinstance(s, torch.Tensor): s = torch.as_tensor(np.asarray(s))
     if s.dim() != 2 or not s.numel():
-        raise ValueError(f"scores must be a matrix, rows × input channels, not {tuple(s.shape)}")
+        raise ValueError(f"scores must be a matrix, rows × inputs, not {tuple(s.shape)}")
     if not (is_whole(n) and is_whole(m) and 0 < n < m): raise ValueError(f"n:m needs 0 < n < m, not {n!r}:{m!r}")
     s = s.detach().float()
-    _check_values(s)
+    _check_score_values(s)
     return s
 
 # %% ../../nbs/nm/00_search.ipynb #e0279aa2

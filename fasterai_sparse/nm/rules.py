@@ -454,7 +454,7 @@ def attend(self:_ChannelLabels, q, k, v):
     return self.product(weights, batch+'nm', v, batch+'mv', batch+'nv', size)
 
 # %% ../../nbs/nm/03_rules.ipynb #db11e807
-def _attention_arguments(args, kwargs):
+def _multi_head_arguments(args, kwargs):
     "Arguments of `F.multi_head_attention_forward` by name; raises `_NoRule` for options without a rule"
     bound = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs)
     bound.apply_defaults()
@@ -466,7 +466,7 @@ def _attention_arguments(args, kwargs):
 @patch
 def of_multi_head_attention_forward(self:_ChannelLabels, *args, out, **kwargs):
     "Values move within their heads, queries and keys stay"
-    a = _attention_arguments(args, kwargs)
+    a = _multi_head_arguments(args, kwargs)
     self.merge_attention_inputs(a)
     values = self.attention_values(a)
     self.merge(self.at_axis(a.out_proj_weight, 1), values)

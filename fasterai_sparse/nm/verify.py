@@ -61,7 +61,7 @@ def verify_nm(
     layer_type=None, # A module class or a tuple of them; None for all that can be sparse
 )->pd.DataFrame:
     """Whether each layer of `model` has the pattern n:m, measured on its weights. One row per layer: `pattern` is
-    '2:4' (or the n:m that was asked for), 'dense' where no weight is zero, or otherwise 'no', with the reason in `note`;
+    '2:4' (or another n:m), 'dense' where no weight is zero, or otherwise 'no', with the reason in `note`;
     `groups` is the number of groups, `broken` how many of them have too many non-zero weights, and `masked` whether a
     mask keeps the zeros. `attrs['share']` is the fraction of the weights that are in layers with the pattern. Raises
     `ValueError` if no layer could have it."""
@@ -75,7 +75,7 @@ def verify_nm(
 
 # %% ../../nbs/nm/06_verify.ipynb #07450fd1
 def _sparsity_by_layer(s, n, m, skip):
-    "Layer -> percent of its weights that n:m prunes, for all layers of the `Sparsifier` `s` not in `skip`; and the others"
+    "Layer -> percent that n:m prunes of it, for the layers of the `Sparsifier` `s` that are not in `skip`; and the others"
     skipped = {name for key in skip for name in s._name_of(key)}
     by_layer = {name: 100*(m-n)/m for name in s.layers if name not in skipped}
     if not by_layer: raise ValueError(f"skip= leaves none of the layers {list(s.layers)} to prune")

@@ -25,7 +25,7 @@ from .rules import TorchCall
 
 # %% ../../nbs/nm/04_channels.ipynb #846c6703
 def _call_exactly(func, args, kwargs):
-    "What `func` returns, in float64 where a model asks for less, or its input where it is dropout"
+    "What `func` returns, converted to float64 if its precision is lower; dropout returns its input"
     if kind_of(func) == 'drops': return args[0] if args else kwargs['input']
     out = func(*args, **kwargs)
     less = torch.is_tensor(out) and out.dtype in (torch.float32, torch.float16, torch.bfloat16)
@@ -37,8 +37,7 @@ class _ExactMode(TorchFunctionMode):
 
 # %% ../../nbs/nm/04_channels.ipynb #91794b29
 def _double_copy(x):
-    """Copy of the tensors in lists, tuples and dicts of `x`: without subclasses, and in float64 where they are
-    floating point"""
+    "Copy of the tensors in lists, tuples and dicts of `x`: no subclasses of tensors, and float64 where floating point"
     if torch.is_tensor(x):
         copy = x.to(torch.float64, copy=True) if x.is_floating_point() else x.clone()
         return copy.as_subclass(torch.Tensor)
@@ -61,6 +60,7 @@ def _exact_copy(model):
         if isinstance(m, nn.RNNBase): m.dropout = 0.
     return copy
 
+# %% ../../nbs/nm/04_channels.ipynb #fa26825f
 def _run(copy, x, training, mode):
     "Tensors that `copy` returns for `x` in training or eval mode, while the function mode `mode` is on"
     device = 'cuda' if any(t.is_cuda for t in copy.parameters()) else 'cpu'
@@ -69,18 +69,18 @@ def _run(copy, x, training, mode):
 
 # %% ../../nbs/nm/04_channels.ipynb #37969eb1
 def _run_in_both_modes(copy, x, mode):
-    "Outputs of `copy` in eval mode, and in training mode where it runs; and why it does not, or ''"
+    "Outputs of `copy` in eval mode, and in training mode if it can run there; and why it can't, or ''"
     outs = [_run(copy, x, False, mode)]
     try: return outs + [_run(copy, x, True, mode)], ''
-    except Exception as e: return outs, f'{type(e).__name__}: {e}'   # anything can come out of a user's forward
+    except Exception as e: return outs, f'{type(e).__name__}: {e}'   # a user's forward can raise anything
 
 # %% ../../nbs/nm/04_channels.ipynb #9ecff28a
 def outputs_of(
     model:nn.Module,
     example_input, # A batch (tensor, or tuple or dict of the arguments of `forward`)
 )->tuple[list,str]:
-    """Tensors that a copy of `model` returns in float64 and without dropout: a list for eval mode and one for
-    training mode. And why it can't run in training mode, or ''. Neither `model` nor a random state changes."""
+    """Outputs of a copy of `model` in float64 and without dropout: a list of tensors for eval mode and one for training
+    mode; and why it can't run in training mode, or ''. Neither `model` nor a random state changes."""
     return _run_in_both_modes(_exact_copy(model), _double_copy(example_input), _ExactMode())
 
 # %% ../../nbs/nm/04_channels.ipynb #ebdf0872
@@ -88,7 +88,7 @@ class _ChannelWatch(_ExactMode):
     "While it is on, all tensors that `model` computes get labels of their channels"
     def __init__(self, model):
         super().__init__()
-        self.labels, self.decision = _ChannelLabels(model), None   # the name of an operation by which the model decides
+        self.labels, self.decision = _ChannelLabels(model), None   # name of an operation by which the model chooses
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out, name = _call_exactly(func, args, kwargs or {}), operation_name(func)
@@ -107,18 +107,29 @@ class _ChannelWatch(_ExactMode):
         for t in outs:
             if hasattr(t, '_labels'): self.labels.fix(t._labels, 'an output of the model')
 
+# %% ../../nbs/nm/04_channels.ipynb #9a70edc4
+@patch
+def is_index(self:_ChannelWatch, t):
+    "Whether `t` was computed from numbers of tokens or masks only, or has no labels at all"
+    return hasattr(t, '_index') or not self.labels.has_channels(t)
+
 # %% ../../nbs/nm/04_channels.ipynb #abf0d636
 @patch
 def follow(self:_ChannelWatch, call):
-    "Label what `call` returned, if it read anything that has channels"
+    "Label the results of `call`, if it reads anything that has channels"
     inputs = call.inputs[:1] if kind_of(call.name) == 'copies' else call.inputs
-    if not (known := [t for t in inputs if self.labels.has_channels(t)]): return
-    if all(hasattr(t, '_index') or not self.labels.has_channels(t) for t in call.inputs):
+    if not any(self.labels.has_channels(t) for t in inputs): return
+    if all(self.is_index(t) for t in call.inputs):
         for t in call.outputs: t._index = True
     if call.name == 'setitem': self.labels.give_up(call.inputs, [call.args[0]], 'is written into')
     elif call.outputs: self.label_outputs(call)
-    elif kind_of(call.name) == 'decides' and any(hasattr(t, '_labels') and not hasattr(t, '_index') for t in known):
-        self.decision = call.name
+    elif self.chooses(call, inputs): self.decision = call.name
+
+# %% ../../nbs/nm/04_channels.ipynb #e38472eb
+@patch
+def chooses(self:_ChannelWatch, call, inputs):
+    "Whether the model chooses its path by this `call`, from `inputs` that depend on its channels"
+    return kind_of(call.name) == 'decides' and any(hasattr(t, '_labels') and not hasattr(t, '_index') for t in inputs)
 
 # %% ../../nbs/nm/04_channels.ipynb #95ce6273
 _rule_errors = TypeError, ValueError, IndexError, KeyError, RuntimeError, ZeroDivisionError
@@ -129,31 +140,36 @@ def label_outputs(self:_ChannelWatch, call):
     try: given = self.labels.labels_after(call)
     except _NoRule as e: return self.labels.give_up(call.inputs, call.outputs, str(e))
     except _rule_errors: return self.labels.give_up(call.inputs, call.outputs, f'this call of {call.name} has no rule')
-    given = list(tensors_in([given])) + [None]*len(call.outputs)
-    reason = next((t._reason for t in call.inputs if hasattr(t, '_reason')), f'comes out of {call.name}')
-    for t,l in zip(call.outputs, given):
-        self.labels.set_labels(t, l, None if l is not None and bool((l >= 0).any()) else reason)
+    self.set_outputs(call, list(tensors_in([given])))
     if kind_of(call.name) != 'copies': self.labels.keep_with_each_other([*call.inputs, *call.outputs])
+
+# %% ../../nbs/nm/04_channels.ipynb #98c38749
+@patch
+def set_outputs(self:_ChannelWatch, call, given):
+    "The results of `call` get the labels `given`; where these are -1 or missing, also the reason"
+    reason = next((t._reason for t in call.inputs if hasattr(t, '_reason')), f'comes out of {call.name}')
+    for t,l in zip(call.outputs, given + [None]*len(call.outputs)):
+        self.labels.set_labels(t, l, None if l is not None and bool((l >= 0).any()) else reason)
 
 # %% ../../nbs/nm/04_channels.ipynb #af13c999
 @dataclass(frozen=True)
 class Channels:
     "The channels of a model"
     places:dict # `Place` -> number of the channel at each position
-    kinds:np.ndarray # By channel: channels of one kind may change places; -1: it stays where it is
-    why:np.ndarray # By channel: why it stays, or ''
+    kinds:np.ndarray # Kind of each channel: those of one kind may change places; -1: the channel stays where it is
+    why:np.ndarray # Why each channel stays where it is, or ''
     read:frozenset # Names of all parameters and buffers that the run has read
 
 # %% ../../nbs/nm/04_channels.ipynb #f98aa3b4
 def _channel_by_label(labels):
-    "Number of the channel of each label: labels that were merged, directly or through others, have the same"
+    "Number of the channel of each label; labels that were merged, directly or through others, have the same channel"
     pairs = np.concatenate([np.empty((2,0), int), *labels.same], 1)
     graph = coo_matrix((np.ones(pairs.shape[1], bool), tuple(pairs)), shape=(labels.n_labels,)*2)
     return connected_components(graph, directed=False)[1]
 
 # %% ../../nbs/nm/04_channels.ipynb #9a76b315
 def _conflict(place, others):
-    "Why the channels at `place` can't be told, as one of `others` reads the same tensor in another way, or None"
+    "Why channels at `place` can't be moved: one of `others` is the same tensor, read in another way. Or None"
     for p in others:
         if p.name != place.name or p == place: continue
         whole_and_part = p.axis == place.axis and None in (p.rows, place.rows)
@@ -161,7 +177,7 @@ def _conflict(place, others):
 
 # %% ../../nbs/nm/04_channels.ipynb #53f94873
 def _reasons(labels, places, channel, n):
-    "For each of `n` channels why it stays where it is, or ''"
+    "For each of `n` channels, why it stays where it is, or ''; `channel` is the channel of each label"
     fixed = [(channel[a], why) for a,why in labels.fixed]
     for p,c in places.items():
         if why := labels.unfollowed.get(p.name) or _conflict(p, places): fixed.append((c, f'{p.name}: {why}'))
@@ -171,18 +187,17 @@ def _reasons(labels, places, channel, n):
 
 # %% ../../nbs/nm/04_channels.ipynb #690ddab5
 def _channel_kinds(labels, places, channel, n):
-    "Number of the kind of each of `n` channels"
+    "Kind of each of `n` channels"
     rng, sums = np.random.default_rng(0), np.zeros(n, np.uint64)
     for c in places.values(): np.add.at(sums, c, rng.integers(2**62, dtype=np.uint64))
-    for a,cells in labels.cells:
-        a, cells = a.numpy(), cells.numpy()
+    for a,cells in ((a.numpy(), c.numpy()) for a,c in labels.cells):
         numbers = rng.integers(2**62, size=cells.max()+1, dtype=np.uint64)
         np.add.at(sums, channel[a[a >= 0]], numbers[cells[a >= 0]])
     return np.unique(sums, return_inverse=True)[1]
 
 # %% ../../nbs/nm/04_channels.ipynb #efd234a3
 def _channels_from(labels):
-    "The `Channels` that the `_ChannelLabels` tell of"
+    "The `Channels` that follow from the `_ChannelLabels` of a run"
     channel = _channel_by_label(labels)
     n, places = channel.max(initial=-1)+1, {p: channel[a.numpy()] for p,a in labels.labels_at.items()}
     reasons, kinds = _reasons(labels, places, channel, n), _channel_kinds(labels, places, channel, n)
@@ -191,10 +206,11 @@ def _channels_from(labels):
 
 # %% ../../nbs/nm/04_channels.ipynb #1cfc1463
 def _memory_span(t):
-    "Addresses of the first byte of the tensor `t` and of the one after its last"
+    "Addresses of the first byte of the tensor `t` and of the byte after its last one"
     n = 1 + sum((size-1)*stride for size,stride in zip(t.shape, t.stride()))
     return t.data_ptr(), t.data_ptr() + n*t.element_size()
 
+# %% ../../nbs/nm/04_channels.ipynb #47604f67
 def _overlapping(model):
     "Names of the parameters and buffers that share memory with others"
     spans = sorted((*_memory_span(t), n) for n,t in (*model.named_parameters(), *model.named_buffers()) if t.numel())
@@ -207,8 +223,8 @@ def follow_channels(
     twin:nn.Module=None, # A copy of `model` with other values, which runs in its place
 )->tuple[Channels,list,str]:
     """The `Channels` of `model`; its outputs, and why it can't run in training mode, as `outputs_of` returns them.
-    Raises `ValueError` where the model can't run on the example, and where it chooses a path by values that it
-    computes, as for another input it may do something that was not seen."""
+    Raises `ValueError` if the model can't run on the example, or if it chooses a path by values that it computes: for
+    another input it might take a path that was not watched."""
     name = type(model).__name__
     try: watch, outs, why = _watched_run(model if twin is None else twin, example_input)
     except Exception as e: raise ValueError(f"{name} can't run on the example: {type(e).__name__}: {e}") from e

@@ -33,14 +33,18 @@ class _Reader:
         self.n_rows = scores.shape[1]
 
     def kept(self, n, m, source=None, stripes=slice(None)):
-        """Sum of the scores that n:m keeps, in all stripes or some. After the reordering by `source`, where given:
-        channel `c` is replaced by channel `source[c]`."""
+        """Sum of the scores that n:m keeps, in all stripes or only in `stripes`. With a `source`, after reordering by
+        it: channel `c` is replaced by channel `source[c]`."""
         moves = source is not None and self.place is not None
         order = _source_positions(self.at, source) if moves else torch.arange(len(self.at))
         return self.scores[order.view(-1, m)[stripes]].topk(n, 1).values.double().sum().item()
 
+    def gain(self, n, m, source, stripes):
+        "How much more n:m keeps in `stripes` after reordering by `source`"
+        return self.kept(n, m, source, stripes) - self.kept(n, m, None, stripes)
+
     def bound(self, n, m):
-        "Sum of the scores that would be kept if each row could choose wherever its largest ones are"
+        "Sum of the scores that would be kept if each row kept its largest ones, wherever they are"
         return self.scores.topk(len(self.scores)*n//m, 0).values.double().sum().item()
 
 # %% ../../nbs/nm/05_permute_model.ipynb #98c83ae0
@@ -61,13 +65,13 @@ def _source_positions(at, source):
 
 # %% ../../nbs/nm/05_permute_model.ipynb #29a23c8b
 def _scores_of(layer, w, score_of):
-    "Scores of the weight `w` as float32 and without negative values, or None where `score_of` has none"
+    "Scores of the weight `w` as float32, shifted to be ≥ 0; None where `score_of` has none"
     s = score_of(layer, w)
     if s is None: return
     if s.shape != w.shape:
         raise ValueError(f"The scores of {layer} have shape {tuple(s.shape)}, its weight {tuple(w.shape)}")
     s = s.to(w.device).float()
-    return s - s.min().clamp(max=0)   # a constant does not change the best order: the pattern always keeps as many
+    return s - s.min().clamp(max=0)   # the same for each order, as the pattern always keeps as many weights
 
 # %% ../../nbs/nm/05_permute_model.ipynb #f334559e
 def _why_unsuited(module, pname, m):
@@ -76,24 +80,29 @@ def _why_unsuited(module, pname, m):
     n_inputs = module._parameters[pname].shape[out_in_axes(module)[1]]
     return f'{n_inputs} inputs are no multiple of {m}' if n_inputs % m else ''
 
-def _candidates(model):
-    "Yield (layer, module, parameter name) of the weights whose inputs are channels; embeddings read numbers"
+# %% ../../nbs/nm/05_permute_model.ipynb #5f064fb8
+def _weights_with_channels(model):
+    "Yield (layer, module, parameter name) of the weights that read channels; those of embeddings are looked up instead"
     for layer,module,pname in maskable_weights(model):
         known = module._parameters.get(pname) is not None
         if known and not isinstance(module, (nn.Embedding, nn.EmbeddingBag)): yield layer, module, pname
 
+# %% ../../nbs/nm/05_permute_model.ipynb #27b6c92a
+def _layer_readers(layer, s, name, axis, channels):
+    "The `_Reader`s of a layer with scores `s`, whose weight `name` has its inputs along `axis`: one for each place"
+    places = [p for p in channels.places if (p.name, p.axis) == (name, axis)]
+    if not places: return [_Reader(layer, None, s.movedim(axis, 0).flatten(1), channels)]
+    return [_Reader(layer, p, p.part(s).flatten(1), channels) for p in places]
+
 # %% ../../nbs/nm/05_permute_model.ipynb #8daa81da
 def _readers_of(model, channels, m, score_of):
     "The `_Reader`s of all layers with scores; and layer -> why it can't have the pattern"
-    names, places, readers, unsuited = {id(p): n for n,p in model.named_parameters()}, defaultdict(list), [], {}
-    for p in channels.places: places[p.name,p.axis].append(p)
-    for layer,module,pname in _candidates(model):
+    names, readers, unsuited = {id(p): n for n,p in model.named_parameters()}, [], {}
+    for layer,module,pname in _weights_with_channels(model):
         w, axis = module._parameters[pname], out_in_axes(module)[1]
         if why := _why_unsuited(module, pname, m): unsuited[layer] = why
         elif (s := _scores_of(layer, w, score_of)) is not None:
-            parts = places[names[id(w)],axis]
-            readers += [_Reader(layer, p, p.part(s).flatten(1), channels) for p in parts]
-            if not parts: readers.append(_Reader(layer, None, s.movedim(axis, 0).flatten(1), channels))
+            readers += _layer_readers(layer, s, names[id(w)], axis, channels)
     return readers, unsuited
 
 # %% ../../nbs/nm/05_permute_model.ipynb #6282cf73
@@ -101,15 +110,16 @@ def _movable_stripes(readers, kinds, m):
     "Movable channels of a stripe -> (reader, stripe) of each reader that has these in one stripe"
     found = defaultdict(list)
     for r,reader in enumerate(readers):
-        movable = np.where(reader.at >= 0, kinds[reader.at], -1).reshape(-1, m) >= 0
+        at = reader.at.reshape(-1, m)
+        movable = (at >= 0) & (kinds[at] >= 0)
         for s in np.flatnonzero(movable.any(1)):
-            own = reader.at[s*m:(s+1)*m][movable[s]].tolist()
+            own = at[s][movable[s]].tolist()
             if len(set(own)) == len(own): found[tuple(sorted(own))].append((r, s))
     return found
 
 # %% ../../nbs/nm/05_permute_model.ipynb #c8fe4141
 def _disjoint(stripes, readers):
-    "Those of `stripes` that have no channel in common, chosen by the number of their weights"
+    "Those of `stripes` that have no channel in common; of two that have, the one with more weights is chosen"
     weights = {own: len(own)*sum(readers[r].n_rows for r,_ in where) for own,where in stripes.items()}
     taken, chosen = set(), []
     for own in sorted(stripes, key=weights.get, reverse=True):
@@ -120,47 +130,60 @@ def _disjoint(stripes, readers):
 
 # %% ../../nbs/nm/05_permute_model.ipynb #3e260756
 def _exchange_groups(stripes, kinds):
-    "Lists of `stripes` that can exchange channels, as they have channels of the same kind, directly or through others"
+    "Lists of `stripes` that can exchange channels, directly or through others"
     group_of_kind, groups = {}, {}
-    for number,own in enumerate(stripes):
+    for i,own in enumerate(stripes):
         joined = {group_of_kind[k] for k in kinds[list(own)] if k in group_of_kind}
-        groups[number] = sorted([own] + [s for j in joined for s in groups.pop(j)])
-        for s in groups[number]: group_of_kind.update(dict.fromkeys(kinds[list(s)], number))
+        groups[i] = sorted([own] + [s for j in joined for s in groups.pop(j)])
+        for s in groups[i]: group_of_kind.update(dict.fromkeys(kinds[list(s)], i))
     return [g for g in groups.values() if len(g) > 1]
 
 # %% ../../nbs/nm/05_permute_model.ipynb #7e0d9190
+def _by_occurrence(at, channels):
+    "Positions in `at` of some `channels`: a list with those of the first occurrences, of the second ones, and so on"
+    here, earlier = np.isin(at, channels), _occurrences(at)[2]
+    return [np.flatnonzero(here & (earlier == k)) for k in range(earlier[here].max()+1)]
+
+# %% ../../nbs/nm/05_permute_model.ipynb #8e0d4654
 def _row_blocks(stripes, readers, where, channels):
-    """(reader, occurrence) -> (first row in the matrix, positions of the `channels` in the reader); and the number
-    of rows"""
+    "(reader, occurrence) -> (first row in the matrix, positions of `channels` in the reader); and the number of rows"
     blocks, n_rows = {}, 0
     for r in sorted({r for own in stripes for r,_ in where[own]}):
-        here, earlier = np.isin(readers[r].at, channels), _occurrences(readers[r].at)[2]
-        for k in range(earlier[here].max()+1):
-            blocks[r,k] = n_rows, np.flatnonzero(here & (earlier == k))
+        for k,at in enumerate(_by_occurrence(readers[r].at, channels)):
+            blocks[r,k] = n_rows, at
             n_rows += readers[r].n_rows
     return blocks, n_rows
 
+# %% ../../nbs/nm/05_permute_model.ipynb #5b2c8c7d
+def _column_channels(stripes, m):
+    "Channel of each column of a search: the movable channels of each stripe, filled up to `m` by -1"
+    return np.array([c for own in stripes for c in (*own, *[-1]*(m-len(own)))])
+
+# %% ../../nbs/nm/05_permute_model.ipynb #9069e4ac
+def _copy_movable(x, blocks, channel, readers):
+    "Copy the scores of the movable channels into the matrix `x`; `channel` has the channel of each column"
+    column = {c: j for j,c in enumerate(channel) if c >= 0}
+    for (r,_),(row,at) in blocks.items():
+        x[row:row+readers[r].n_rows, [column[c] for c in readers[r].at[at]]] = readers[r].scores[at].T
+
 # %% ../../nbs/nm/05_permute_model.ipynb #64b7e2c1
 def _copy_fixed(x, blocks, stripes, readers, where, m):
-    "Copy into the matrix `x` the scores that stand beside movable channels in their stripes"
+    "Copy the scores of channels that can't move into the matrix `x`, behind the movable ones of their stripe"
     for k,own in enumerate(stripes):
         if len(own) == m: continue
         for r,s in where[own]:
-            at = np.arange(s*m, (s+1)*m)
-            moves, earlier = np.isin(readers[r].at[at], own), _occurrences(readers[r].at)[2]
+            at, reader = np.arange(s*m, (s+1)*m), readers[r]
+            moves, earlier = np.isin(reader.at[at], own), _occurrences(reader.at)[2]
             row = blocks[r,earlier[at[moves][0]]][0]
-            x[row:row+readers[r].n_rows, k*m+len(own):(k+1)*m] = readers[r].scores[at[~moves]].T
+            x[row:row+reader.n_rows, k*m+len(own):(k+1)*m] = reader.scores[at[~moves]].T
 
 # %% ../../nbs/nm/05_permute_model.ipynb #e24c3de8
 def _score_matrix(stripes, where, readers, kinds, m):
-    """Scores of a search, rows × channels in the order of its `stripes`; the channel of each column (-1: it stays),
-    and its kind. `where` has the (reader, stripe) of each of the stripes."""
-    channel = np.array([c for own in stripes for c in (*own, *[-1]*(m-len(own)))])
-    column = {c: j for j,c in enumerate(channel) if c >= 0}
+    "Matrix of a search in `stripes`; and the channel (-1: it stays) and the kind of each column"
+    channel = _column_channels(stripes, m)
     blocks, n_rows = _row_blocks(stripes, readers, where, channel[channel >= 0])
     x = readers[0].scores.new_zeros(n_rows, len(channel))
-    for (r,_),(row,at) in blocks.items():
-        x[row:row+readers[r].n_rows, [column[c] for c in readers[r].at[at]]] = readers[r].scores[at].T
+    _copy_movable(x, blocks, channel, readers)
     _copy_fixed(x, blocks, stripes, readers, where, m)
     return x, channel, np.where(channel >= 0, kinds[channel], -1)
 
@@ -175,15 +198,18 @@ class _Searches:
         for r in readers:
             for c in np.unique(r.at): self.readers_of[c].append(r)
 
-    def search(self, stripes, **kwargs):
-        "Order of the channels in `stripes` (None where nothing is gained), and which of them could move"
-        x, channel, kinds = _score_matrix(stripes, self.where, self.readers, self.channels.kinds, self.m)
+    def column_order(self, x, kinds, **kwargs):
+        "Order of the columns of the matrix `x` in which each moves among those of its kind"
         one_kind = len(set(kinds)) == 1
         if not one_kind and kwargs.get('backend') == 'apex': kwargs['backend'] = 'auto'   # ASP's search has no groups
-        order = search_permutation(x, self.n, self.m, groups=None if one_kind else kinds, **kwargs).order.numpy()
-        moves, source = channel >= 0, np.arange(len(self.channels.kinds))
-        source[channel[moves]] = channel[order][moves]
-        return source if self.gain(source, channel[moves]) > 1e-9*x.sum().item() else None, channel[moves]
+        return search_permutation(x, self.n, self.m, groups=None if one_kind else kinds, **kwargs).order.numpy()
+
+    def search(self, stripes, **kwargs):
+        "Order of the channels in `stripes`, None if it gains nothing; and those that could move"
+        x, channel, kinds = _score_matrix(stripes, self.where, self.readers, self.channels.kinds, self.m)
+        source, moving = np.arange(len(self.channels.kinds)), channel[channel >= 0]
+        source[moving] = channel[self.column_order(x, kinds, **kwargs)][channel >= 0]
+        return source if self.gain(source, moving) > 1e-9*x.sum().item() else None, moving
 
     def gain(self, source, moving):
         "How much more all readers keep in the order `source`; marks the `moving` channels as searched"
@@ -191,13 +217,12 @@ class _Searches:
         for reader in {id(r): r for c in moving for r in self.readers_of[c]}.values():
             here = np.isin(reader.at, moving)
             reader.searched |= here
-            stripes = np.flatnonzero(here.reshape(-1, self.m).any(1))
-            gain += reader.kept(self.n, self.m, source, stripes) - reader.kept(self.n, self.m, None, stripes)
+            gain += reader.gain(self.n, self.m, source, np.flatnonzero(here.reshape(-1, self.m).any(1)))
         return gain
 
 # %% ../../nbs/nm/05_permute_model.ipynb #2bc4eace
 def _combined(orders, channels):
-    "All of `orders`, which move different channels, in one"
+    "One order that makes the moves of all `orders`, which move different channels"
     combined = np.arange(len(channels.kinds))
     for s in orders: combined[s != np.arange(len(s))] = s[s != np.arange(len(s))]
     return combined
@@ -209,15 +234,27 @@ def _training_state(model, opt=None):
         if p.grad is not None: yield n, p.grad
         if opt is not None: yield from ((n, t) for t in elementwise_state(opt, p))
 
+# %% ../../nbs/nm/05_permute_model.ipynb #abe712d9
+def _tensors_and_masks(model, names):
+    "Yield (name, tensor) of parameters, buffers and masks of `model`; a mask has the name that `names` has for its id"
+    yield from (*model.named_parameters(), *model.named_buffers())
+    for _,_,p,mask in masked_params(model): yield names[id(p)], mask
+
+# %% ../../nbs/nm/05_permute_model.ipynb #0c025717
+def _all_tensors(model, opt, copies, along):
+    "Yield (name, tensor) of all that is reordered; the name is that of the parameter or buffer it belongs to"
+    models = model, *copies
+    names = {id(p): n for one in models for n,p in one.named_parameters()}
+    for one in models: yield from _tensors_and_masks(one, names)
+    yield from _training_state(model, opt)
+    for p,t in along: yield names[id(p)], t
+
+# %% ../../nbs/nm/05_permute_model.ipynb #7383ee40
 def _tensors_to_reorder(model, opt=None, copies=(), along=()):
     "Name of each parameter and buffer -> the tensors of its shape that are reordered with it, itself among them"
-    tensors, models = defaultdict(list), (model, *copies)
-    names = {id(p): n for one in models for n,p in one.named_parameters()}
-    for one in models:
-        for n,t in (*one.named_parameters(), *one.named_buffers()): tensors[n].append(t)
-        for _,_,p,mask in masked_params(one): tensors[names[id(p)]].append(mask)
-    for n,t in (*_training_state(model, opt), *((names[id(p)], t) for p,t in along)): tensors[n].append(t)
-    return {n: list({id(t): t for t in ts}.values()) for n,ts in tensors.items()}
+    tensors = defaultdict(dict)
+    for n,t in _all_tensors(model, opt, copies, along): tensors[n][id(t)] = t   # each tensor once
+    return {n: list(by_id.values()) for n,by_id in tensors.items()}
 
 # %% ../../nbs/nm/05_permute_model.ipynb #37f5f019
 @torch.no_grad()
@@ -228,23 +265,23 @@ def _reorder(channels, tensors, source):
         for t in tensors[place.name]: place.permute_(t.data, _source_positions(at, source))
 
 # %% ../../nbs/nm/05_permute_model.ipynb #fdb74c51
-def _differs(x, y, tolerance):
+def _tensors_differ(x, y, tolerance):
     "Whether the tensors differ by more than `tolerance`, relative to the largest element that is not the same in both"
     x, y = x.double(), y.double()
     other = (x != y) & ~(x.isnan() & y.isnan())
     if not bool(other.any()): return False
     return not bool((x-y)[other].abs().max() <= tolerance*x[other].abs().max() + 1e-13)
 
+# %% ../../nbs/nm/05_permute_model.ipynb #b26e793a
 def _differ(a, b, tolerance=1e-10):
-    "Whether the lists of outputs `a` and `b`, as of `outputs_of`, differ"
+    "Whether the outputs `a` and `b`, two lists of lists of tensors from `outputs_of`, differ"
     pairs = zip((t for outs in a for t in outs), (t for outs in b for t in outs), strict=True)
-    return any(_differs(x, y, tolerance) for x,y in pairs)
+    return any(_tensors_differ(x, y, tolerance) for x,y in pairs)
 
 # %% ../../nbs/nm/05_permute_model.ipynb #3b944ecb
 @torch.no_grad()
 def _with_noise(model):
-    """Copy of `model` in float64 with a little noise on each value, so that no channel is hidden by a zero and no
-    two are alike"""
+    "Copy of `model` in float64 with noise on each value, so that no channel is hidden by a zero and no two are equal"
     twin, rng = detached_copy(model).double(), torch.Generator().manual_seed(0)
     for t in (*twin.parameters(), *twin.buffers()):
         if not t.is_floating_point() or not t.numel(): continue
@@ -252,29 +289,34 @@ def _with_noise(model):
         t += (noise*.1*(t.abs().mean().cpu()+.1)).to(t.device)
     return twin
 
-# %% ../../nbs/nm/05_permute_model.ipynb #b5fca3ec
-def _orders_that_hold(twin, before, example_input, channels, orders):
-    """Those of `orders` (pairs of order and moving channels) after which `twin` still returns what it did `before`:
-    all of them, if they hold together, else each that holds after those before it"""
-    all_orders, tensors, good = [s for s,_ in orders], _tensors_to_reorder(twin), []
-    def holds(source): return _holds(twin, before, example_input, channels, tensors, source)
-    if not orders or holds(_combined(all_orders, channels)): return all_orders
-    for s,moving in orders:
-        if holds(s): good.append(s)
-        else: channels.why[moving] = 'the output would change'
-    return good
-
 # %% ../../nbs/nm/05_permute_model.ipynb #7dc2db7d
 def _holds(twin, before, example_input, channels, tensors, source):
-    "Whether `twin` in the order `source` returns what it did `before`; if not, it gets its old order back"
+    "Whether `twin` in the order `source` returns what it did `before`; if not, its old order is restored"
     _reorder(channels, tensors, source)
     if not _differ(before, outputs_of(twin, example_input)[0]): return True
     _reorder(channels, tensors, source.argsort())
     return False
 
+# %% ../../nbs/nm/05_permute_model.ipynb #2146af46
+def _hold_one_by_one(holds, channels, orders):
+    "Those of `orders` that hold after the ones before them; the channels of the others get a reason to stay"
+    good = []
+    for source,moving in orders:
+        if holds(source): good.append(source)
+        else: channels.why[moving] = 'the output would change'
+    return good
+
+# %% ../../nbs/nm/05_permute_model.ipynb #b5fca3ec
+def _orders_that_hold(twin, before, example_input, channels, orders):
+    "Those of `orders` (pairs of order and moving channels) after which `twin` still returns what it did `before`"
+    all_orders, tensors = [source for source,_ in orders], _tensors_to_reorder(twin)
+    def holds(source): return _holds(twin, before, example_input, channels, tensors, source)
+    if not orders or holds(_combined(all_orders, channels)): return all_orders
+    return _hold_one_by_one(holds, channels, orders)
+
 # %% ../../nbs/nm/05_permute_model.ipynb #ca29d89d
 def _why_some_stay(reader, channels):
-    "Why channels that `reader` reads have stayed, or '' where all could move"
+    "Why channels of `reader` have stayed, or ''"
     if reader.place is None: return 'the run did not call it'
     if why := next((w for w in channels.why[reader.at] if w), ''): return why
     if reader.searched.all(): return ''
@@ -282,50 +324,54 @@ def _why_some_stay(reader, channels):
     return ('some have' if reader.searched.any() else 'they have') + ' no other channel to change places with'
 
 # %% ../../nbs/nm/05_permute_model.ipynb #036b20e3
-def _sums(reader, channels, n, m, source):
+def _sums(reader, searches, source):
     "The columns of the report that are added up over the readers of a layer"
-    stays = channels.why[reader.at] != '' if reader.place else np.ones(len(reader.at), bool)
+    n, m = searches.n, searches.m
+    stays = searches.channels.why[reader.at] != '' if reader.place else np.ones(len(reader.at), bool)
     return dict(searched=int((reader.searched & ~stays).sum())*reader.n_rows, total=reader.scores.double().sum().item(),
                 naive=reader.kept(n, m), kept=reader.kept(n, m, source), row_bound=reader.bound(n, m))
 
 # %% ../../nbs/nm/05_permute_model.ipynb #2be7be12
-def _report_rows(searches, unsuited, weights):
-    "Layer -> row of the report without the sums over its readers; `weights` has the size of each layer's weight"
-    rows = {layer: dict(layer=layer, weights=weights[layer], note=why) for layer,why in unsuited.items()}
+def _report_rows(searches, unsuited, weights, source):
+    "Layer -> row of the report; `weights` has their sizes"
+    def new_row(layer, note): return dict(layer=layer, weights=weights[layer], note=note)
+    rows = {layer: new_row(layer, why) for layer,why in unsuited.items()}
     for r in searches.readers:
-        if r.layer not in rows:
-            rows[r.layer] = dict(layer=r.layer, weights=weights[r.layer], note=_why_some_stay(r, searches.channels))
+        row = rows.setdefault(r.layer, new_row(r.layer, _why_some_stay(r, searches.channels)))
+        for k,v in _sums(r, searches, source).items(): row[k] = row.get(k, 0) + v
     return rows
+
+# %% ../../nbs/nm/05_permute_model.ipynb #1f7930ef
+_report_columns = 'layer', 'weights', 'searched', 'total', 'naive', 'kept', 'row_bound', 'note'
 
 def _permutation_report(model, searches, unsuited, source):
     "The `DataFrame` that `permute_model` returns"
-    weights = {layer: module._parameters[pname].numel() for layer,module,pname in _candidates(model)}
-    rows = _report_rows(searches, unsuited, weights)
-    for r in searches.readers:
-        row = rows[r.layer]
-        for k,v in _sums(r, searches.channels, searches.n, searches.m, source).items(): row[k] = row.get(k, 0) + v
-    columns = ['layer', 'weights', 'searched', 'total', 'naive', 'kept', 'row_bound', 'note']
-    df = pd.DataFrame([rows[l] for l in weights if l in rows], columns=columns)
+    weights = {layer: module._parameters[pname].numel() for layer,module,pname in _weights_with_channels(model)}
+    rows = _report_rows(searches, unsuited, weights, source)
+    df = pd.DataFrame([rows[l] for l in weights if l in rows], columns=[*_report_columns])
     can = df[df.naive.notna()]
     df.attrs['share'] = float(can.searched.sum()/max(can.weights.sum(), 1))
     return df
 
 # %% ../../nbs/nm/05_permute_model.ipynb #6623ee89
 def _unfit_state(model, opt):
-    """Yield (parameter name, key) of the tensors in the state of `opt` that have neither the parameter's shape nor
-    one element"""
+    "Yield (parameter name, key) of the tensors in the state of `opt` that can't be reordered with their parameter"
     for n,p in model.named_parameters():
         for k,t in state_of(opt, p).items():
             if torch.is_tensor(t) and t.numel() > 1 and t.shape != p.shape: yield n, k
 
-def _check_reorderable(model, opt, copies):
-    "Raises `ValueError` where `copies` or the state of `opt` can't be reordered with `model`"
-    name, params = type(model).__name__, {n: p.shape for n,p in model.named_parameters()}
+# %% ../../nbs/nm/05_permute_model.ipynb #ff77d66d
+def _check_copies(model, copies):
+    "Raises `ValueError` where the parameters of one of `copies` don't have the names and shapes of those of `model`"
+    params = {n: p.shape for n,p in model.named_parameters()}
     if any({n: p.shape for n,p in c.named_parameters()} != params for c in copies):
-        raise ValueError(f"copies= must have parameters of the same names and shapes as {name}")
-    if opt is None: return
+        raise ValueError(f"copies= must have parameters of the same names and shapes as {type(model).__name__}")
+
+# %% ../../nbs/nm/05_permute_model.ipynb #0ae18d7e
+def _check_opt(model, opt):
+    "Raises `ValueError` where `opt` is the optimizer of another model, or its state can't be reordered"
     if not {id(p) for p in params_of(opt)} & {id(p) for p in model.parameters()}:
-        raise ValueError(f"opt= has none of the parameters of {name}, but those of another model")
+        raise ValueError(f"opt= has none of the parameters of {type(model).__name__}, but those of another model")
     for n,k in _unfit_state(model, opt):
         raise ValueError(f"{type(opt).__name__} keeps {k!r} of {n}, which is not of the weight's shape and can't be "
                          "reordered: permute with a new optimizer")
@@ -335,15 +381,15 @@ def _warn_of_unread(model, channels, why):
     "Warn of parameters that the run has not read, where the model can't run in training mode, for the reason `why`"
     unread = sorted({n for n,_ in model.named_parameters()} - channels.read)
     if not unread: return
-    warnings.warn(f"{type(model).__name__} can't run on the example in training mode ({why}); if it uses {unread[0]} "
-                  "or other parameters that were not read there, it will compute something else in training")
+    warnings.warn(f"{type(model).__name__} can't run on the example in training mode ({why}). If only training mode "
+                  f"uses {unread[0]} or other parameters that were not read, it will compute something else there")
 
 # %% ../../nbs/nm/05_permute_model.ipynb #974aa2c8
 def permute_model(
-    model:nn.Module, # In any mode; the places of its weights change, nothing else
+    model:nn.Module, # In any mode; its channels are reordered, nothing else changes
     example_input, # A batch (tensor, or tuple or dict of the arguments of `forward`) to run and check the model on
     n:int=2, # How many of `m` neighbours the pattern keeps
-    m:int=4,
+    m:int=4, # How many neighbours the pattern looks at together
     scores=large_final, # Importance of weights: a function of the parameter, or a dict layer -> scores of its shape
     opt=None, # An optimizer, fastai's or torch's, whose state is reordered with the weights
     copies=(), # Models with the same parameters that are reordered too, such as an average of the weights
@@ -351,17 +397,18 @@ def permute_model(
     **kwargs, # Passed on to `search_permutation`: time_budget (of each search), seed, backend
 )->pd.DataFrame:
     """Reorder the channels of `model` in place so that n:m keeps most of the `scores`, without changing what it
-    computes. Layers that a dict of scores lacks do not count.
+    computes. Layers without scores in a dict do not count.
 
-    Returns a row per layer: its number of weights and how many had their order searched; the `total` of its scores,
-    and what n:m keeps of it before (`naive`) and after (`kept`), and if each row could choose for itself
-    (`row_bound`); and in `note` why channels have stayed. `attrs['share']` is the searched fraction of the weights
-    of layers that can have the pattern.
+    Returns one row per layer: its number of weights, and of how many the order was searched; the `total` of its
+    scores; how much of it n:m keeps before (`naive`) and after (`kept`), and if each row kept its largest scores
+    wherever they are (`row_bound`); and in `note`, why channels have stayed. `attrs['share']` is the searched fraction
+    of the weights of layers that can have the pattern.
 
-    Raises `ValueError` before anything has changed where the model can't run on the example or chooses a path by
-    its values, or an optimizer's state can't be reordered."""
+    Raises `ValueError`, before anything has changed, if the model can't run on the example, if it chooses a path by
+    its values, or if an optimizer's state can't be reordered."""
     model, copies = unwrapped(model), [unwrapped(c) for c in copies]
-    _check_reorderable(model, opt, copies)
+    _check_copies(model, copies)
+    if opt is not None: _check_opt(model, opt)
     twin = _with_noise(model)
     channels, before, why = follow_channels(model, example_input, twin)
     score_of = scores.get if isinstance(scores, dict) else lambda name, p: scores(p.detach())
@@ -375,8 +422,7 @@ def permute_model(
 
 # %% ../../nbs/nm/05_permute_model.ipynb #87e9b949
 def _scores_before_training(s):
-    """Scores of the layers of the `Sparsifier` `s`, by its criterion or, where that needs gradients or an
-    optimizer, by size"""
+    "Scores of the layers of the `Sparsifier` `s`, by its criterion; by size where that needs gradients or an optimizer"
     if s.criteria.needs & {'grad', 'opt'}: return {n: large_final(s.param(n)) for n in s.layers}
     norms = s._norms(s.layers)
     return {n: s.scores(n, norms) for n in s.layers}
@@ -388,9 +434,8 @@ def permute(self:Sparsifier,
     data=None, # A batch, as for `Sparsifier`; None: the first one of the Sparsifier's own data
     opt=None, # The optimizer that has trained the model
 )->None:
-    """Reorder the channels of the model so that the pattern keeps most of the scores; see `permute_model`, whose
-    report is in `permutation` afterwards. Does nothing where a layer has a mask already. Raises `ValueError`
-    without data."""
+    """Reorder the channels of the model so that the pattern keeps most of the scores, see `permute_model`; its report
+    is stored as `permutation`. Does nothing where a layer has a mask already. Raises `ValueError` without data."""
     data = ifnone(data, self.data)
     if data is None: raise ValueError("permute=True needs data=, a batch on which the model is run")
     self.to_permute = False

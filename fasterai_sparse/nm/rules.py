@@ -44,7 +44,7 @@ class TorchCall:
 # %% ../../nbs/nm/03_rules.ipynb #b21a7931
 @patch
 def labels_after(self:_ChannelLabels, call):
-    "Labels of the tensor that `call` returned, a list of labels for several; raises `_NoRule` where they can't be told"
+    "Labels of the tensor that `call` returned, or a list for several tensors; raises `_NoRule` where they are unknown"
     if rule := getattr(self, f'of_{call.name}', None): return rule(*call.args, **call.kwargs, out=call.out)
     if rule := getattr(self, f'rule_{kind_of(call.name)}', None): return rule(call)
     raise _NoRule(f'{call.name} has no rule')
@@ -55,6 +55,15 @@ def _map_tensors(f, x):
     if torch.is_tensor(x): return f(x)
     return type(x)(_map_tensors(f, v) for v in x) if type(x) in (list,tuple) else x
 
+# %% ../../nbs/nm/03_rules.ipynb #a3e2391a
+@patch
+def with_labels(self:_ChannelLabels, call):
+    "Arguments of `call` with labels in place of the tensors that it moves, and its other tensors on the CPU"
+    own = lambda t: self.labels_of(t).expand(t.shape)
+    args = [_map_tensors(torch.Tensor.cpu if i else own, a) for i,a in enumerate(call.args)]
+    kwargs = {k: _map_tensors(own, v) if k in ('input', 'tensors') else v for k,v in call.kwargs.items()}
+    return args, kwargs
+
 # %% ../../nbs/nm/03_rules.ipynb #768f67dd
 @patch
 def rule_moves(self:_ChannelLabels, call):
@@ -62,9 +71,7 @@ def rule_moves(self:_ChannelLabels, call):
     if call.name in ('view', 'view_as'): return self.viewed(call)
     if call.name == 'repeat_interleave' and any(torch.is_tensor(a) for a in call.args[1:]):
         raise _NoRule('repeat_interleave by a tensor has no rule')
-    own = lambda t: self.labels_of(t).expand(t.shape)
-    args = [_map_tensors(torch.Tensor.cpu if i else own, a) for i,a in enumerate(call.args)]
-    kwargs = {k: _map_tensors(own, v) if k in ('input', 'tensors') else v for k,v in call.kwargs.items()}
+    args, kwargs = self.with_labels(call)
     return call.func(*args, **kwargs)
 
 # %% ../../nbs/nm/03_rules.ipynb #0fb2d55c
@@ -80,55 +87,61 @@ def rule_copies(self:_ChannelLabels, call): return self.labels_of(call.x)
 
 # %% ../../nbs/nm/03_rules.ipynb #5e7f3419
 def _any_label(all_labels):
-    "At each position a label of one of `all_labels` that has one there"
+    "At each position, the first label that one of `all_labels` has there, or -1"
     result = all_labels[0]
     for l in all_labels[1:]: result = torch.where(result >= 0, result, l)
     return result
+
+# %% ../../nbs/nm/03_rules.ipynb #264de3f3
+def _collapsed_together(all_labels):
+    "`all_labels`, which have one shape, with length 1 in the dimensions along which all of them are expanded"
+    stored = {d for d,n in enumerate(all_labels[0].shape) if n > 1 and any(l.stride(d) for l in all_labels)}
+    return [_collapsed(l, stored) for l in all_labels]
 
 # %% ../../nbs/nm/03_rules.ipynb #3555defb
 @patch
 def rule_elementwise(self:_ChannelLabels, call):
     "Channels that meet are the same"
-    size, all_labels = call.out.shape, [self.labels_of(t).expand(call.out.shape) for t in call.inputs]
-    wide = {d for d in range(len(size)) if any(l.stride(d) and size[d] > 1 for l in all_labels)}
-    all_labels = [_collapsed(l, wide) for l in all_labels]
+    all_labels = _collapsed_together([self.labels_of(t).expand(call.out.shape) for t in call.inputs])
     result = _any_label(all_labels)
     if len(all_labels) > 1 and bool((result >= 0).any()): result = self.merge_inputs(call, all_labels, result)
-    return result.expand(size)
+    return result.expand(call.out.shape)
 
 # %% ../../nbs/nm/03_rules.ipynb #3d8a8f10
 @patch
 def merge_inputs(self:_ChannelLabels, call, all_labels, result):
-    "Merge the labels of each input of `call` with those of its `result`; returns the latter, -1 where they are fixed"
+    "Merge the labels of each input of `call` with its `result`; returns the latter, -1 where an input fixes it"
     varying = _varying_dims(result)
     for t,l in zip(call.inputs, all_labels):
-        if bool((l >= 0).all()) or not _is_uniform(t, varying, call.out.shape):
+        known = l >= 0
+        if bool(known.all()) or not _is_uniform(t, varying, call.out.shape):
             self.merge(result, l, f'{call.name} combines it with values that differ by position')
-            result = torch.where(l >= 0, result, -1)
-        elif bool((l >= 0).any()): self.merge(result[l >= 0], l[l >= 0])
+            result = torch.where(known, result, -1)
+        elif bool(known.any()): self.merge(result[known], l[known])
     return result
 
 # %% ../../nbs/nm/03_rules.ipynb #2172cecf
 @patch
 def rule_activates(self:_ChannelLabels, call): return self.rule_elementwise(call)
 
+# %% ../../nbs/nm/03_rules.ipynb #203eefc6
 @patch
 def rule_drops(self:_ChannelLabels, call): return self.rule_elementwise(call)
 
 # %% ../../nbs/nm/03_rules.ipynb #0cf03c04
 def _reduced_dims(call):
-    "Set of the dimensions over which `call` reduces; raises `_NoRule` where they are not plain numbers"
-    position = 2 if 'norm' in call.name else 1   # the first argument of a norm is its order
+    "Set of the dimensions that `call` reduces; raises `_NoRule` where they are no whole numbers"
+    position = 2 if 'norm' in call.name else 1
     n, dims = call.x.dim(), call.kwargs.get('dim', call.argument('axis', position))
     if dims is None or dims == (): return set(range(n))
     if isinstance(dims, int): dims = [dims]
-    if not all(is_whole(d) for d in dims): raise _NoRule(f'this call of {call.name} has no rule')
-    return {d % n for d in dims}
+    if all(is_whole(d) for d in dims): return {d % n for d in dims}
+    raise _NoRule(f'this call of {call.name} has no rule')
 
 # %% ../../nbs/nm/03_rules.ipynb #db9b011b
 @patch
 def rule_reduces(self:_ChannelLabels, call):
-    "A sum over channels does not mind their order; the other labels are passed on"
+    "A sum over channels does not depend on their order; labels along the other dimensions are passed on"
     labels, dims, out = self.labels_of(call.x), _reduced_dims(call), call.outputs[0]
     varying = _varying_dims(labels)
     if dims & varying: self.keep_position_along(labels, varying-dims)
@@ -138,7 +151,7 @@ def rule_reduces(self:_ChannelLabels, call):
 # %% ../../nbs/nm/03_rules.ipynb #efccf7f6
 @patch
 def rule_along_dim(self:_ChannelLabels, call):
-    "Labels are kept, and channels keep their positions along all dimensions but the one that is summed over"
+    "Labels are kept, and so are positions along all dimensions but the one that is summed over"
     labels = self.labels_of(call.x)
     dim = call.argument('dim', 2, 1) if call.name == 'normalize' else call.argument('dim', 1)
     if dim is None: raise _NoRule(f'{call.name} without dim= has no rule')
@@ -153,9 +166,11 @@ def each_by_itself(self:_ChannelLabels, call, n_spatial):
     labels = self.labels_of(call.x)
     return self.merged_but_along(labels, range(labels.dim()-n_spatial)).expand(call.outputs[0].shape)
 
+# %% ../../nbs/nm/03_rules.ipynb #8ddf89ed
 @patch
 def rule_pools(self:_ChannelLabels, call): return self.each_by_itself(call, int(re.search(r'(\d)d', call.name)[1]))
 
+# %% ../../nbs/nm/03_rules.ipynb #c2a850fa
 @patch
 def rule_resizes(self:_ChannelLabels, call): return self.each_by_itself(call, call.x.dim()-2)
 
@@ -164,7 +179,7 @@ def rule_resizes(self:_ChannelLabels, call): return self.each_by_itself(call, ca
 def of_pad(self:_ChannelLabels, input, pad, mode='constant', value=None, *, out):
     labels = self.labels_of(input)
     padded = {input.dim()-1-k for k in range(len(pad)//2) if any(pad[2*k:2*k+2])}
-    if not padded & _varying_dims(labels):   # each channel gets the same
+    if not padded & _varying_dims(labels):   # all channels are padded alike
         return _collapsed(labels, set(range(input.dim()))-padded).expand(out.shape)
     if mode != 'constant': raise _NoRule('channels are padded by other channels')
     return F.pad(labels, pad, value=-1)
@@ -179,16 +194,17 @@ def of_glu(self:_ChannelLabels, input, dim=-1, *, out):
 # %% ../../nbs/nm/03_rules.ipynb #9e99d901
 @patch
 def per_channel(self:_ChannelLabels, name, x, params):
-    "Labels of `x`, whose second dimension is merged with the vectors `params`"
+    "Labels of `x`; those along its second dimension are merged with the vectors `params` of the operation `name`"
     labels = self.labels_of(x)
     for p in params:
         if self.name_of(p) is not None: self.merge(self.at_axis(p, 0), self.along(labels, 1), _reason_of(x))
         elif not _is_uniform(p, {0}, p.shape): raise _NoRule(f'{name} has values that are no parameters of the model')
     return labels
 
+# %% ../../nbs/nm/03_rules.ipynb #dbacf6f0
 @patch
 def rule_normalizes(self:_ChannelLabels, call):
-    "All tensors but the first are one number per channel"
+    "All tensors but the first have one number per channel"
     return self.per_channel(call.name, call.x, [t for t in call.inputs if t is not call.x])
 
 # %% ../../nbs/nm/03_rules.ipynb #0e1b1553
@@ -204,36 +220,56 @@ def of_group_norm(self:_ChannelLabels, input, num_groups, weight=None, bias=None
     self.cells.append((c, torch.arange(len(c))//(len(c)//num_groups)))
     return labels
 
+# %% ../../nbs/nm/03_rules.ipynb #2bacb332
+@patch
+def merge_normalized(self:_ChannelLabels, p, labels, n_before, reason):
+    "Merge the parameter `p` of a LayerNorm with `labels` after their first `n_before` dimensions, or fix it"
+    varying, normalized = _varying_dims(labels), range(n_before, labels.dim())
+    if varying and not varying & set(normalized): self.fix(self.labels_of(p), 'reads positions, not channels')
+    else: self.merge(self.labels_of(p), self.merged_but_along(labels, normalized)[(0,)*n_before], reason)
+
 # %% ../../nbs/nm/03_rules.ipynb #d6521188
 @patch
 def of_layer_norm(self:_ChannelLabels, input, normalized_shape, weight=None, bias=None, eps=1e-5, *, out):
     labels, n_before = self.labels_of(input), input.dim()-len(normalized_shape)
-    varying, normalized = _varying_dims(labels), range(n_before, input.dim())
-    for p in (p for p in (weight, bias) if p is not None):
-        if varying and not varying & set(normalized): self.fix(self.labels_of(p), 'reads positions, not channels')
-        else: self.merge(self.labels_of(p), self.merged_but_along(labels, normalized)[(0,)*n_before], _reason_of(input))
-    self.keep_position_along(labels, {d for d in varying if d < n_before})
+    for p in (weight, bias):
+        if p is not None: self.merge_normalized(p, labels, n_before, _reason_of(input))
+    self.keep_position_along(labels, {d for d in _varying_dims(labels) if d < n_before})
     return labels
 
+# %% ../../nbs/nm/03_rules.ipynb #8ee6aace
 @patch
 def of_rms_norm(self:_ChannelLabels, input, normalized_shape, weight=None, eps=None, *, out):
     return self.of_layer_norm(input, normalized_shape, weight, out=out)
+
+# %% ../../nbs/nm/03_rules.ipynb #f556fc3d
+def _check_linear(w, b):
+    "Raises `_NoRule` unless the weight is a matrix and the bias a vector or None"
+    if w.dim() != 2 or b is not None and b.dim() > 1: raise _NoRule('a layer reads it with a weight that is computed')
 
 # %% ../../nbs/nm/03_rules.ipynb #1345cd1e
 @patch
 def linear(self:_ChannelLabels, x, w, b, out, in_axis=1):
     "Rule for `x` times the parameter `w`, whose inputs are along `in_axis`, plus `b`"
-    if w.dim() != 2 or b is not None and b.dim() > 1: raise _NoRule('a layer reads it with a weight that is computed')
-    labels, last = self.labels_of(x), x.dim()-1
-    varying, read, given = _varying_dims(labels), self.at_axis(w, in_axis), self.at_axis(w, 1-in_axis)
+    _check_linear(w, b)
+    read, given = self.at_axis(w, in_axis), self.at_axis(w, 1-in_axis)
     if b is not None: self.merge(self.labels_of(b), given)
-    if varying and last not in varying: return self.mixed_positions(labels, read, given).expand(out.shape)
-    self.merge(read, self.along(labels, last), _reason_of(x))
-    return _expand_along(given, last, out.shape)
+    return self.linear_output(x, read, given, out.shape)
 
+# %% ../../nbs/nm/03_rules.ipynb #958cc837
+@patch
+def linear_output(self:_ChannelLabels, x, read, given, size):
+    "Labels of the output, of this `size`, of a layer with inputs `read` and outputs `given` that is applied to `x`"
+    labels, last = self.labels_of(x), x.dim()-1
+    varying = _varying_dims(labels)
+    if varying and last not in varying: return self.mixed_positions(labels, read, given).expand(size)
+    self.merge(read, self.along(labels, last), _reason_of(x))
+    return _expand_along(given, last, size)
+
+# %% ../../nbs/nm/03_rules.ipynb #30dd737b
 @patch
 def mixed_positions(self:_ChannelLabels, labels, read, given):
-    "Labels where a layer with inputs `read` and outputs `given` mixes positions in the last dimension, not channels"
+    "Labels after a layer with inputs `read` and outputs `given` has mixed the positions along the last dimension"
     for l in (read, given): self.fix(l, 'reads positions, not channels')
     return _collapsed(labels, set(range(labels.dim()-1)))
 
@@ -241,6 +277,7 @@ def mixed_positions(self:_ChannelLabels, labels, read, given):
 @patch
 def of_linear(self:_ChannelLabels, input, weight, bias=None, *, out): return self.linear(input, weight, bias, out)
 
+# %% ../../nbs/nm/03_rules.ipynb #3656ac31
 @patch
 def of_addmm(self:_ChannelLabels, input, mat1, mat2, *, beta=1, alpha=1, out):
     return self.linear(mat1, mat2, input, out, in_axis=0)
@@ -255,7 +292,7 @@ def of_embedding(self:_ChannelLabels, input, weight, *args, out, **kwargs):
 
 # %% ../../nbs/nm/03_rules.ipynb #6bdb79e6
 def _conv_arguments(call, transposed):
-    "Input, weight, bias and groups of the call of a convolution"
+    "Input, weight, bias and number of groups in the `call` of a convolution"
     names = 'input', 'weight', 'bias', 'stride', 'padding'
     names += ('output_padding', 'groups', 'dilation') if transposed else ('dilation', 'groups')
     given = dict(zip(names, call.args), **call.kwargs)
@@ -265,28 +302,44 @@ def _conv_arguments(call, transposed):
 @patch
 def rule_convolves(self:_ChannelLabels, call):
     "The inputs are merged with those of the weight, and its filters label the outputs"
-    transposed = 'transpose' in call.name   # then the weight is inputs × filters, else filters × inputs
+    transposed = 'transpose' in call.name
     x, w, b, groups = _conv_arguments(call, transposed)
-    if self.name_of(w) is None: raise _NoRule('a layer reads it with a weight that is computed')
-    if x.dim() != w.dim(): raise _NoRule('a convolution without a batch has no rule')
-    read, in_axis = self.along(self.labels_of(x), 1), 0 if transposed else 1
-    if groups > 1: given = self.grouped(x, w, read, groups, call.out.shape[1], transposed)
-    else:
-        self.merge(self.at_axis(w, in_axis), read, _reason_of(x))
-        given = self.at_axis(w, 1-in_axis)
+    self.check_convolution(x, w)
+    given = self.filters(w, self.along(self.labels_of(x), 1), groups, call.out.shape[1], transposed, _reason_of(x))
     if b is not None: self.merge(self.labels_of(b), given)
     return _expand_along(given, 1, call.out.shape)
 
+# %% ../../nbs/nm/03_rules.ipynb #5b855ac9
+@patch
+def filters(self:_ChannelLabels, w, read, groups, n_out, transposed, reason):
+    "Labels of the `n_out` outputs of a convolution in `groups` that reads the channels `read`"
+    if groups == 1: return self.ungrouped(w, read, transposed, reason)
+    if len(read) == groups: return self.depthwise(w, read, n_out//groups, transposed, reason)
+    if transposed: raise _NoRule('transposed convolutions in groups have no rule')
+    return self.grouped(w, read, groups, n_out, reason)
+
+# %% ../../nbs/nm/03_rules.ipynb #f1a3229e
+@patch
+def check_convolution(self:_ChannelLabels, x, w):
+    "Raises `_NoRule` where `w` is no parameter of the model, or the input `x` has no dimension for the batch"
+    if self.name_of(w) is None: raise _NoRule('a layer reads it with a weight that is computed')
+    if x.dim() != w.dim(): raise _NoRule('a convolution without a batch has no rule')
+
+# %% ../../nbs/nm/03_rules.ipynb #2bb2d362
+@patch
+def ungrouped(self:_ChannelLabels, w, read, transposed, reason):
+    "Labels of the outputs of a convolution without groups that reads the channels `read`"
+    in_axis = 0 if transposed else 1   # a transposed weight is inputs × filters, others are filters × inputs
+    self.merge(self.at_axis(w, in_axis), read, reason)
+    return self.at_axis(w, 1-in_axis)
+
 # %% ../../nbs/nm/03_rules.ipynb #6a6537da
 @patch
-def grouped(self:_ChannelLabels, x, w, read, groups, n_out, transposed):
-    "Labels of the `n_out` outputs of a convolution in `groups` that reads the channels `read` of `x`"
-    n_filters, n_read = n_out//groups, len(read)//groups
-    if n_read == 1: return self.depthwise(w, read, n_filters, transposed, _reason_of(x))
-    if transposed: raise _NoRule('transposed convolutions in groups have no rule')
-    for g in range(groups):
-        of_group = self.at_axis(w, 1, (g*n_filters, (g+1)*n_filters))
-        self.merge(of_group, read[g*n_read:(g+1)*n_read], _reason_of(x))
+def grouped(self:_ChannelLabels, w, read, groups, n_out, reason):
+    "Labels of the `n_out` outputs of a convolution in `groups` that reads the channels `read`"
+    n_filters = n_out//groups
+    for g,of_group in enumerate(read.chunk(groups)):
+        self.merge(self.at_axis(w, 1, (g*n_filters, (g+1)*n_filters)), of_group, reason)
     given = self.at_axis(w, 0)
     self.cells.append((given, torch.arange(n_out)//n_filters))
     return given
@@ -294,15 +347,15 @@ def grouped(self:_ChannelLabels, x, w, read, groups, n_out, transposed):
 # %% ../../nbs/nm/03_rules.ipynb #f35babdc
 @patch
 def depthwise(self:_ChannelLabels, w, read, n_filters, transposed, reason):
-    "Labels of the outputs of a convolution with `n_filters` for each channel of `read` alone"
+    "Labels of the outputs of a convolution with `n_filters` for each single channel of `read`"
     given = read.repeat_interleave(n_filters)
-    if transposed and n_filters > 1: self.fix(read, 'a transposed convolution gives several channels of one')
+    if transposed and n_filters > 1: self.fix(read, 'a transposed convolution computes several channels from one')
     else: self.merge(self.at_axis(w, 0), given, reason)
     return given
 
 # %% ../../nbs/nm/03_rules.ipynb #631730af
 def _aligned(labels, dims, all_dims):
-    "`labels` of dimensions `dims`, with a dimension for each of `all_dims`, of length 1 where they lack it"
+    "`labels` of dimensions `dims`, with a dimension for each of `all_dims`, of length 1 where it is not in `dims`"
     labels = labels.permute([dims.index(d) for d in all_dims if d in dims])
     return labels[tuple(slice(None) if d in dims else None for d in all_dims)]
 
@@ -327,16 +380,17 @@ def product(self:_ChannelLabels,
 # %% ../../nbs/nm/03_rules.ipynb #95171987
 @patch
 def merge_summed(self:_ChannelLabels, a, b, dims, out_dims):
-    "Merge the channels of two factors of dimensions `dims` whose product is summed over those not in `out_dims`"
-    summed, vary_a, vary_b = {k for k,d in enumerate(dims) if d not in out_dims}, _varying_dims(a), _varying_dims(b)
-    both = vary_a | vary_b
+    "Merge channels of two factors of dimensions `dims`; all but `out_dims` are summed over"
+    vary_a, vary_b = _varying_dims(a), _varying_dims(b)
+    kept, both = {k for k,d in enumerate(dims) if d in out_dims}, vary_a | vary_b
     self.merge(_collapsed(a, both), _collapsed(b, both), 'is multiplied with values that have no channels')
-    for l,varying in ((a, vary_a), (b, vary_b)): self.keep_position_along(l, varying-summed)
+    self.keep_position_along(a, vary_a & kept)
+    self.keep_position_along(b, vary_b & kept)
 
+# %% ../../nbs/nm/03_rules.ipynb #c3852e45
 @patch
 def passed_on(self:_ChannelLabels, labels, other_dims, dims, out_dims):
-    """`labels` of one factor in `out_dims`; channels keep their positions along the dimensions `other_dims` of the
-    other factor"""
+    "`labels` of one factor in `out_dims`; channels keep their positions along `other_dims` of the other factor"
     self.keep_position_along(labels, {k for k,d in enumerate(dims) if d in other_dims})
     summed = [k for k,d in enumerate(dims) if d not in out_dims]
     labels = _collapsed(labels, _varying_dims(labels)).permute([dims.index(d) for d in out_dims] + summed)
@@ -351,26 +405,34 @@ def of_matmul(self:_ChannelLabels, input, other, *, out):
     if other.dim() == 2 and self.name_of(other): return self.linear(input, other, None, out, in_axis=0)
     batch = _batch_letters[:out.dim()-2]
     size = dict(zip(batch+'nmk', (*out.shape, input.shape[-1])))
-    full = lambda t: self.labels_of(t).expand(*out.shape[:-2], *t.shape[-2:])
-    return self.product(full(input), batch+'nk', full(other), batch+'km', batch+'nm', size)
+    a, b = (self.labels_of(t).expand(*out.shape[:-2], *t.shape[-2:]) for t in (input, other))
+    return self.product(a, batch+'nk', b, batch+'km', batch+'nm', size)
 
 # %% ../../nbs/nm/03_rules.ipynb #f7dbc810
 @patch
 def of_bmm(self:_ChannelLabels, input, mat2, *, out): return self.of_matmul(input, mat2, out=out)
 
+# %% ../../nbs/nm/03_rules.ipynb #070057f8
 @patch
 def of_mm(self:_ChannelLabels, input, mat2, *, out): return self.of_matmul(input, mat2, out=out)
+
+# %% ../../nbs/nm/03_rules.ipynb #6d3bc1fa
+def _einsum_dims(equation, n_operands):
+    "Letters of the two factors and of the result of an einsum; raises `_NoRule` for other equations"
+    factors, _, result = equation.replace(' ', '').partition('->')
+    factors = factors.split(',')
+    plain = '...' not in equation and '->' in equation and all(len(set(f)) == len(f) for f in factors)
+    if n_operands != 2 or not plain: raise _NoRule(f"einsum('{equation}') has no rule")
+    return *factors, result
 
 # %% ../../nbs/nm/03_rules.ipynb #776d5b6a
 @patch
 def of_einsum(self:_ChannelLabels, equation, *operands, out):
     if len(operands) == 1 and isinstance(operands[0], (list,tuple)): operands = operands[0]
-    terms, _, result = equation.replace(' ', '').partition('->')
-    terms = terms.split(',')
-    plain = '...' not in equation and '->' in equation and all(len(set(t)) == len(t) for t in terms)
-    if len(operands) != 2 or not plain: raise _NoRule(f"einsum('{equation}') has no rule")
-    size = {d: n for t,o in zip(terms, operands) for d,n in zip(t, o.shape)}
-    return self.product(self.labels_of(operands[0]), terms[0], self.labels_of(operands[1]), terms[1], result, size)
+    a_dims, b_dims, out_dims = _einsum_dims(equation, len(operands))
+    a, b = operands
+    size = dict(zip(a_dims+b_dims, (*a.shape, *b.shape)))
+    return self.product(self.labels_of(a), a_dims, self.labels_of(b), b_dims, out_dims, size)
 
 # %% ../../nbs/nm/03_rules.ipynb #a0567f5e
 @patch
@@ -381,24 +443,30 @@ def of_scaled_dot_product_attention(self:_ChannelLabels, query, key, value, attn
         k, v = (t.repeat_interleave(q.shape[-3]//t.shape[-3], -3) for t in (k, v))
     return self.attend(q, k, v)
 
+# %% ../../nbs/nm/03_rules.ipynb #7ffda004
 @patch
 def attend(self:_ChannelLabels, q, k, v):
     "Merge the labels of queries and keys, … × tokens × channels, and pass on those of the values"
     if not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]: raise _NoRule('attention that broadcasts has no rule')
-    batch = _batch_letters[:q.dim()-2]
+    batch, weights = _batch_letters[:q.dim()-2], _no_labels((*q.shape[:-1], k.shape[-2]))
     size = dict(zip(batch+'nkmv', (*q.shape, k.shape[-2], v.shape[-1])))
     self.product(q, batch+'nk', k, batch+'mk', batch+'nm', size)
-    weights = _no_labels([size[d] for d in batch+'nm'])
     return self.product(weights, batch+'nm', v, batch+'mv', batch+'nv', size)
 
-# %% ../../nbs/nm/03_rules.ipynb #8c3081a3
-@patch
-def of_multi_head_attention_forward(self:_ChannelLabels, *args, out, **kwargs):
-    "The values change places within their heads, queries and keys stay"
+# %% ../../nbs/nm/03_rules.ipynb #db11e807
+def _multi_head_arguments(args, kwargs):
+    "Arguments of `F.multi_head_attention_forward` by name; raises `_NoRule` for options without a rule"
     bound = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs)
     bound.apply_defaults()
     a = SimpleNamespace(**bound.arguments)
     if a.bias_k is not None: raise _NoRule('attention with biases of keys has no rule')
+    return a
+
+# %% ../../nbs/nm/03_rules.ipynb #8c3081a3
+@patch
+def of_multi_head_attention_forward(self:_ChannelLabels, *args, out, **kwargs):
+    "Values move within their heads, queries and keys stay"
+    a = _multi_head_arguments(args, kwargs)
     self.merge_attention_inputs(a)
     values = self.attention_values(a)
     self.merge(self.at_axis(a.out_proj_weight, 1), values)
@@ -406,30 +474,35 @@ def of_multi_head_attention_forward(self:_ChannelLabels, *args, out, **kwargs):
     if a.out_proj_bias is not None: self.merge(self.at_axis(a.out_proj_bias, 0), given)
     return _expand_along(given, -1, out[0].shape)
 
+# %% ../../nbs/nm/03_rules.ipynb #e08540d4
+@patch
+def attention_part(self:_ChannelLabels, a, part, axis):
+    "Labels along `axis` of the weight of queries (`part` 0), keys (1) or values (2); `a` has the call's arguments"
+    separate = a.q_proj_weight, a.k_proj_weight, a.v_proj_weight
+    if a.use_separate_proj_weight: return self.at_axis(separate[part], axis)
+    n = a.embed_dim_to_check
+    return self.at_axis(a.in_proj_weight, axis, (part*n, (part+1)*n))
+
 # %% ../../nbs/nm/03_rules.ipynb #1e8c65ec
 @patch
 def merge_attention_inputs(self:_ChannelLabels, a):
-    "Merge query, key and value with the inputs of the weights that read them; `a` has the arguments of the attention"
-    e, weights = a.embed_dim_to_check, (a.q_proj_weight, a.k_proj_weight, a.v_proj_weight)
-    for i,(t,w) in enumerate(zip((a.query, a.key, a.value), weights)):
-        separate = a.use_separate_proj_weight
-        read = self.at_axis(w, 1) if separate else self.at_axis(a.in_proj_weight, 1, (i*e, (i+1)*e))
-        self.merge(read, self.along(self.labels_of(t), -1), _reason_of(t))
+    "Merge query, key and value with the inputs of the weights that read them; `a` has the call's arguments"
+    for i,t in enumerate((a.query, a.key, a.value)):
+        self.merge(self.attention_part(a, i, 1), self.along(self.labels_of(t), -1), _reason_of(t))
 
+# %% ../../nbs/nm/03_rules.ipynb #c0e6e15c
 @patch
 def attention_values(self:_ChannelLabels, a):
-    "Labels of the values that an attention computes, which stay in their heads"
-    e = a.embed_dim_to_check
-    rows = (2*e, 3*e)   # the last third of the rows
-    values = self.at_axis(a.v_proj_weight, 0) if a.use_separate_proj_weight else self.at_axis(a.in_proj_weight, 0, rows)
-    self.cells.append((values, torch.arange(e)//(e//a.num_heads)))
-    if a.in_proj_bias is not None: self.merge(self.at_axis(a.in_proj_bias, 0, rows), values)
+    "Labels of the values that an attention computes, which stay in their heads; `a` has the call's arguments"
+    n, values = a.embed_dim_to_check, self.attention_part(a, 2, 0)
+    self.cells.append((values, torch.arange(n)//(n//a.num_heads)))
+    if a.in_proj_bias is not None: self.merge(self.at_axis(a.in_proj_bias, 0, (2*n, 3*n)), values)
     return values
 
 # %% ../../nbs/nm/03_rules.ipynb #1321c150
 @patch
 def recurrent_cell(self:_ChannelLabels, weights, read, reason):
-    "Labels of the hidden units of one layer in one direction, which reads channels `read`"
+    "Labels of the hidden units of one layer in one direction, which reads the channels `read`"
     of_input, of_hidden, *biases = weights
     units = self.at_axis(of_hidden, 1)
     self.merge(self.at_axis(of_input, 1), read, reason)
@@ -439,22 +512,36 @@ def recurrent_cell(self:_ChannelLabels, weights, read, reason):
 # %% ../../nbs/nm/03_rules.ipynb #15f550c2
 @patch
 def recurrent_layers(self:_ChannelLabels, weights, n_layers, n_weights, n_cells):
-    "List of the layers in `weights`, each a list of `n_cells` cells with `n_weights` each"
+    "The `weights` by layer: `n_cells` cells of `n_weights` each"
     if len(weights) != n_layers*n_cells*n_weights or any(self.name_of(w) is None for w in weights):
         raise _NoRule('a recurrent layer with projections or computed weights has no rule')
     cells = [weights[k:k+n_weights] for k in range(0, len(weights), n_weights)]
     return [cells[k:k+n_cells] for k in range(0, len(cells), n_cells)]
 
+# %% ../../nbs/nm/03_rules.ipynb #bcc3f2c5
+def _recurrent_arguments(args):
+    "Input, first state, weights and numbers of layers, of weights per cell and of directions in a recurrent call"
+    packed = torch.is_tensor(args[1]) and args[1].dim() == 1   # the batch sizes of a `PackedSequence`
+    x, state, weights, biases, n_layers, _, _, both_ways = (args[0], *args[2:9]) if packed else args[:8]
+    return x, state, weights, n_layers, 4 if biases else 2, 1+both_ways
+
 # %% ../../nbs/nm/03_rules.ipynb #09f61c06
+@patch
+def hidden_units(self:_ChannelLabels, layers, read, reason):
+    "Labels of the hidden units of all `layers`, by layer and direction; the first one reads the channels `read`"
+    hidden = []
+    for cells in layers:
+        units = [self.recurrent_cell(c, read, reason) for c in cells]
+        read, hidden = torch.cat(units), [*hidden, units]
+    return hidden
+
+# %% ../../nbs/nm/03_rules.ipynb #5314c278
 @patch
 def recurrent(self:_ChannelLabels, *args, out, **kwargs):
     "Rule for `torch.lstm`, `torch.gru` and their like: labels of the output and of the last states"
-    packed = torch.is_tensor(args[1]) and args[1].dim() == 1   # the batch sizes of a `PackedSequence`
-    x, state, weights, biases, n_layers, _, _, both_ways = (args[0], *args[2:9]) if packed else args[:8]
-    read, hidden = self.along(self.labels_of(x), -1), []
-    for cells in self.recurrent_layers(weights, n_layers, 4 if biases else 2, 1+both_ways):
-        units = [self.recurrent_cell(c, read, _reason_of(x)) for c in cells]
-        read, hidden = torch.cat(units), hidden+units
+    x, state, *layers = _recurrent_arguments(args)
+    hidden = self.hidden_units(self.recurrent_layers(*layers), self.along(self.labels_of(x), -1), _reason_of(x))
+    read, hidden = torch.cat(hidden[-1]), [units for cells in hidden for units in cells]
     self.fix_where_given(state, hidden)
     output, *states = tensors_in(out)
     return [_expand_along(read, -1, output.shape)] + [torch.stack(hidden)[:,None].expand(s.shape) for s in states]

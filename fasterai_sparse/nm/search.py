@@ -27,7 +27,8 @@ def _sorted_descending(x):
 
 # %% ../../nbs/nm/00_search.ipynb #63de3a5b
 def _not_exchangeable(a, b):
-    "Whether columns of the groups `a` may not change places with columns of the groups `b`; those below 0 with none"
+    """Matrix that is True where a column of group `a[i]` may not change places with one of group `b[j]`: the groups
+    differ, or `a[i]` is negative, which means that the column stays"""
     return (a[:,None] != b) | (a < 0)[:,None]
 
 # %% ../../nbs/nm/00_search.ipynb #3ec4b5c3
@@ -37,7 +38,7 @@ def _positions_in(stripes, m):
 
 # %% ../../nbs/nm/00_search.ipynb #5ec9e1d2
 class NumpyMap:
-    "The map from holes and columns to what n:m keeps, for `columns` (C × rows), by the compiled `sum_max`"
+    "The map $E$ for `columns` (C × rows) and the pattern n:m, computed by the compiled `sum_max`"
     def __init__(self, columns, n, m, device=None):
         rows = -(-columns.shape[1]//16)*16
         self.columns = np.zeros((len(columns), rows), np.float32)
@@ -47,45 +48,55 @@ class NumpyMap:
         self.order = np.full(len(columns), -1)   # the order that `values` was computed for
 
     def exchange(self, order, holes):
-        "What the stripe of each of `holes` keeps with the column that is in each other of them, holes × holes"
+        "What the stripe of each hole keeps with the column that now fills each of the `holes`, holes × holes"
         return self.values[holes].take(order[holes], 1)
 
 # %% ../../nbs/nm/00_search.ipynb #8824d65c
 def _hole_terms(x, n):
-    """For stripes `x` (stripes × m × rows): what each row keeps; the entry $h$ that competes for the last place if
-    a column is taken out, per hole; and the sum over rows of what is kept without that place, per hole"""
+    """For stripes `x` (stripes × m × rows): what each row keeps; per hole, the entry $h$ of each row that competes for
+    the last place; and per hole, the sum over rows of what is kept without that place"""
     ordered = _sorted_descending(x)
     kept, nth, after = ordered[:,:n].sum(1), ordered[:,n-1], ordered[:,n]
     competes = np.where(x >= nth[:,None], after[:,None], nth[:,None])
     return kept, competes, (kept[:,None] - np.maximum(x, nth[:,None])).sum(-1)
 
+# %% ../../nbs/nm/00_search.ipynb #48ee5b43
+@patch
+def stale_holes(self:NumpyMap, order, at):
+    "Whether the row of each hole at the positions `at` is out of date, as another column of its stripe has changed"
+    changed = (order[at] != self.order[at]).reshape(-1, self.m)
+    return changed.sum(1)[:,None] > changed
+
 # %% ../../nbs/nm/00_search.ipynb #ac651725
 @patch
 def refresh(self:NumpyMap, order, stripes):
-    "Compute the rows of `stripes` for the columns `order` that are there now; returns what each stripe keeps"
+    "Compute the rows of `stripes` in the present `order`; returns what each stripe keeps"
     at = _positions_in(stripes, self.m)
-    new = (order[at] != self.order[at]).reshape(-1, self.m)
-    stale = new.sum(1)[:,None] > new   # another column of the stripe has changed
+    stale = self.stale_holes(order, at)
     self.order[at] = order[at]
     kept, competes, base = _hole_terms(self.columns[order[at]].reshape(len(stripes), self.m, -1), self.n)
-    values = sum_max(competes[stale], self.columns)
-    values += base[stale][:,None]
-    self.values[at[stale.ravel()]] = values
+    rows = sum_max(competes[stale], self.columns)
+    rows += base[stale][:,None]
+    self.values[at[stale.ravel()]] = rows
     return kept.sum(-1)
+
+# %% ../../nbs/nm/00_search.ipynb #3931476c
+def _best_per_block(x, m):
+    "Largest element of each m × m block of the matrix `x`, and its number within the block, counted row by row"
+    n_rows, n_columns = len(x)//m, x.shape[1]//m
+    blocks = x.reshape(n_rows, m, n_columns, m).transpose(0,2,1,3).reshape(n_rows*n_columns, -1)
+    which = blocks.argmax(1)
+    return blocks[np.arange(len(blocks)),which].reshape(-1, n_columns), which.reshape(-1, n_columns)
 
 # %% ../../nbs/nm/00_search.ipynb #327bb799
 @patch
 def swaps(self:NumpyMap, order, stripes, groups=None):
-    """For each of `stripes` and every stripe: what both keep after the best swap of two columns between them (of
-    the same group, where `groups` are given), and which swap that is: m·i + j for column i of the first and j of
-    the second"""
-    at, g = _positions_in(stripes, self.m), len(order)//self.m
+    "What each of `stripes` and every stripe keep after their best swap (within `groups`, where given), and its number"
+    at = _positions_in(stripes, self.m)
     both = self.values[at].take(order, 1)   # much faster than [:,order]
     both += self.values.take(order[at], 1).T
     if groups is not None: both[_not_exchangeable(groups[at], groups)] = -np.inf
-    both = both.reshape(len(stripes), self.m, g, self.m).transpose(0,2,1,3).reshape(len(stripes)*g, -1)
-    which = both.argmax(1)
-    return both[np.arange(len(both)),which].reshape(-1, g), which.reshape(-1, g)
+    return _best_per_block(both, self.m)
 
 # %% ../../nbs/nm/00_search.ipynb #dba99df7
 class TorchMap:
@@ -102,13 +113,16 @@ class TorchMap:
 
     def exchange(self, order, holes): return self.values[self.on(holes)][:,self.on(order[holes])].cpu().numpy()
 
+    def hole_terms(self, x):
+        "As `_hole_terms`, for a tensor of stripes"
+        ordered = x.sort(1, descending=True).values
+        kept, nth, after = ordered[:,:self.n].sum(1), ordered[:,self.n-1,None], ordered[:,self.n,None]
+        return kept, torch.where(x >= nth, after, nth), (kept[:,None] - torch.maximum(x, nth)).sum(-1)
+
     def refresh(self, order, stripes):
         "As `NumpyMap.refresh`"
         at = self.places(stripes)
-        x = self.columns[self.on(order)[at]].view(len(stripes), self.m, -1)
-        ordered = x.sort(1, descending=True).values
-        kept, nth, after = ordered[:,:self.n].sum(1), ordered[:,self.n-1,None], ordered[:,self.n,None]
-        competes, base = torch.where(x >= nth, after, nth), (kept[:,None] - torch.maximum(x, nth)).sum(-1)
+        kept, competes, base = self.hole_terms(self.columns[self.on(order)[at]].view(len(stripes), self.m, -1))
         self.values[at] = sum_max_torch(competes.flatten(0, 1), self.columns) + base.view(-1, 1)
         return kept.sum(-1).cpu().numpy()
 
@@ -126,38 +140,60 @@ class _Search:
     def __init__(self, hole_map, n_columns, seed, deadline, groups=None):
         self.map, self.m, self.deadline, self.groups = hole_map, hole_map.m, deadline, groups
         self.rng, self.order = np.random.default_rng(seed), np.arange(n_columns)
-        self.stripes = np.arange(n_columns//self.m)
-        self.kept, n = np.zeros(len(self.stripes)), len(self.stripes)
-        self.best = np.empty((n, n))   # gain of the best swap for each pair of stripes
-        self.which = np.empty((n, n), np.int64)   # which swap that is
+        n = n_columns//self.m
+        self.stripes, self.kept = np.arange(n), np.zeros(n)
+        self.best, self.which = np.empty((n, n)), np.empty((n, n), np.int64)
         self.refresh(self.stripes)
-        self.eps = 1e-6*self.kept.sum()/n   # rounding of the gain of a swap; of a sum over stripes, √n times that
+        self.eps = 1e-6*self.kept.mean()
 
     @property
     def out_of_time(self): return time.perf_counter() > self.deadline
+    @property
+    def eps_of_sum(self): return self.eps*len(self.stripes)**.5
+
+    def swap_gains(self, stripes):
+        "Gain of the best swap between each of `stripes` and every other stripe, and the number of the swap"
+        kept_after, which = self.map.swaps(self.order, stripes, self.groups)
+        gain = kept_after - self.kept[stripes][:,None] - self.kept
+        gain[np.arange(len(stripes)),stripes] = -np.inf   # a stripe gains nothing by swaps of its own columns
+        return gain, which
 
     def refresh(self, stripes):
-        "Bring what is known of `stripes` up to date, after they have got other columns"
+        "Update what is known of `stripes`, after their columns have changed"
         self.kept[stripes] = self.map.refresh(self.order, stripes)
-        value, which = self.map.swaps(self.order, stripes, self.groups)
-        gain = value - self.kept[stripes][:,None] - self.kept
-        gain[np.arange(len(stripes)),stripes] = -np.inf
+        gain, which = self.swap_gains(stripes)
         self.best[stripes], self.best[:,stripes] = gain, gain.T
-        self.which[stripes], self.which[:,stripes] = which, (which%self.m*self.m + which//self.m).T
+        self.which[stripes], self.which[:,stripes] = which, (which%self.m*self.m + which//self.m).T   # m·j + i
+
+# %% ../../nbs/nm/00_search.ipynb #e8a13ff8
+def _mutual_partners(best, eps):
+    "Pairs (a, b) of stripes, a < b, of which each is the other's best partner, with a gain above `eps`; two arrays"
+    stripes, partner = np.arange(len(best)), best.argmax(1)
+    a = np.flatnonzero((partner[partner] == stripes) & (best[stripes,partner] > eps) & (stripes < partner))
+    return a, partner[a]
 
 # %% ../../nbs/nm/00_search.ipynb #cb2a50f3
 def _mutual_best(best, eps):
-    """Disjoint pairs (a, b) of stripes of which each is the best partner of the other, with a gain above `eps`;
-    clears them in `best`"""
-    stripes, first, second = np.arange(len(best)), [], []
+    "Two lists of arrays with the pairs of stripes to swap between, no stripe twice; clears their gains in `best`"
+    first, second = [], []
     while True:
-        to = best.argmax(1)
-        a = np.flatnonzero((to[to] == stripes) & (best[stripes,to] > eps) & (stripes < to))
+        a, b = _mutual_partners(best, eps)
         if not len(a): return first, second
         first.append(a)
-        second.append(to[a])
-        both = np.concatenate([a, to[a]])
+        second.append(b)
+        both = np.concatenate([a, b])
         best[both], best[:,both] = -np.inf, -np.inf
+
+# %% ../../nbs/nm/00_search.ipynb #d93c52f9
+@patch
+def swap_between(self:_Search, a, b):
+    "Apply the best swap between each stripe `a[k]` and its partner `b[k]`; returns how much more is kept"
+    i, j = np.divmod(self.which[a,b], self.m)
+    p, q = self.m*a+i, self.m*b+j
+    self.order[p], self.order[q] = self.order[q], self.order[p]
+    before = self.kept.sum()
+    self.refresh(np.concatenate([a, b]))
+    return self.kept.sum() - before
 
 # %% ../../nbs/nm/00_search.ipynb #48d90e7f
 @patch
@@ -166,13 +202,8 @@ def swap(self:_Search):
     while True:
         first, second = _mutual_best(self.best.copy(), self.eps)
         if not first: return
-        a, b = np.concatenate(first), np.concatenate(second)
-        i, j = np.divmod(self.which[a,b], self.m)
-        p, q = self.m*a+i, self.m*b+j
-        self.order[p], self.order[q] = self.order[q], self.order[p]
-        before = self.kept.sum()
-        self.refresh(np.concatenate([a, b]))
-        if self.out_of_time or self.kept.sum() <= before + self.eps/2: return   # the promised gain was rounding
+        gain = self.swap_between(np.concatenate(first), np.concatenate(second))
+        if self.out_of_time or gain <= self.eps/2: return   # half of `eps`: the expected gain was only rounding
 
 # %% ../../nbs/nm/00_search.ipynb #d8880129
 def _best_assignment(gain):
@@ -184,28 +215,41 @@ def _best_assignment(gain):
 # %% ../../nbs/nm/00_search.ipynb #885a1a10
 @patch
 def random_holes(self:_Search, stripes):
-    "One position in each of `stripes`, drawn from those whose columns may move"
+    "One random position in each of `stripes`, where possible one whose column may move"
     if self.groups is None: inside = self.rng.integers(0, self.m, len(stripes))
     else:
         fixed = (self.groups < 0).reshape(-1, self.m)[stripes]
         inside = (self.rng.random((len(stripes), self.m)) - fixed).argmax(1)
     return self.m*stripes + inside
 
-# %% ../../nbs/nm/00_search.ipynb #443491f9
+# %% ../../nbs/nm/00_search.ipynb #bf851e32
 @patch
-def assign(self:_Search, n_most=512):
-    "Reassign the columns of one random hole in each stripe (of `n_most` random ones); whether that gained anything"
-    stripes = self.stripes if len(self.stripes) <= n_most else self.rng.permutation(len(self.stripes))[:n_most]
-    holes = self.random_holes(stripes)
+def some_stripes(self:_Search, n_most):
+    "All stripes, or `n_most` random ones where there are more"
+    return self.stripes if len(self.stripes) <= n_most else self.rng.permutation(len(self.stripes))[:n_most]
+
+# %% ../../nbs/nm/00_search.ipynb #c70a5fe9
+@patch
+def exchange_gains(self:_Search, stripes, holes):
+    "What each of `stripes` gains if its hole in `holes` gets the column of each other hole, holes × holes"
     gain = self.map.exchange(self.order, holes) - self.kept[stripes].astype(np.float32)[:,None]
     if self.groups is not None: gain[_not_exchangeable(self.groups[holes], self.groups[holes])] = -np.inf
     np.fill_diagonal(gain, 0)
+    return gain
+
+# %% ../../nbs/nm/00_search.ipynb #443491f9
+@patch
+def assign(self:_Search, n_most=512):
+    "Move columns between random holes, one per stripe; returns whether it gained"
+    stripes = self.some_stripes(n_most)
+    holes = self.random_holes(stripes)
+    gain = self.exchange_gains(stripes, holes)
     i, j = _best_assignment(gain)
-    before, least = self.kept.sum(), self.eps*len(self.stripes)**.5
-    if gain[i,j].sum() <= least: return False
+    if gain[i,j].sum() <= self.eps_of_sum: return False
+    before = self.kept.sum()
     self.order[holes] = self.order[holes[j]]
     self.refresh(stripes[i != j])
-    return self.kept.sum() > before + least/2   # so that the search ends
+    return self.kept.sum() > before + self.eps_of_sum/2
 
 # %% ../../nbs/nm/00_search.ipynb #9aa803f3
 @patch
@@ -229,30 +273,56 @@ def swap_at_random(self:_Search):
             self.order[a], self.order[b] = self.order[b], self.order[a]
     self.refresh(np.unique(np.concatenate([p, q])//self.m))
 
+# %% ../../nbs/nm/00_search.ipynb #0717fb2f
 @patch
 def return_to(self:_Search, order):
-    "Go back to an `order` from before"
+    "Go back to an earlier `order`"
     changed = (self.order.reshape(-1, self.m) != order.reshape(-1, self.m)).any(1)
     self.order = order.copy()
     if changed.any(): self.refresh(np.flatnonzero(changed))
 
+# %% ../../nbs/nm/00_search.ipynb #0970519c
+@patch
+def escape_once(self:_Search, order, kept, threshold):
+    """Random swaps in `order`, which keeps `kept`, and a new improvement. Undone where it loses more than
+    `threshold`. Returns the order and how much it keeps."""
+    self.swap_at_random()
+    self.improve(1)
+    now = self.kept.sum()
+    if now >= kept - threshold: return self.order.copy(), now
+    self.return_to(order)
+    return order, kept
+
+# %% ../../nbs/nm/00_search.ipynb #03e81fa0
+@patch
+def share_left(self:_Search, done, n, start):
+    "Fraction that is left after `done` of `n` escapes, or, if `n` is None, of the time from `start` to the deadline"
+    return 1 - (done/n if n else (time.perf_counter()-start)/(self.deadline-start))
+
 # %% ../../nbs/nm/00_search.ipynb #1a00d0fb
 @patch
 def escape(self:_Search, n, start):
-    """`n` times (None: until the deadline, counted from `start`): random swaps and a new improvement, kept unless
-    it lost more than a threshold that falls to zero. Ends at the best order of all."""
-    here = best = self.kept.sum()
-    order, best_order = self.order.copy(), self.order.copy()
-    threshold, done = .005*self.kept.mean(), 0
+    "Escape `n` times, or until the deadline if `n` is None; ends at the best order"
+    order, kept = self.order.copy(), self.kept.sum()
+    best, most, threshold, done = order, kept, .005*self.kept.mean(), 0
     while not self.out_of_time and (n is None or done < n):
-        left = 1 - (done/n if n else (time.perf_counter()-start)/(self.deadline-start))
-        self.swap_at_random()
-        self.improve(1)
-        now, done = self.kept.sum(), done+1
-        if now >= here - threshold*left: here, order = now, self.order.copy()
-        else: self.return_to(order)
-        if here > best: best, best_order = here, order
-    self.return_to(best_order)
+        order, kept = self.escape_once(order, kept, threshold*self.share_left(done, n, start))
+        done += 1
+        if kept > most: best, most = order, kept
+    self.return_to(best)
+
+# %% ../../nbs/nm/00_search.ipynb #7d9cf480
+def _n_escapes(n_elements):
+    "Number of escapes for a matrix of that size: at most 24, and none above 1.5 million elements"
+    return min(24, 1_500_000//n_elements)
+
+# %% ../../nbs/nm/00_search.ipynb #476ab3d4
+@patch
+def run(self:_Search, n_elements):
+    "The whole search in a matrix of `n_elements`, until the deadline where there is one"
+    self.improve(16 if len(self.order) < 1024 else 3)
+    n = _n_escapes(n_elements) if self.deadline == math.inf else None
+    if n != 0: self.escape(n, time.perf_counter())
 
 # %% ../../nbs/nm/00_search.ipynb #a7fc9977
 def _searched_order(hole_map, s, n, m, time_budget, seed, start, groups=None):
@@ -260,9 +330,7 @@ def _searched_order(hole_map, s, n, m, time_budget, seed, start, groups=None):
     x = s.T.contiguous()
     deadline = math.inf if time_budget is None else start+time_budget
     search = _Search(hole_map(x, n, m, s.device), len(x), seed, deadline, groups)
-    search.improve(16 if len(x) < 1024 else 3)
-    n_escapes = min(24, 1_500_000//s.numel()) if time_budget is None else None
-    if n_escapes != 0: search.escape(n_escapes, time.perf_counter())
+    search.run(s.numel())
     return search.order
 
 # %% ../../nbs/nm/00_search.ipynb #0ee4ad15
@@ -270,16 +338,16 @@ def _searched_order(hole_map, s, n, m, time_budget, seed, start, groups=None):
 class Permutation:
     "An order of columns for n:m, and how much of the scores it keeps"
     order:torch.Tensor = field(repr=False) # Number of the column at each position, int64
-    naive:float # Sum of the scores that n:m keeps in the order that was there
-    kept:float # The same in `order`
-    row_bound:float # The same if each row could keep its n/m largest scores wherever they are
-    unstructured:float # The same if the whole matrix could
-    seconds:float
-    backend:str
+    naive:float # Sum of the scores that n:m keeps in the original order
+    kept:float # Sum of the scores that n:m keeps in `order`
+    row_bound:float # Sum of the scores if each row kept its n/m largest ones, wherever they are
+    unstructured:float # Sum of the scores if the whole matrix kept its n/m largest ones, wherever they are
+    seconds:float # Duration of the search
+    backend:str # The back end that has searched
 
     @property
     def efficacy(self)->float:
-        "How far `kept` gets on the way from `naive` to `row_bound`, in percent (Pool & Yu 2021)"
+        "How much of the way from `naive` to `row_bound` is gained by `order`, in percent (Pool & Yu 2021)"
         return 100*(self.kept-self.naive)/(self.row_bound-self.naive) if self.row_bound > self.naive else 100.
 
 # %% ../../nbs/nm/00_search.ipynb #977ae1e7
@@ -293,16 +361,15 @@ def _largest_sum(s, k):
 
 # %% ../../nbs/nm/00_search.ipynb #d3e48f6a
 def _permutation_of(s, order, n, m, start, backend):
-    "The `Permutation` by `order` of the columns of the scores `s`, found by `backend` in the time since `start`"
-    order = torch.from_numpy(order)
-    n_columns = s.shape[1]//m*m
+    "`Permutation` of the scores `s` by `order`, searched by `backend` since `start`"
+    order, n_columns = torch.from_numpy(order), s.shape[1]//m*m
     s, per_row = s[:,:n_columns], n_columns//m*n
     kept = _kept_sum(s[:,order[:n_columns].to(s.device)], n, m)
     bounds = _largest_sum(s, per_row), _largest_sum(s.flatten(), per_row*len(s))
     return Permutation(order, _kept_sum(s, n, m), kept, *bounds, time.perf_counter()-start, backend)
 
 # %% ../../nbs/nm/00_search.ipynb #961af1b8
-# Name -> function that says why it can't be used ('': it can), and its search; later notebooks add theirs
+# Name -> (function that returns why it can't be used, or ''; its search). Later notebooks add theirs.
 _backends = {'native': (lambda: native_library()[1], lambda *args: _searched_order(NumpyMap, *args)),
              'torch': (lambda: '', lambda *args: _searched_order(TorchMap, *args))}
 
@@ -310,53 +377,66 @@ def permutation_backends()->dict:
     "Name of each back end of `search_permutation` -> '' where it can be used, or why it can't"
     return {name: why() for name,(why,_) in _backends.items()}
 
+# %% ../../nbs/nm/00_search.ipynb #4cf61b19
+def _fastest_backend(device):
+    "Name of the fastest back end for scores on `device`"
+    fastest = {'cpu': 'native'}.get(device.type, device.type)
+    return fastest if fastest in _backends and not _backends[fastest][0]() else 'torch'
+
 # %% ../../nbs/nm/00_search.ipynb #3927cf4c
 def _backend(name, device):
     "Name of the back end to use; raises `ValueError` for an unknown one and `RuntimeError` for one that can't be used"
-    fastest = {'cpu': 'native'}.get(device.type, device.type)
-    if name == 'auto': return fastest if fastest in _backends and not _backends[fastest][0]() else 'torch'
+    if name == 'auto': return _fastest_backend(device)
     if name not in _backends: raise ValueError(f"backend is 'auto' or one of {list(_backends)}, not {name!r}")
     if why := _backends[name][0](): raise RuntimeError(f"The back end {name!r} can't be used: {why}")
     return name
 
+# %% ../../nbs/nm/00_search.ipynb #e65ebc51
+def _check_score_values(s):
+    "Raises `ValueError` for scores that are negative or not finite"
+    n_odd, least = int((~torch.isfinite(s)).sum()), s.min().item()
+    if n_odd: raise ValueError(f"scores must be finite, but {n_odd} of {s.numel()} are not")
+    if least < 0: raise ValueError(f"scores must not be negative, as {least:g} is: take their absolute value")
+
 # %% ../../nbs/nm/00_search.ipynb #99fa2348
 def _check_scores(s, n, m):
-    "`s` as a float32 matrix; raises `ValueError` for scores and patterns that can't be searched"
+    "`s` as a float32 matrix; raises `ValueError` for invalid scores or patterns"
     if not isinstance(s, torch.Tensor): s = torch.as_tensor(np.asarray(s))
     if s.dim() != 2 or not s.numel():
-        raise ValueError(f"scores must be a matrix, rows × input channels, not {tuple(s.shape)}")
-    if not (is_whole(n) and is_whole(m) and 0 < n < m): raise ValueError(f"n:m keeps 0 < n < m of m, not {n!r}:{m!r}")
+        raise ValueError(f"scores must be a matrix, rows × inputs, not {tuple(s.shape)}")
+    if not (is_whole(n) and is_whole(m) and 0 < n < m): raise ValueError(f"n:m needs 0 < n < m, not {n!r}:{m!r}")
     s = s.detach().float()
-    n_odd, least = int((~torch.isfinite(s)).sum()), s.min().item()
-    if n_odd: raise ValueError(f"scores must be finite; {n_odd} of {s.numel()} are not")
-    if least < 0: raise ValueError(f"scores must not be negative, as {least:g} is: take their absolute value")
+    _check_score_values(s)
     return s
+
+# %% ../../nbs/nm/00_search.ipynb #e0279aa2
+def _as_groups(groups, n):
+    "`groups` of `n` columns as an array; raises `ValueError` for other shapes or types"
+    groups = np.asarray(groups)
+    if groups.shape == (n,) and groups.dtype.kind in 'iu': return groups.astype(np.int64)
+    raise ValueError(f"groups must be a whole number for each of {n} columns, not {groups.dtype} {groups.shape}")
 
 # %% ../../nbs/nm/00_search.ipynb #a3cf337d
 def _check_groups(groups, n_all, n_columns):
-    """`groups` of `n_all` columns without those behind the first `n_columns`, or None where all may change places;
-    raises `ValueError` for other shapes or types"""
+    "`groups` of the first `n_columns` of `n_all` columns, or None where all of these may change places"
     if groups is None: return
-    groups = np.asarray(groups)
-    if groups.shape != (n_all,) or groups.dtype.kind not in 'iu':
-        raise ValueError(f"groups must be whole numbers for each of {n_all} columns, not {groups.dtype} {groups.shape}")
-    groups = groups[:n_columns].astype(np.int64)
+    groups = _as_groups(groups, n_all)[:n_columns]
     return None if n_columns and np.ptp(groups) == 0 <= groups[0] else groups
 
 # %% ../../nbs/nm/00_search.ipynb #4e136c6d
 def search_permutation(
     scores, # Importance of weights, ≥ 0: rows × input channels, or (outputs · kernel) × inputs of a convolution
     n:int=2, # How many of `m` neighbours are kept
-    m:int=4,
+    m:int=4, # How many neighbours the pattern looks at together
     time_budget:float=None, # Seconds; None: until further gains get slow, with the same result each time
     seed:int=0, # Seed of the random choices; global random states are not touched
     backend:str='auto', # A name of `permutation_backends()`; 'auto': the fastest for the device of `scores`
-    groups=None, # A whole number per column: columns change places within a group, those below 0 not; None: one group
+    groups=None, # Number of each column's group, within which it may move; negative: it stays. None: one group
 )->Permutation:
-    """The best `Permutation` of the columns of `scores` for n:m that is found (the problem is that of Pool & Yu
-    2021, the method is above). Where the number of columns is no multiple of `m`, the last ones stay where they are
-    and do not count. Raises `ValueError` for scores that are no matrix, empty, negative or not finite, and for
-    invalid n, m, time_budget, groups or backend."""
+    """The best `Permutation` of the columns of `scores` for n:m that is found (the problem is from Pool & Yu 2021, the
+    method is above). Where the number of columns is no multiple of `m`, the last ones stay where they are and do not
+    count. Raises `ValueError` for scores that are no matrix, empty, negative or not finite, and for invalid n, m,
+    time_budget, groups or backend; `RuntimeError` for a back end that can't be used."""
     s, start = _check_scores(scores, n, m), time.perf_counter()
     if time_budget is not None: check_number('time_budget', time_budget, 'a number of seconds above 0', lambda v: v > 0)
     backend, n_columns = _backend(backend, s.device), s.shape[1]//m*m

@@ -21,21 +21,32 @@ from ..utils.checks import is_whole
 from .search import (
     _backends, _check_scores, _permutation_of, _positions_in, _searched_order, Permutation, TorchMap)
 
-# %% ../../nbs/nm/01_search_cuda.ipynb #7dddd026
-def _nvrtc_folders():
-    "Folders where NVRTC may be: torch's own, those of NVIDIA's wheels, of conda, and of a CUDA toolkit"
-    wheels = find_spec('nvidia')
-    toolkits = [Path(os.environ[v]) for v in ('CUDA_HOME', 'CUDA_PATH') if v in os.environ]
-    return [Path(torch.__file__).parent/'lib', *map(Path, wheels.submodule_search_locations if wheels else ()),
-            *(Path(sys.prefix)/d for d in ('lib', 'Library/bin')), *(t/d for t in toolkits for d in ('lib64', 'bin')),
-            Path('/usr/local/cuda/lib64')]
+# %% ../../nbs/nm/01_search_cuda.ipynb #a4fa1665
+def _toolkit_folders():
+    "Folders with the libraries of CUDA toolkits: those that environment variables name, and the usual one"
+    roots = [Path(os.environ[v]) for v in ('CUDA_HOME', 'CUDA_PATH') if v in os.environ]
+    return [root/d for root in roots for d in ('lib64', 'bin')] + [Path('/usr/local/cuda/lib64')]
 
-def _nvrtc_files():
-    "Names and paths under which NVRTC may be loaded, those of torch's CUDA version first"
-    major, pattern = (torch.version.cuda or '').split('.')[0], 'nvrtc64_*.dll' if os.name == 'nt' else 'libnvrtc*.so*'
+# %% ../../nbs/nm/01_search_cuda.ipynb #ceefd8d0
+def _nvrtc_folders():
+    "Folders where NVRTC may be: torch's own, NVIDIA's wheels, conda's, and CUDA toolkits"
+    wheels = find_spec('nvidia')
+    of_wheels = [Path(d) for d in (wheels.submodule_search_locations if wheels else ())]
+    of_conda = [Path(sys.prefix)/d for d in ('lib', 'Library/bin')]
+    return [Path(torch.__file__).parent/'lib', *of_wheels, *of_conda, *_toolkit_folders()]
+
+# %% ../../nbs/nm/01_search_cuda.ipynb #7dddd026
+def _found_nvrtc():
+    "Paths of the NVRTC libraries in `_nvrtc_folders`"
+    pattern = 'nvrtc64_*.dll' if os.name == 'nt' else 'libnvrtc*.so*'
     found = [f for d in _nvrtc_folders() for f in sorted(d.rglob(pattern) if d.name == 'nvidia' else d.glob(pattern))]
-    files = [str(f) for f in found if 'builtins' not in f.name and '.alt.' not in f.name]
-    return [f'libnvrtc.so.{major}'] + sorted(files, key=lambda f: f'.so.{major}' not in f)
+    return [str(f) for f in found if 'builtins' not in f.name and '.alt.' not in f.name]
+
+# %% ../../nbs/nm/01_search_cuda.ipynb #a8cf5345
+def _nvrtc_files():
+    "Names and paths from which NVRTC may be loaded, those of torch's CUDA version first"
+    major = (torch.version.cuda or '').split('.')[0]
+    return [f'libnvrtc.so.{major}'] + sorted(_found_nvrtc(), key=lambda f: f'.so.{major}' not in f)
 
 # %% ../../nbs/nm/01_search_cuda.ipynb #6edc0072
 @lru_cache(None)
@@ -44,11 +55,11 @@ def nvrtc_library()->tuple:
     for f in _nvrtc_files():
         try: return ctypes.CDLL(f), ''
         except OSError: continue
-    return None, "no NVRTC: it comes with CUDA builds of torch and with NVIDIA's package nvidia-cuda-nvrtc"
+    return None, "no NVRTC found: it comes with CUDA builds of torch and with NVIDIA's package nvidia-cuda-nvrtc"
 
 # %% ../../nbs/nm/01_search_cuda.ipynb #b3a6acc9
 def _nvrtc_bytes(lib, what, program):
-    "Result `what` ('CUBIN', 'ProgramLog') of a compiled `program`"
+    "A result of a compiled `program`: its machine code for `what` = 'CUBIN', the compiler's messages for 'ProgramLog'"
     size = ctypes.c_size_t()
     getattr(lib, f'nvrtcGet{what}Size')(program, ctypes.byref(size))
     res = ctypes.create_string_buffer(size.value)
@@ -67,8 +78,8 @@ def _architectures(lib):
 # %% ../../nbs/nm/01_search_cuda.ipynb #77c97f86
 def _compiled(lib, program, arch):
     "Machine code of a `program` for `arch`; raises `RuntimeError` with the compiler's log"
-    options = [b'--std=c++17', f'--gpu-architecture={arch}'.encode()]
-    failed = lib.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p*len(options))(*options))
+    options = b'--std=c++17', f'--gpu-architecture={arch}'.encode()
+    failed = lib.nvrtcCompileProgram(program, 2, (ctypes.c_char_p*2)(*options))
     if not failed: return _nvrtc_bytes(lib, 'CUBIN', program)
     log = _nvrtc_bytes(lib, 'ProgramLog', program)[:-1].decode(errors='replace')
     raise RuntimeError(f"CUDA kernels don't compile for {arch}:\n{log}")
@@ -79,11 +90,11 @@ def compile_cubin(
     source:str, # CUDA C++
     arch:str, # Architecture, such as 'sm_90'
 )->bytes:
-    """Machine code of `source`. Needs no device and no driver; the same source and `arch` are compiled once. Raises
+    """Machine code of `source`, which is compiled without a device or driver, and once for each `arch`. Raises
     `RuntimeError` with the compiler's log, or where there is no NVRTC, and `ValueError` for an unknown `arch`."""
     lib, why = nvrtc_library()
     if lib is None: raise RuntimeError(f"CUDA kernels can't be compiled: {why}")
-    if arch not in (known := _architectures(lib)): raise ValueError(f"NVRTC compiles for one of {known}, not {arch!r}")
+    if arch not in (known := _architectures(lib)): raise ValueError(f"arch is one of {known}, not {arch!r}")
     program = ctypes.c_void_p()
     if lib.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b'permutation.cu', 0, None, None):
         raise RuntimeError("NVRTC can't create a program")
@@ -92,8 +103,18 @@ def compile_cubin(
 
 # %% ../../nbs/nm/01_search_cuda.ipynb #ef8bc8d7
 def _kernel_source():
-    "Source of our kernels"
+    "The CUDA C++ of our kernels"
     return (Path(fasterai_sparse.__file__).parent/'csrc'/'permutation.cu').read_text()
+
+# %% ../../nbs/nm/01_search_cuda.ipynb #3454ade0
+def _primary_context(index):
+    "The context that torch uses on device `index`; makes it the current one of this thread"
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    _driver_call('cuInit', 0)
+    _driver_call('cuDeviceGet', ctypes.byref(device), index)
+    _driver_call('cuDevicePrimaryCtxRetain', ctypes.byref(context), device)
+    _driver_call('cuCtxSetCurrent', context)
+    return context
 
 # %% ../../nbs/nm/01_search_cuda.ipynb #4c6eea8b
 @lru_cache(None)
@@ -113,13 +134,10 @@ def _driver_call(name, *args):
 # %% ../../nbs/nm/01_search_cuda.ipynb #cf1df62c
 @lru_cache(None)
 def _loaded(index):
-    "The context that torch uses on device `index`, and our kernels, loaded there"
-    device, context, module = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
+    "The context that torch uses on device `index`, and the module of our kernels, loaded there"
+    module = ctypes.c_void_p()
     cubin = compile_cubin(_kernel_source(), 'sm_{}{}'.format(*torch.cuda.get_device_capability(index)))
-    _driver_call('cuInit', 0)
-    _driver_call('cuDeviceGet', ctypes.byref(device), index)
-    _driver_call('cuDevicePrimaryCtxRetain', ctypes.byref(context), device)
-    _driver_call('cuCtxSetCurrent', context)
+    context = _primary_context(index)
     _driver_call('cuModuleLoadData', ctypes.byref(module), cubin)
     return context, module
 
@@ -133,21 +151,26 @@ def _kernel(index, name):
 
 # %% ../../nbs/nm/01_search_cuda.ipynb #a7fabe22
 def _arguments(args):
-    "`args` as C values, which the caller has to keep alive, and an array of pointers to them"
+    "`args` as C values, which the caller has to keep alive, and an array of pointers to these values"
     assert all(a.is_contiguous() for a in args if isinstance(a, torch.Tensor))
     values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_int(a) for a in args]
     return values, (ctypes.c_void_p*len(values))(*map(ctypes.addressof, values))
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #4d3ab168
+def _start_kernel(kernel, grid, block, pointers):
+    "Start `kernel` in torch's current stream, with the `pointers` of `_arguments`"
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    _driver_call('cuLaunchKernel', kernel, *(*grid, 1, 1)[:3], block, 1, 1, 0, stream, pointers, None)
+
 # %% ../../nbs/nm/01_search_cuda.ipynb #27896cf1
 def _launch(name, grid, block, *args):
-    "Start the kernel `name` on the device of its first tensor, on `grid` (up to 3 numbers) blocks of `block` threads"
+    "Start the kernel `name` on the device of its tensors, on `grid` (up to 3 numbers) blocks of `block` threads"
     index = next(a.device.index for a in args if isinstance(a, torch.Tensor))
     values, pointers = _arguments(args)
     with torch.cuda.device(index):
         context, kernel = _loaded(index)[0], _kernel(index, name)
-        _driver_call('cuCtxSetCurrent', context)   # a thread that has not used CUDA yet has no context
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        _driver_call('cuLaunchKernel', kernel, *(*grid, 1, 1)[:3], block, 1, 1, 0, stream, pointers, None)
+        _driver_call('cuCtxSetCurrent', context)
+        _start_kernel(kernel, grid, block, pointers)
 
 # %% ../../nbs/nm/01_search_cuda.ipynb #573e7d63
 def _no_device():
@@ -172,35 +195,40 @@ def _sum_max_grid(a, b, k):
     n = max(1, min(_divided_up(k, 64), 512//(tiles[0]*tiles[1])))   # 512 blocks fill any device
     return kernel, tiles, max(16, 16*_divided_up(k, 16*n))
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #6d1d8edf
 def _sum_max_into(out, at, h, x, u, v):
-    """Write `sum_max` of `h` and `x` into the rows `at` of `out`, with `u` added to its rows and `v` to its
-    columns: half the sums of the rows of `h` and `x`, and what the caller wants to add"""
+    "Write `sum_max` of `h` and `x`, by the vectors `u` and `v`, into the rows `at` of `out`"
     (a, k), b = h.shape, len(x)
     kernel, tiles, step = _sum_max_grid(a, b, k)
     n = max(1, _divided_up(k, step))
     parts = h.new_empty(n, a, b)
-    _launch(kernel, (tiles[1], tiles[0], n), 128, h, x, parts, a, b, k, step)
+    _launch(kernel, (*tiles[::-1], n), 128, h, x, parts, a, b, k, step)
     _launch('add_parts', (_divided_up(b, 256), min(a, 65535)), 256, parts, n, a, b, u, v, at, out)
+
+# %% ../../nbs/nm/01_search_cuda.ipynb #6e22dbd3
+def _check_sum_max(h, x):
+    "Raises `ValueError` for matrices that `sum_max_cuda` can't work on"
+    fits = h.dim() == x.dim() == 2 and h.shape[1] == x.shape[1] and h.dtype == x.dtype == torch.float32
+    if fits and h.device == x.device: return
+    given = ' and '.join(f'{t.dtype} {tuple(t.shape)} on {t.device}' for t in (h, x))
+    raise ValueError(f"sum_max_cuda needs two float32 matrices of equal width on one device, not {given}")
 
 # %% ../../nbs/nm/01_search_cuda.ipynb #367b6b45
 def sum_max_cuda(
     h:torch.Tensor, # On a CUDA device, a×k, float32
     x:torch.Tensor, # On the same device, b×k, float32
 )->torch.Tensor:
-    """`out[i,j] = sum(max(h[i], x[j]))`, a×b, computed by a kernel; `sum_max_torch` is its specification. Raises
+    """`out[i,j] = sum(max(h[i], x[j]))`, a×b, computed by a CUDA kernel; `sum_max_torch` is the same in torch. Raises
     `ValueError` for other shapes, types or devices."""
-    fits = h.dim() == x.dim() == 2 and h.shape[1] == x.shape[1] and h.dtype == x.dtype == torch.float32
-    if not fits or h.device != x.device:
-        given = ' and '.join(f'{t.dtype} {tuple(t.shape)} on {t.device}' for t in (h, x))
-        raise ValueError(f"sum_max_cuda needs two float32 matrices with as many columns, on one device, not {given}")
+    _check_sum_max(h, x)
     h, x = h.contiguous(), x.contiguous()
     out = h.new_empty(len(h), len(x))
-    if out.numel(): _sum_max_into(out, torch.arange(len(h), device=h.device), h, x, *(.5*y.sum(1) for y in (h, x)))
+    if out.numel(): _sum_max_into(out, torch.arange(len(h), device=h.device), h, x, .5*h.sum(1), .5*x.sum(1))
     return out
 
 # %% ../../nbs/nm/01_search_cuda.ipynb #3be4d565
 class CudaMap(TorchMap):
-    "The map of `TorchMap` by our kernels; columns and map stay on the device"
+    "The map of `TorchMap`, computed by our kernels; columns and map stay on the device"
     def __init__(self, columns, n, m, device='cuda'):
         self.columns, self.n, self.m = torch.as_tensor(columns, dtype=torch.float32, device=device).contiguous(), n, m
         self.values, self.half_sums = self.columns.new_empty((len(columns),)*2), .5*self.columns.sum(1)
@@ -208,23 +236,36 @@ class CudaMap(TorchMap):
     def on(self, a): return torch.as_tensor(a, dtype=torch.int64, device=self.values.device).contiguous()
 
     def refresh(self, order, stripes):
-        at, rows = self.on(_positions_in(stripes, self.m)), self.columns.shape[1]
-        competes, (base, kept) = self.columns.new_empty(len(at), rows), self.columns.new_empty(2, len(at))
-        threads = min(256, 32*_divided_up(rows, 32))
-        sizes = rows, self.n, self.m
-        _launch('holes', (len(at),), threads, self.columns, self.on(order), at, *sizes, competes, base, kept)
+        at = self.on(_positions_in(stripes, self.m))
+        competes, base, kept = self.launch_holes(self.on(order), at)
         _sum_max_into(self.values, at, competes, self.columns, base, self.half_sums)
         return kept[::self.m].cpu().numpy()
 
     def swaps(self, order, stripes, groups=None):
         if groups is not None: return super().swaps(order, stripes, groups)
-        n, n_stripes = len(stripes), len(order)//self.m
-        found = torch.empty(2, n, n_stripes, dtype=torch.int32, device=self.values.device)
-        best, which = found[0].view(torch.float32), found[1]
-        grid = _divided_up(n_stripes, 128), min(n, 65535)
-        _launch('swaps', grid, 128, self.values, self.on(order), self.on(stripes), n, len(order), self.m, best, which)
-        best, which = found.cpu().numpy()   # one transfer
+        best, which = self.launch_swaps(self.on(order), self.on(stripes)).cpu().numpy()   # one transfer
         return best.view(np.float32), which
+
+# %% ../../nbs/nm/01_search_cuda.ipynb #34a16e91
+@patch
+def launch_holes(self:CudaMap, order, at):
+    "For the holes at `at`: the entries that compete, `u` of `_sum_max_into`, and what their stripes keep"
+    rows = self.columns.shape[1]
+    competes, (base, kept) = self.columns.new_empty(len(at), rows), self.columns.new_empty(2, len(at))
+    threads, sizes = min(256, 32*_divided_up(rows, 32)), (rows, self.n, self.m)
+    _launch('holes', (len(at),), threads, self.columns, order, at, *sizes, competes, base, kept)
+    return competes, base, kept
+
+# %% ../../nbs/nm/01_search_cuda.ipynb #6a1cd02d
+@patch
+def launch_swaps(self:CudaMap, order, stripes):
+    "Results of `NumpyMap.swaps`, 2 × stripes × all stripes, floats as int32 bits"
+    n, n_stripes = len(stripes), len(order)//self.m
+    found = torch.empty(2, n, n_stripes, dtype=torch.int32, device=self.values.device)
+    best, which = found[0].view(torch.float32), found[1]
+    grid = _divided_up(n_stripes, 128), min(n, 65535)
+    _launch('swaps', grid, 128, self.values, order, stripes, n, len(order), self.m, best, which)
+    return found
 
 # %% ../../nbs/nm/01_search_cuda.ipynb #ccbc3384
 def _two_of_four(a, b, c, d):
@@ -233,35 +274,40 @@ def _two_of_four(a, b, c, d):
 
 # %% ../../nbs/nm/01_search_cuda.ipynb #6ca197c8
 def _swap_deals():
-    "Permutations of two stripes: the one that changes nothing, then at 1 + 4·i + j the swap of columns i and j"
+    "17 permutations of two stripes: the first changes nothing, number 1 + 4·i + j swaps column i with column 4 + j"
     res = np.tile(np.arange(8, dtype=np.uint32), (17, 1))
     for k in range(16): res[1+k, [k//4, 4+k%4]] = 4+k%4, k//4
     return res
+
+# %% ../../nbs/nm/01_search_cuda.ipynb #9a3b1758
+def _stripes_in(perms):
+    "Stripes of columns that occur in the permutations `perms`, each once, and their numbers, permutations × stripes"
+    stripes, which = np.unique(perms.reshape(-1, 4), axis=0, return_inverse=True)
+    return stripes, which.reshape(len(perms), -1)
 
 # %% ../../nbs/nm/01_search_cuda.ipynb #8b43b27e
 class _NumpyKernels:
     "ASP's functions in numpy; subclasses replace `total` and `deals`"
     def total(self, mat, start, end, blocks, threads):
-        "What 2:4 keeps of the columns `start` to `end`"
+        "What 2:4 keeps of the columns from `start` to `end`"
         return _two_of_four(*np.abs(mat[:,start:end]).reshape(len(mat), -1, 4).transpose(2,0,1)).sum(dtype=np.float64)
 
     def deals(self, mat, groups, perms):
         "What 2:4 keeps of each group in the order of each permutation, groups × permutations"
         x, res = np.abs(mat.T, order='C'), np.empty((len(groups), len(perms)))
-        fours, which = np.unique(perms.reshape(-1, 4), axis=0, return_inverse=True)   # stripes that several perms share
-        which = which.reshape(len(perms), -1)
+        stripes, which = _stripes_in(perms)
         for g,group in enumerate(groups):
             of_group = x[_positions_in(group, 4)]
-            res[g] = _two_of_four(*of_group[fours.T]).sum(1, dtype=np.float64)[which].sum(1)
+            res[g] = _two_of_four(*of_group[stripes.T]).sum(1, dtype=np.float64)[which].sum(1)
         return res
 
     def best(self, mat, groups, perms, n_at_once=2**24):
-        "For each group how much more the best permutation keeps than the first, and its number"
-        n, step = len(groups), max(1, n_at_once//len(perms))
-        gain, which = np.empty(n, np.float32), np.empty(n, np.uint32)
-        for i in range(0, n, step):
-            kept, some = self.deals(mat, groups[i:i+step], perms), slice(i, i+step)
-            gain[some], which[some] = kept.max(1) - kept[:,0], kept.argmax(1)
+        "For each group: gain of the best permutation over the first, and its number"
+        gain, which = np.empty(len(groups), np.float32), np.empty(len(groups), np.uint32)
+        step = max(1, n_at_once//len(perms))
+        for i in range(0, len(groups), step):
+            kept = self.deals(mat, groups[i:i+step], perms)
+            gain[i:i+step], which[i:i+step] = kept.max(1) - kept[:,0], kept.argmax(1)
         return gain, which
 
     def sum_after_2_to_4(self, mat, rows, cols, start, end, blocks, threads, out):
@@ -287,7 +333,7 @@ class _CudaKernels(_NumpyKernels):
     def __init__(self, device='cuda'): self.device = device
 
     def on(self, a):
-        "The array `a` as a tensor on the device, uint32 as int32, since torch hardly supports uint32"
+        "The array `a` as a tensor on the device; uint32 as int32, since torch hardly supports uint32"
         dtype = np.int32 if a.dtype == np.uint32 else a.dtype
         return torch.from_numpy(np.array(a, order='C').view(dtype)).to(self.device)
 
@@ -306,6 +352,11 @@ class _CudaKernels(_NumpyKernels):
         return kept.cpu().numpy()
 
 # %% ../../nbs/nm/01_search_cuda.ipynb #a7754d14
+def _check_width(width):
+    "Raises `ValueError` for groups of more stripes than Apex's kernels support"
+    if width > 4: raise ValueError(f"Apex's kernels permute up to 4 stripes at once, not {width}")
+
+# %% ../../nbs/nm/01_search_cuda.ipynb #7a6f3b81
 class _ApexKernels:
     "ASP's functions by Apex's module"
     def __init__(self): self.module = importlib.import_module('permutation_search_cuda')
@@ -317,17 +368,13 @@ class _ApexKernels:
         _check_width(group_width)
         self.module.build_permute_map(mat, rows, cols, stripes, num_groups, group_width, *args)
 
-    def check_permutations(self, mat, rows, cols, stripe_groups, group_width, num_groups, perms, num_perms, improvement,
-                           perm):
+    def check_permutations(self, mat, rows, cols, stripe_groups, group_width, num_groups, perms, num_perms, *outs):
         _check_width(group_width)
-        other = np.tile(perms[:4*group_width], 1 if num_perms > 1 else 2)   # another number of them, so that it uploads
+        size = 4*group_width
+        other = np.tile(perms[:size], 1 if num_perms > 1 else 2)   # a call with another number of them, see above
         for p in (other, perms):
-            self.module.check_permutations(mat, rows, cols, stripe_groups, group_width, num_groups, p,
-                                           len(p)//(4*group_width), improvement, perm)
-
-def _check_width(width):
-    "Raises `ValueError` for groups of more stripes than Apex's kernels support"
-    if width > 4: raise ValueError(f"Apex's kernels permute up to 4 stripes at once, not {width}")
+            self.module.check_permutations(mat, rows, cols, stripe_groups, group_width, num_groups, p, len(p)//size,
+                                           *outs)
 
 # %% ../../nbs/nm/01_search_cuda.ipynb #4c351eb6
 def _no_apex():
@@ -343,43 +390,49 @@ def asp_kernels()->dict:
 
 # %% ../../nbs/nm/01_search_cuda.ipynb #7aab7923
 def _array(name, a, dtype, size):
-    "View of the array `a` as one row; raises `ValueError` where it is not contiguous or has another type or size"
+    "The array `a`, flattened without a copy; raises `ValueError` where it isn't contiguous or has another type or size"
     if isinstance(a, np.ndarray) and a.dtype == dtype and a.flags.c_contiguous and a.size == size: return a.reshape(-1)
     given = f'{a.dtype}, {a.shape}, strides {a.strides}' if isinstance(a, np.ndarray) else type(a).__name__
     raise ValueError(f"{name} must be a contiguous numpy array of {size} {np.dtype(dtype)}, not {given}")
 
 # %% ../../nbs/nm/01_search_cuda.ipynb #222f1233
 def _indices(name, a, size, limit):
-    "As `_array` for uint32; also raises `ValueError` for numbers from `limit`"
+    "As `_array` for uint32; also raises `ValueError` for numbers of `limit` and above"
     a = _array(name, a, np.uint32, size)
     if a.size and a.max() >= limit: raise ValueError(f"{name} must hold numbers below {limit}, not {a.max()}")
     return a
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #2c430dbe
 def _matrix(mat, rows, cols):
-    "The first three arguments of each function, checked"
+    "The first three arguments of each of ASP's functions, checked"
     if cols%4: raise ValueError(f"cols must be a multiple of 4, not {cols}")
     return _array('mat', mat, np.float32, rows*cols), rows, cols
 
 # %% ../../nbs/nm/01_search_cuda.ipynb #a8783841
 class ASPKernels:
-    """ASP's four functions in their calling convention, by `kernels`, a name of `asp_kernels()`. Arrays are row by
-    row, float32 or uint32. Raises `ValueError` for arrays of another type, size or layout, and for a stripe or
-    column that isn't there."""
+    """ASP's four functions with ASP's arguments, computed by `kernels`, a name of `asp_kernels()`. Arrays are row by
+    row, float32 or uint32. Raises `ValueError` for arrays of another type, size or layout, and for a stripe or column
+    that doesn't exist; `RuntimeError` for kernels that can't be used."""
     def __init__(self, kernels:str='numpy'):
-        there = asp_kernels()
-        if kernels not in there: raise ValueError(f"kernels is one of {list(there)}, not {kernels!r}")
-        if there[kernels]: raise RuntimeError(f"The kernels {kernels!r} can't be used: {there[kernels]}")
+        known = asp_kernels()
+        if kernels not in known: raise ValueError(f"kernels is one of {list(known)}, not {kernels!r}")
+        if known[kernels]: raise RuntimeError(f"The kernels {kernels!r} can't be used: {known[kernels]}")
         self.by = {'numpy': _NumpyKernels, 'cuda': _CudaKernels, 'apex': _ApexKernels}[kernels]()
 
-# %% ../../nbs/nm/01_search_cuda.ipynb #a6614524
-@patch
-def sum_after_2_to_4(self:ASPKernels, mat, rows, cols, start, end, blocks, threads, out)->None:
-    """Write into `out` what 2:4 keeps of the columns from `start` to `end`, multiples of 4; `blocks` and `threads`
-    are the grid of a device"""
+# %% ../../nbs/nm/01_search_cuda.ipynb #e04ce38a
+def _check_launch(start, end, cols, blocks, threads):
+    "Raises `ValueError` for columns or a grid that `sum_after_2_to_4` can't work on"
     if start%4 or end%4 or not 0 <= start < end <= cols:
         raise ValueError(f"start and end must be multiples of 4 from 0 to {cols}, not {start} and {end}")
     if blocks < 1 or not 1 <= threads <= 1024:
         raise ValueError(f"blocks must be at least 1, threads from 1 to 1024, not {blocks} and {threads}")
+
+# %% ../../nbs/nm/01_search_cuda.ipynb #a6614524
+@patch
+def sum_after_2_to_4(self:ASPKernels, mat, rows, cols, start, end, blocks, threads, out)->None:
+    """Write into `out` what 2:4 keeps of the columns from `start` to `end`, multiples of 4. A device computes it in
+    `blocks` of `threads`."""
+    _check_launch(start, end, cols, blocks, threads)
     out = _array('out', out, np.float32, 1)
     self.by.sum_after_2_to_4(*_matrix(mat, rows, cols), start, end, blocks, threads, out)
 
@@ -387,8 +440,8 @@ def sum_after_2_to_4(self:ASPKernels, mat, rows, cols, start, end, blocks, threa
 @patch
 def build_permute_map(self:ASPKernels, mat, rows, cols, stripes, num_groups, group_width, perms, perm_len, improvements,
                       best_idx)->None:
-    """Write for each group of `group_width` stripes the number of the permutation in `perms` that keeps most (the
-    first of several) into `best_idx`, and how much more it keeps than the first of all into `improvements`"""
+    """For each group of `group_width` stripes, write into `best_idx` the number of the permutation in `perms` that
+    keeps most (the first of several), and into `improvements` how much more it keeps than the first of `perms`"""
     if perm_len != 4*group_width: raise ValueError(f"perm_len must be 4·group_width = {4*group_width}, not {perm_len}")
     n_perms = max(1, np.size(perms)//perm_len)
     stripes = _indices('stripes', stripes, num_groups*group_width, cols//4)
@@ -401,8 +454,8 @@ def build_permute_map(self:ASPKernels, mat, rows, cols, stripes, num_groups, gro
 @patch
 def check_permutations(self:ASPKernels, mat, rows, cols, stripe_groups, group_width, num_groups, perms, num_perms,
                        improvement, perm)->None:
-    """Write into `perm` which of the `num_perms` permutations `perms` of the first group keeps most, and into
-    `improvement` how much more than the first of them"""
+    """Write into `perm` the number of the one of `num_perms` permutations `perms` of the first group that keeps most,
+    and into `improvement` how much more it keeps than the first of `perms`"""
     if not min(num_groups, num_perms, group_width) > 0:
         raise ValueError("group_width, num_groups and num_perms must be at least 1, not "
                          f"{group_width}, {num_groups} and {num_perms}")
@@ -421,7 +474,7 @@ def build_swap_map(self:ASPKernels, mat, rows, cols, stripe_pairs, out)->None:
 
 # %% ../../nbs/nm/01_search_cuda.ipynb #6ea54d8c
 def _splits(columns):
-    "Yield all ways to split the list `columns` into stripes of four, the one as they are first"
+    "Yield all ways to split the list `columns` into stripes of four; the first one leaves the columns in their order"
     if not columns: yield ()
     for others in combinations(columns[1:], 3):
         for rest in _splits([c for c in columns[1:] if c not in others]): yield columns[0], *others, *rest
@@ -436,7 +489,7 @@ class _Exhaustive:
     "Strategy that tries all splits of `size` columns; `width` is the number of stripes in a group"
     def __init__(self, kernels, size): self.kernels, self.width, self.deals = kernels, size//4, _deals(size)
     def gains(self, x, groups):
-        "Gain of the best of `deals` for each group, and which it is"
+        "Gain of the best of `deals` for each group, and the number of the best"
         gain, which = np.empty(len(groups), np.float32), np.empty(len(groups), np.uint32)
         self.kernels.build_permute_map(x, *x.shape, groups, *groups.shape, self.deals, self.deals.shape[1], gain, which)
         return gain, which
@@ -446,14 +499,14 @@ class _ChannelSwap:
     "Strategy that tries all swaps of two stripes"
     def __init__(self, kernels): self.kernels, self.width, self.deals = kernels, 2, _swap_deals()[1:]
     def gains(self, x, groups):
-        "Gain of the best of `deals` for each group, and which it is"
+        "Gain of the best of `deals` for each group, and the number of the best"
         gain = np.empty((len(groups), 16), np.float32)
         self.kernels.build_swap_map(x, *x.shape, groups, gain)
         return gain.max(1), gain.argmax(1)
 
 # %% ../../nbs/nm/01_search_cuda.ipynb #ef23b624
 class _GreedySearch:
-    "ASP's search for the columns of `x` (rows × columns), which it keeps in their present `order`"
+    "ASP's search for an order of the columns of `x` (rows × columns); `x` and `order` are the present ones"
     def __init__(self, x, strategy):
         n_stripes = x.shape[1]//4
         self.x, self.order, self.strategy = x.copy(), np.arange(x.shape[1]), strategy
@@ -468,43 +521,58 @@ class _GreedySearch:
         moved = perm.reshape(-1, 4) != np.arange(len(perm)).reshape(-1, 4)
         self.changed[group[moved.any(1)]] = True
 
-    def improve(self, eps):
-        "Permute the groups that gain more than `eps`, the best ones first and each stripe once; whether there were any"
+    def refresh(self):
+        "Compute the gains of the groups whose stripes have changed"
         stale = self.changed[self.groups].any(1)
         self.gain[stale], self.which[stale] = self.strategy.gains(self.x, self.groups[stale])
         self.changed[:] = False
+
+    def improve(self, eps):
+        "Permute the groups that gain more than `eps`, the best first and each stripe once; returns whether any did"
+        self.refresh()
         for k in np.argsort(-self.gain, kind='stable'):
             if self.gain[k] <= eps: break
             if not self.changed[self.groups[k]].any(): self.permute(self.groups[k], self.strategy.deals[self.which[k]])
         return self.changed.any()
 
     def escape(self, rng):
-        "Swap a column of the first and one of the last stripe of a random group"
+        "Swap a column of the first stripe of a random group with a column of its last stripe"
         n = 4*self.strategy.width
         swap, i, j = np.arange(n), rng.integers(4), n-1-rng.integers(4)
         swap[[i, j]] = j, i
         self.permute(self.groups[rng.integers(len(self.groups))], swap)
 
+# %% ../../nbs/nm/01_search_cuda.ipynb #68b2f5ec
+def _kept_by_2_to_4(x, kernels):
+    "What 2:4 keeps of the matrix `x`, computed by `kernels`"
+    total = np.empty(1, np.float32)
+    kernels.sum_after_2_to_4(x, *x.shape, 0, x.shape[1], x.shape[1]//4, 128, total)
+    return total[0]
+
 # %% ../../nbs/nm/01_search_cuda.ipynb #2b1ca176
 def _asp_order(x, strategy, kernels, escapes, rng):
-    "The best order of the columns of `x` (rows × columns) that greedy search and `escapes` random swaps come by"
-    search, n_stripes, total, most = _GreedySearch(x, strategy), x.shape[1]//4, np.empty(1, np.float32), -1.
+    "The best order of the columns of `x` (rows × columns) in a greedy search with as many `escapes`"
+    search, most = _GreedySearch(x, strategy), -1.
     while True:
-        if search.improve(1e-6*abs(most)/n_stripes): continue
-        kernels.sum_after_2_to_4(search.x, *x.shape, 0, x.shape[1], n_stripes, 128, total)
-        if total[0] > most: most, best = total[0], search.order.copy()
+        if search.improve(1e-6*abs(most)/(x.shape[1]//4)): continue
+        kept = _kept_by_2_to_4(search.x, kernels)
+        if kept > most: most, best = kept, search.order.copy()
         if not escapes: return best
         search.escape(rng)
         escapes -= 1
 
 # %% ../../nbs/nm/01_search_cuda.ipynb #ede5794a
 def _exhaustive_order(x, kernels, size, escapes, rng):
-    "Order by ASP's exhaustive strategy with groups of `size` columns"
-    c = x.shape[1]
-    if size < 12 or c <= 512: return _asp_order(x, _Exhaustive(kernels, min(size, c)), kernels, escapes, rng)
+    "Order of the columns of `x` by ASP's exhaustive strategy with groups of `size` columns"
+    if size == 12 and x.shape[1] > 512: return _order_by_halves(x, kernels, escapes, rng)
+    return _asp_order(x, _Exhaustive(kernels, min(size, x.shape[1])), kernels, escapes, rng)
+
+# %% ../../nbs/nm/01_search_cuda.ipynb #a8cd7aaf
+def _order_by_halves(x, kernels, escapes, rng):
+    "Order of the columns of `x` by groups of 12 columns in each half, and then by groups of 8 in the whole"
     def search(x, size, escapes): return _exhaustive_order(np.ascontiguousarray(x), kernels, size, escapes, rng)
-    half = c//8*4
-    order = np.concatenate([i + search(x[:,i:j], size, escapes) for i,j in ((0, half), (half, c))])
+    half, n_columns = x.shape[1]//8*4, x.shape[1]
+    order = np.concatenate([i + search(x[:,i:j], 12, escapes) for i,j in ((0, half), (half, n_columns))])
     return order[search(x[:,order], 8, 10*max(escapes, 100))]
 
 # %% ../../nbs/nm/01_search_cuda.ipynb #bfe6ce37
@@ -514,19 +582,19 @@ def _check_asp(strategy, stripe_group_size, escape_attempts):
         raise ValueError(f"strategy is 'exhaustive' or 'channel_swap', not {strategy!r}")
     if stripe_group_size not in (8, 12): raise ValueError(f"stripe_group_size is 8 or 12, not {stripe_group_size!r}")
     if not is_whole(escape_attempts) or escape_attempts < 0:
-        raise ValueError(f"escape_attempts must be a whole number from 0, not {escape_attempts!r}")
+        raise ValueError(f"escape_attempts is a whole number from 0, not {escape_attempts!r}")
 
 # %% ../../nbs/nm/01_search_cuda.ipynb #0692c79e
 def asp_search(
     scores, # As for `search_permutation`
     strategy:str='exhaustive', # Or 'channel_swap'
     stripe_group_size:int=8, # Columns in a group of 'exhaustive', 8 or 12
-    escape_attempts:int=100, # Random swaps, each after nothing gains any more
+    escape_attempts:int=100, # Random swaps, each made when nothing gains any more
     kernels:str=None, # A name of `asp_kernels()`; None: 'cuda' for scores on a CUDA device, else 'numpy'
     seed:int=0, # Seed of the random swaps; global random states are not touched
 )->Permutation:
     """The `Permutation` of the columns of `scores` for 2:4 that ASP's search finds (Pool & Yu 2021), never worse
-    than the order that was there. Raises `ValueError` for invalid scores and options."""
+    than the original order. Raises `ValueError` for invalid scores and options."""
     s, start = _check_scores(scores, 2, 4), time.perf_counter()
     _check_asp(strategy, stripe_group_size, escape_attempts)
     kernels = kernels or ('cuda' if s.is_cuda and not _no_cuda() else 'numpy')

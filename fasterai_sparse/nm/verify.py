@@ -25,26 +25,30 @@ from ..train.keep_masks import KeepMasks
 from ..train.opt_state import clear_opt_state
 
 # %% ../../nbs/nm/06_verify.ipynb #63c8247f
-def _n_live(m, p, nm):
-    "Number of non-zero weights in each group of the pattern `nm`, of the parameter `p` of `m`"
+def _live_per_group(m, p, nm):
+    "Number of non-zero weights in each group of the pattern `nm`, for the parameter named `p` of the module `m`"
     return group_weights(m, nm).planes(m._parameters[p].detach() != 0).sum(0)
 
-# %% ../../nbs/nm/06_verify.ipynb #48d19ba2
-def _pattern_row(m, p, nm):
-    "The columns `groups`, `broken`, `pattern` and `note` of `verify_nm` for the parameter `p` of `m`"
-    w = m._parameters[p]
-    if why := group_weights(m, nm).misfit(w.shape):
-        return dict(note=why, pattern='dense' if bool((w != 0).all()) else 'no')
-    n_live = _n_live(m, p, nm)
+# %% ../../nbs/nm/06_verify.ipynb #6d94a1c6
+def _measured_row(n_live, nm):
+    "The columns `groups`, `broken`, `pattern` and `note` of `verify_nm` from the numbers of live weights per group"
     n, broken = n_live.numel(), n_true(n_live > nm.n)
     row = dict(groups=n, broken=broken)
     if not broken: return dict(row, pattern=str(nm))
     if bool((n_live == nm.m).all()): return dict(row, pattern='dense')
     return dict(row, note=f'{broken:,d} of {n:,d} groups keep more than {nm.n}')
 
+# %% ../../nbs/nm/06_verify.ipynb #48d19ba2
+def _pattern_row(m, p, nm):
+    "What `verify_nm` says about the pattern `nm` in the parameter named `p` of the module `m`"
+    w = m._parameters[p]
+    why = group_weights(m, nm).misfit(w.shape)
+    if not why: return _measured_row(_live_per_group(m, p, nm), nm)
+    return dict(note=why, pattern='dense' if bool((w != 0).all()) else 'no')
+
 # %% ../../nbs/nm/06_verify.ipynb #020b3b55
 def _verified(name, m, p, nm):
-    "Row of `verify_nm` for the parameter `p` of the layer `m`"
+    "Row of `verify_nm` for the parameter named `p` of the layer `m`"
     row = dict(layer=name, type=type(m).__name__, shape=(), groups=0, broken=0, pattern='no')
     row.update(masked=get_mask(m, p) is not None, note=unmaskable(m, p) or '')
     return row if row['note'] else {**row, 'shape': tuple(m._parameters[p].shape), **_pattern_row(m, p, nm)}
@@ -53,14 +57,14 @@ def _verified(name, m, p, nm):
 def verify_nm(
     model, # A model or a Learner
     n:int=2, # How many of `m` neighbours along the inputs may be non-zero
-    m:int=4,
+    m:int=4, # How many neighbours the pattern looks at together
     layer_type=None, # A module class or a tuple of them; None for all that can be sparse
 )->pd.DataFrame:
     """Whether each layer of `model` has the pattern n:m, measured on its weights. One row per layer: `pattern` is
-    '2:4' (or as asked), 'dense' where no weight is zero, else 'no', and then `note` says why; `groups` is the
-    number of groups, `broken` how many of them have too many non-zero weights, and `masked` whether a mask keeps
-    the zeros. `attrs['share']` is the fraction of the weights in layers with the pattern. Raises `ValueError` where
-    no layer could have it."""
+    '2:4' (or another n:m), 'dense' where no weight is zero, or otherwise 'no', with the reason in `note`;
+    `groups` is the number of groups, `broken` how many of them have too many non-zero weights, and `masked` whether a
+    mask keeps the zeros. `attrs['share']` is the fraction of the weights that are in layers with the pattern. Raises
+    `ValueError` if no layer could have it."""
     model, nm = unwrapped(model.model if isinstance(model, Learner) else model), NM(n, m)
     rows = [_verified(*w, nm) for w in maskable_weights(model, layer_type)]
     if not rows: raise ValueError(f"No layer of {type(model).__name__} can have an N:M pattern")
@@ -71,8 +75,7 @@ def verify_nm(
 
 # %% ../../nbs/nm/06_verify.ipynb #07450fd1
 def _sparsity_by_layer(s, n, m, skip):
-    """Layer -> percent that n:m prunes of it, for the layers of the `Sparsifier` `s` without those in `skip`; and
-    the latter"""
+    "Layer -> percent that n:m prunes of it, for the layers of the `Sparsifier` `s` that are not in `skip`; and the others"
     skipped = {name for key in skip for name in s._name_of(key)}
     by_layer = {name: 100*(m-n)/m for name in s.layers if name not in skipped}
     if not by_layer: raise ValueError(f"skip= leaves none of the layers {list(s.layers)} to prune")
@@ -80,7 +83,7 @@ def _sparsity_by_layer(s, n, m, skip):
 
 # %% ../../nbs/nm/06_verify.ipynb #b6bb97a1
 def _keep_pattern(learn):
-    "Clear the optimizer's state of pruned weights, and have `KeepMasks` keep them zero in later fits"
+    "Clear the optimizer's state of pruned weights, and add `KeepMasks`, which keeps them zero in later fits"
     if learn.opt is not None:
         for _,_,p,mask in masked_params(learn.model): clear_opt_state(learn.opt, p, ~mask.bool())
     if not any(isinstance(cb, KeepMasks) for cb in learn.cbs): learn.add_cb(KeepMasks())
@@ -89,7 +92,7 @@ def _keep_pattern(learn):
 def prune_trained_model(
     learn:Learner,
     n:int=2, # How many of `m` neighbours along the inputs are kept
-    m:int=4,
+    m:int=4, # How many neighbours the pattern looks at together
     permute=True, # First reorder the channels so that the pattern keeps most
     criteria=large_final, # Importance of weights: a score function or a `Criteria`
     layer_type=(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention), # Layers to prune, if inputs fit `m`

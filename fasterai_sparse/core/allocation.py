@@ -9,38 +9,54 @@ __all__ = ['contexts', 'uniform_sparsity', 'global_sparsity', 'as_allocation', '
 # %% ../../nbs/core/06_allocation.ipynb #f9f00ade
 import inspect, math
 from fractions import Fraction
+from typing import Callable
 
 import numpy as np, torch
 
 from .select import _among, as_ratio, demote_dead, n_zeros
 
 # %% ../../nbs/core/06_allocation.ipynb #6a3852da
-def uniform_sparsity(params, model_sparsity, **kwargs)->list:
+def uniform_sparsity(params:list, model_sparsity:float|Fraction, **kwargs)->list:
     "The same sparsity in every layer"
     return [model_sparsity]*len(params)
 
+# %% ../../nbs/core/06_allocation.ipynb #271952fc
+def _lowest_within(flat, n_weights, budget):
+    "Bool tensor of the lowest scores in `flat` whose groups have at most `budget` weights; of equal ones, the last"
+    order = flat.argsort(descending=True, stable=True).flip(0)
+    lowest = torch.zeros_like(flat, dtype=torch.bool)
+    lowest[order[n_weights[order].cumsum(0) <= budget]] = True
+    return lowest
+
 # %% ../../nbs/core/06_allocation.ipynb #bf41958d
 def _drop_sorted(scores, sizes, budget):
-    "Number of groups each layer drops: the lowest of the common ranking, as many as have at most `budget` weights"
-    flat, ns = torch.cat([s.reshape(-1) for s in scores]), [s.numel() for s in scores]
-    weights = torch.repeat_interleave(torch.tensor(sizes), torch.tensor(ns)).to(flat.device)
-    order = flat.argsort(descending=True, stable=True).flip(0)
-    dropped = torch.zeros_like(flat, dtype=torch.bool)
-    dropped[order[weights[order].cumsum(0) <= budget]] = True
-    return [int(d.sum()) for d in dropped.split(ns)]
+    "Number of groups each layer drops: the lowest of the common ranking, with at most `budget` weights together"
+    flat, n_groups = torch.cat([s.reshape(-1) for s in scores]), [s.numel() for s in scores]
+    n_weights = torch.repeat_interleave(torch.tensor(sizes), torch.tensor(n_groups)).to(flat.device)
+    return [int(d.sum()) for d in _lowest_within(flat, n_weights, budget).split(n_groups)]
+
+# %% ../../nbs/core/06_allocation.ipynb #1f527825
+def _every_nth(arrays, among, n):
+    "Every `n`-th value of each of `arrays`, or those of them that are live"
+    return [a[::n] if live is None else a[::n][live[::n]] for a,live in zip(arrays, among)]
+
+# %% ../../nbs/core/06_allocation.ipynb #c0a695cf
+def _ranked(parts, sizes, budget):
+    "The values in `parts`, sorted, and the index up to which their groups have about `budget` weights"
+    vals = np.concatenate(parts)
+    if len(set(sizes)) == 1: return np.sort(vals), budget//sizes[0]
+    order = vals.argsort()
+    n_weights = np.repeat(np.array(sizes, dtype=np.int64), list(map(len, parts)))[order]
+    return vals[order], np.searchsorted(n_weights.cumsum(), budget)
 
 # %% ../../nbs/core/06_allocation.ipynb #4e819286
 def _threshold_bracket(arrays, sizes, budget, among):
-    "Two values between which the threshold should lie, estimated from a sample"
+    "Two values between which the threshold probably lies, estimated from a sample"
     step = sum(map(len, arrays))//100_000 + 1
-    parts = [a[::step] if live is None else a[::step][live[::step]] for a,live in zip(arrays, among)]
-    vals = np.concatenate(parts)
-    slack = len(vals)//250 + 1
-    if len(set(sizes)) == 1: vals, at = np.sort(vals), budget//(sizes[0]*step)
-    else:
-        weights, order = np.repeat(np.array(sizes, dtype=np.int64), list(map(len, parts))), vals.argsort()
-        vals, at = vals[order], np.searchsorted(weights[order].cumsum()*step, budget)
-    return (vals[max(at-slack, 0)], vals[min(at+slack, len(vals)-1)]) if len(vals) else (-np.inf, np.inf)
+    vals, at = _ranked(_every_nth(arrays, among, step), sizes, budget//step)
+    if not len(vals): return -np.inf, np.inf
+    slack, last = len(vals)//250 + 1, len(vals)-1
+    return vals[min(max(at-slack, 0), last)], vals[min(at+slack, last)]
 
 # %% ../../nbs/core/06_allocation.ipynb #0d2df898
 def _n_weights(counts, sizes): return sum(int(c)*z for c,z in zip(counts, sizes))
@@ -53,9 +69,9 @@ def _between(arrays, lo, hi, among):
 
 # %% ../../nbs/core/06_allocation.ipynb #67929caf
 def _near_threshold(arrays, sizes, budget, among):
-    "How many values of each array are safely below the threshold, the values around it, and the rest of the budget"
+    "For each array, the number of values below the bracket and the values in it; and the rest of the budget"
     below, parts = _between(arrays, *_threshold_bracket(arrays, sizes, budget, among), among)
-    if not 0 <= budget-_n_weights(below, sizes) < _n_weights(map(len, parts), sizes):   # the sample has misled
+    if not 0 <= budget-_n_weights(below, sizes) < _n_weights(map(len, parts), sizes):   # not in there
         below, parts = _between(arrays, -np.inf, np.inf, among)
     return below, parts, budget-_n_weights(below, sizes)
 
@@ -70,29 +86,38 @@ def _threshold(parts, sizes, budget):
         else: last = mid-1
     return vals[first]
 
+# %% ../../nbs/core/06_allocation.ipynb #a50d0165
+def _drop_ties(ties, sizes, budget):
+    "Number of its `ties` that each layer drops: from the last layer on, while they have at most `budget` weights"
+    counts = [0]*len(ties)
+    for i in reversed(range(len(ties))):
+        counts[i] = min(ties[i], budget//sizes[i])
+        budget -= counts[i]*sizes[i]
+        if counts[i] < ties[i]: break
+    return counts
+
 # %% ../../nbs/core/06_allocation.ipynb #02f92d75
 def _drop_to_threshold(parts, sizes, budget):
-    "Number of groups each of `parts` drops; of the groups at the threshold, those of the last layers come first"
+    "Number of groups each of `parts` drops: those below the threshold, and as many at the threshold as fit"
     thr = _threshold(parts, sizes, budget)
     counts = [np.count_nonzero(p<thr) for p in parts]
-    rest = budget - _n_weights(counts, sizes)
-    for i in reversed(range(len(parts))):
-        ties = np.count_nonzero(parts[i]==thr)
-        n = min(ties, rest//sizes[i])
-        counts[i], rest = counts[i]+n, rest-n*sizes[i]
-        if n < ties: break
-    return counts
+    ties = [np.count_nonzero(p==thr) for p in parts]
+    return [c+n for c,n in zip(counts, _drop_ties(ties, sizes, budget - _n_weights(counts, sizes)))]
+
+# %% ../../nbs/core/06_allocation.ipynb #f00e23f5
+def _drop_live(arrays, sizes, budget, among):
+    "Number of live groups each layer drops, where `arrays` are the scores and `among` the masks of live groups"
+    below, parts, left = _near_threshold(arrays, sizes, budget, among)
+    return [b+n for b,n in zip(below, _drop_to_threshold(parts, sizes, left))]
 
 # %% ../../nbs/core/06_allocation.ipynb #4bcc68c5
 def _drop_counted(scores, sizes, budget, live):
-    "`_drop_sorted`, by counting; groups that are not `live` are dropped first"
+    "`_drop_sorted`, but faster on a CPU; groups that are not `live` are dropped first"
     arrays = [s.reshape(-1).numpy() for s in scores]
     among = [None if mask is None else mask.reshape(-1).numpy() for mask in live]
     dead = [0 if mask is None else len(mask)-np.count_nonzero(mask) for mask in among]
     budget -= _n_weights(dead, sizes)
-    if budget == 0: return dead
-    below, parts, rest = _near_threshold(arrays, sizes, budget, among)
-    return [d+b+n for d,b,n in zip(dead, below, _drop_to_threshold(parts, sizes, rest))]
+    return [d+n for d,n in zip(dead, _drop_live(arrays, sizes, budget, among))] if budget else dead
 
 # %% ../../nbs/core/06_allocation.ipynb #dd14afb3
 def _drop_ranked(scores, sizes, budget, live):
@@ -108,26 +133,28 @@ def _keep_best(s, live):
     return s
 
 # %% ../../nbs/core/06_allocation.ipynb #b4e84906
+def _empty_layers(scores, dropped): return {i for i,(s,d) in enumerate(zip(scores, dropped)) if s.numel() == d}
+
 def _drop_without_emptying(scores, sizes, budget, live, n_weights):
-    "Number of groups each layer drops, at least one group kept in each; and the layers that would be empty otherwise"
+    "Number of groups each layer drops if each keeps one; and the layers that would be empty otherwise"
     scores, dropped, saved = list(scores), _drop_ranked(scores, sizes, budget, live), set()
-    while empty := {i for i,(d,s) in enumerate(zip(dropped, scores)) if d==s.numel()} - saved:
+    while empty := _empty_layers(scores, dropped) - saved:
         for i in empty: scores[i] = _keep_best(scores[i], live[i])
         saved |= empty
-        most = n_weights - sum(sizes[i] for i in saved)
-        dropped = _drop_ranked(scores, sizes, min(budget, most), live)
+        budget = min(budget, n_weights - sum(sizes[i] for i in saved))
+        dropped = _drop_ranked(scores, sizes, budget, live)
     return dropped, saved
 
 # %% ../../nbs/core/06_allocation.ipynb #a75c97ad
 def global_sparsity(
-    params, # Weights of the layers
-    model_sparsity, # Fraction of all weights that is zero
+    params:list, # Weights of the layers
+    model_sparsity:float|Fraction, # Fraction of all weights that should be zero
     *,
-    scores, # One tensor of group scores per layer
-    sizes, # Weights per group, for each layer
-    live=None, # Per layer a bool tensor of live groups, or None for all; the others are dropped first
-    names=None, # Names of the layers
-    emptied=None, # Set, to which the names of layers are added that keep a group only so as not to be empty
+    scores:list, # One tensor of group scores per layer
+    sizes:list, # Weights per group, for each layer
+    live:list|None=None, # Per layer a bool tensor of live groups, or None if all are; other groups are dropped first
+    names:list|None=None, # Names of the layers
+    emptied:set|None=None, # Names of layers that keep a group only so as not to be empty are added to it
     **kwargs,
 )->list:
     "The sparsity of each layer if the groups of all layers are ranked together; below 1 each layer keeps a group"
@@ -143,9 +170,9 @@ def global_sparsity(
 contexts = {'local': uniform_sparsity, 'global': global_sparsity}
 
 def as_allocation(
-    context, # 'local', 'global' or an allocation
-):
-    "The allocation that `context` names or is; raises `ValueError` for anything else"
+    context:str|Callable, # 'local', 'global' or an allocation
+)->Callable:
+    "The allocation for `context`; raises `ValueError` for an unknown name"
     if callable(context): return context
     if isinstance(context, str) and context in contexts: return contexts[context]
     choices = f"use one of {list(contexts)} or a function (params, model_sparsity, **kwargs) -> fractions"
@@ -153,24 +180,24 @@ def as_allocation(
 
 # %% ../../nbs/core/06_allocation.ipynb #3936c687
 def accepts(
-    f, # Any function
-    name, # Name of an argument
+    f:Callable, # Any function
+    name:str, # Name of a parameter
 )->bool:
     "Whether `f` has a parameter called `name`; `**kwargs` does not count"
     return name in inspect.signature(f).parameters
 
 # %% ../../nbs/core/06_allocation.ipynb #4eaba1bf
 def accepted_by(
-    f, # Any function
+    f:Callable, # Any function
     **state, # Keyword arguments
 )->dict:
-    "The part of `state` that can be passed to `f`: its own parameters, or everything if it has `**kwargs`"
+    "The part of `state` that `f` has parameters for; all of it if `f` has `**kwargs`"
     every = any(p.kind == p.VAR_KEYWORD for p in inspect.signature(f).parameters.values())
     return {k: v for k,v in state.items() if every or accepts(f, k)}
 
 # %% ../../nbs/core/06_allocation.ipynb #a2cc3098
 def _adjust(counts, shares, limits, n):
-    "Add `n` (or take `-n`) to `counts`, one by one, furthest from `shares` first, up to `limits`; returns what is left"
+    "Add `n` to `counts` (or subtract), one at a time where `shares` differ most, up to `limits`; returns the rest"
     step = 1 if n > 0 else -1
     order = sorted(range(len(counts)), key=lambda i: (step*(counts[i]-shares[i]), i))
     while n and (free := [i for i in order if step*(limits[i]-counts[i]) > 0][:abs(n)]):
@@ -178,25 +205,29 @@ def _adjust(counts, shares, limits, n):
         n -= step*len(free)
     return n
 
+# %% ../../nbs/core/06_allocation.ipynb #17add336
+def _is_near(now, shares, caps):
+    "For each layer, whether rounding and full layers can explain the difference between `now` and its share"
+    slack = 2 + sum(max(s-c, 0) for s,c in zip(shares, caps))
+    return [abs(d-s) < slack for d,s in zip(now, shares)]
+
 # %% ../../nbs/core/06_allocation.ipynb #fcc3932d
 def _limits(shares, caps, now, rises):
-    "The least and the most that each gets: a total that rises from `now` takes from none, one that falls gives to none"
-    slack = 2 + sum(max(s-c, 0) for s,c in zip(shares, caps))   # what rounding and full layers can move to one layer
-    near = [now is not None and abs(d-s) < slack for d,s in zip(now or caps, shares)]
-    held = [min(d, c) for d,c in zip(now or caps, caps)]
-    least = [h if rises and n else 0 for h,n in zip(held, near)]
-    most = [c if rises or not n else h for c,h,n in zip(caps, held, near)]
-    return least, most
+    "The least and the most that each layer gets: if the total rises, no less than `now`; if it falls, no more"
+    if now is None: return [0]*len(caps), caps
+    near, held = _is_near(now, shares, caps), [min(d, c) for d,c in zip(now, caps)]
+    if rises: return [h if is_near else 0 for h,is_near in zip(held, near)], caps
+    return [0]*len(caps), [h if is_near else c for c,h,is_near in zip(caps, held, near)]
 
 # %% ../../nbs/core/06_allocation.ipynb #0925c16a
 def largest_remainder(
-    shares, # Exact share of each
-    caps, # The most that each can get
-    now=None, # What each has: a total that rises takes from none, one that falls gives to none
+    shares:list, # Exact number for each layer, not rounded
+    caps:list, # The highest number for each layer
+    now:list|None=None, # Present numbers: if the total rises from them no layer gets less, if it falls none gets more
 )->list:
-    "Whole numbers next to `shares`, none above its cap, that sum to the rounded sum of `shares` if the caps allow it"
-    wanted = math.floor(sum(shares) + Fraction(1,2) + Fraction(1,10**7))   # sums of floats may fall short of a half
-    total = min(wanted, sum(caps))
+    "Whole numbers next to `shares`, none above its cap, whose sum is the rounded sum of `shares` if the caps allow it"
+    exact = math.floor(sum(shares) + Fraction(1,2) + Fraction(1,10**7))   # a sum of floats may be just below a half
+    total = min(exact, sum(caps))
     least, most = _limits(shares, caps, now, now is None or total >= sum(now))
     counts = [min(max(math.floor(s), low), high) for s,low,high in zip(shares, least, most)]
     missing = _adjust(counts, shares, least if total < sum(counts) else most, total-sum(counts))
@@ -211,12 +242,12 @@ def _checked_fractions(fractions, n_layers):
 
 # %% ../../nbs/core/06_allocation.ipynb #8edc9fb0
 def n_dropped(
-    fractions, # Sparsity of each layer, from an allocation
-    n_groups, # Groups of each layer
-    sizes, # Weights per group of each layer
-    now=None, # Groups that each layer has dropped already
+    fractions:list, # Sparsity of each layer, from an allocation
+    n_groups:list, # Number of groups of each layer
+    sizes:list, # Weights per group, for each layer
+    now:list|None=None, # Number of groups that each layer has already dropped
 )->list:
-    "How many groups each layer drops; raises `ValueError` unless there is one fraction from 0 to 1 for each"
+    "How many groups each layer drops; raises `ValueError` unless there is a fraction from 0 to 1 for each layer"
     fractions = _checked_fractions(list(fractions), len(n_groups))
     caps = [n if f==1 else n-1 for f,n in zip(fractions, n_groups)]
     if max(sizes, default=1) > 1: return [min(n_zeros(f, n), c) for f,n,c in zip(fractions, n_groups, caps)]
@@ -224,9 +255,9 @@ def n_dropped(
 
 # %% ../../nbs/core/06_allocation.ipynb #4d87c1fd
 def rounded_keep(
-    fraction, # Sparsity, 0 to 1
-    n, # Groups in the layer
-    round_to, # Multiple
+    fraction:float|Fraction, # Sparsity, 0 to 1
+    n:int, # Number of groups in the layer
+    round_to:int, # The result is a multiple of this
 )->int:
     "The multiple of `round_to` nearest to the groups kept at sparsity `fraction`: at least one multiple, at most `n`"
     if fraction in (0, 1): return n if fraction==0 else 0
@@ -234,44 +265,54 @@ def rounded_keep(
     return min(max(multiple, round_to), n)
 
 # %% ../../nbs/core/06_allocation.ipynb #6eaf1de2
-def first_layer_dense_uniform(params, model_sparsity, **kwargs)->list:
+def first_layer_dense_uniform(params:list, model_sparsity:float|Fraction, **kwargs)->list:
     "The first layer dense, the same sparsity in all others"
     return [0.] + [model_sparsity]*(len(params)-1)
 
 # %% ../../nbs/core/06_allocation.ipynb #3e951b18
 def _raw_density(p, include_kernel, power):
-    "Density of `p` up to the common factor: (sum of its dimensions / their product)^`power`"
+    "Density of `p` before it is multiplied with the common factor: (sum of dimensions / their product)^`power`"
     dims = list(p.shape) if include_kernel else p.shape[:2]
     return (sum(dims)/math.prod(dims))**power
 
+# %% ../../nbs/core/06_allocation.ipynb #360263ef
+def _n_left(n, n_keep, dense): return n_keep - sum(n[i] for i in dense)
+
+def _common_factor(n, raw, n_keep, dense, free):
+    "Factor of the raw densities with which the `free` layers keep what the `dense` ones leave of `n_keep` weights"
+    return _n_left(n, n_keep, dense) / sum(raw[i]*n[i] for i in free)
+
 # %% ../../nbs/core/06_allocation.ipynb #18dc0146
 def _er_densities(n, raw, n_keep, fixed):
-    "Index -> density of the layers that are not `fixed`, which keep `n_keep` weights together; None if impossible"
+    "Index -> density of the layers that are not `fixed` and keep `n_keep` weights together; None if impossible"
     dense = set()
     while free := [i for i in range(len(n)) if i not in dense and i not in fixed]:
-        eps = (n_keep - sum(n[i] for i in dense)) / sum(raw[i]*n[i] for i in free)
+        eps = _common_factor(n, raw, n_keep, dense, free)
         if eps < 0: return
         over = {i for i in free if eps*raw[i] > 1-1e-12}
         if not over: return {**dict.fromkeys(dense, 1.), **{i: eps*raw[i] for i in free}}
         dense |= over
-    if abs(n_keep - sum(n[i] for i in dense)) < 1: return dict.fromkeys(dense, 1.)
+    if abs(_n_left(n, n_keep, dense)) < 1: return dict.fromkeys(dense, 1.)
 
 # %% ../../nbs/core/06_allocation.ipynb #8b8ea6fc
 def _fixed_by_index(fixed, names):
-    "Index of a layer -> fraction; raises `ValueError` if `fixed` has other names than `names`"
+    "Index of a layer -> fraction; raises `ValueError` if `fixed` has a name that is not in `names`"
     unknown = set(fixed) - set(names or ())
     if unknown: raise ValueError(f"fixed names {sorted(unknown)}; the layers are {names}")
     return {names.index(k): f for k,f in fixed.items()}
 
 # %% ../../nbs/core/06_allocation.ipynb #7da3ec04
-def erdos_renyi_sparsity(params, model_sparsity,
-    include_kernel=True, # Count the kernel's dimensions too (ERK); False: only outputs and inputs (ER)
-    erk_power_scale=1.0, # Below 1 it is nearer to uniform, 0 is uniform
-    fixed=None, # Layer name -> fraction, for layers that are left out of the sharing
-    names=None, # Names of the layers
-    **kwargs)->list:
-    """Sparsities by Erdős–Rényi(-Kernel), `model_sparsity` over all weights (Evci et al. 2020, appendix).
-    Raises `ValueError` if `fixed` names no layer, or leaves no way to reach `model_sparsity`."""
+def erdos_renyi_sparsity(
+    params:list, # Weights of the layers
+    model_sparsity:float|Fraction, # Fraction of all weights that should be zero
+    include_kernel:bool=True, # Count the kernel's dimensions too (ERK); False: only outputs and inputs (ER)
+    erk_power_scale:float=1.0, # Exponent of the raw densities; 0 is uniform sparsity
+    fixed:dict|None=None, # Layer name -> fraction, for layers whose sparsity is given
+    names:list|None=None, # Names of the layers
+    **kwargs,
+)->list:
+    """Sparsity of each layer by Erdős–Rényi(-Kernel) (Evci et al. 2020, appendix). Raises `ValueError` for unknown
+    names in `fixed`, or if the other layers can't make the model as sparse as `model_sparsity`."""
     by_index = _fixed_by_index(fixed or {}, names)
     n, raw = [p.numel() for p in params], [_raw_density(p, include_kernel, erk_power_scale) for p in params]
     n_keep = (1-model_sparsity)*sum(n) - sum((1-f)*n[i] for i,f in by_index.items())

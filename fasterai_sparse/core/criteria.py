@@ -19,18 +19,18 @@ import torch
 from .granularity import Spanning
 
 # %% ../../nbs/core/05_criteria.ipynb #c69aa4b5
-def large_final(p, **kwargs)->torch.Tensor:
+def large_final(p:torch.Tensor, **kwargs)->torch.Tensor:
     "Magnitude: `|w|`"
     return p.abs()
 
 # %% ../../nbs/core/05_criteria.ipynb #640279cc
-def squared_final(p, **kwargs)->torch.Tensor:
+def squared_final(p:torch.Tensor, **kwargs)->torch.Tensor:
     "Squared magnitude: `w²`"
     return p.square()
 
 # %% ../../nbs/core/05_criteria.ipynb #302fb37a
-def small_final(p, **kwargs)->torch.Tensor:
-    "Keep the smallest: `-|w|`"
+def small_final(p:torch.Tensor, **kwargs)->torch.Tensor:
+    "Keep the smallest weights: `-|w|`"
     return -p.abs()
 
 # %% ../../nbs/core/05_criteria.ipynb #86c12f17
@@ -42,68 +42,68 @@ def random_criteria(p, generator=None, **kwargs)->torch.Tensor:
     return torch.rand(p.shape, generator=generator).to(p.device)
 
 # %% ../../nbs/core/05_criteria.ipynb #70a490ef
-def large_init(p, init, **kwargs)->torch.Tensor:
+def large_init(p:torch.Tensor, init:torch.Tensor, **kwargs)->torch.Tensor:
     "Magnitude at the start: `|w₀|`"
     return init.abs()
 
 # %% ../../nbs/core/05_criteria.ipynb #36cd91ba
-def small_init(p, init, **kwargs)->torch.Tensor:
-    "Keep what was smallest at the start: `-|w₀|`"
+def small_init(p:torch.Tensor, init:torch.Tensor, **kwargs)->torch.Tensor:
+    "Keep the weights that were smallest at the start: `-|w₀|`"
     return -init.abs()
 
 # %% ../../nbs/core/05_criteria.ipynb #7080d60f
-def large_init_large_final(p, init, **kwargs)->torch.Tensor:
+def large_init_large_final(p:torch.Tensor, init:torch.Tensor, **kwargs)->torch.Tensor:
     "Large at the start and now: `min(|w|, |w₀|)`"
     return torch.minimum(p.abs(), init.abs())
 
 # %% ../../nbs/core/05_criteria.ipynb #a208324e
-def small_init_small_final(p, init, **kwargs)->torch.Tensor:
+def small_init_small_final(p:torch.Tensor, init:torch.Tensor, **kwargs)->torch.Tensor:
     "Small at the start and now: `-max(|w|, |w₀|)`"
     return -torch.maximum(p.abs(), init.abs())
 
 # %% ../../nbs/core/05_criteria.ipynb #563f72a4
-def magnitude_increase(p, init, **kwargs)->torch.Tensor:
+def magnitude_increase(p:torch.Tensor, init:torch.Tensor, **kwargs)->torch.Tensor:
     "Growth since the start: `|w| - |w₀|`"
     return p.abs() - init.abs()
 
 # %% ../../nbs/core/05_criteria.ipynb #c21c54d7
-def movement(p, init, **kwargs)->torch.Tensor:
+def movement(p:torch.Tensor, init:torch.Tensor, **kwargs)->torch.Tensor:
     "Distance from the start: `|w - w₀|`"
     return (p-init).abs()
 
 # %% ../../nbs/core/05_criteria.ipynb #a3719ce4
-def movmag(p, init, **kwargs)->torch.Tensor:
+def movmag(p:torch.Tensor, init:torch.Tensor, **kwargs)->torch.Tensor:
     "Movement times magnitude: `|w(w - w₀)|`"
     return (p*(p-init)).abs()
 
 # %% ../../nbs/core/05_criteria.ipynb #2d0ddd7e
-def updating_magnitude_increase(p, prev, **kwargs)->torch.Tensor:
+def updating_magnitude_increase(p:torch.Tensor, prev:torch.Tensor, **kwargs)->torch.Tensor:
     "Growth since the last update: `|w| - |wₚ|`"
     return p.abs() - prev.abs()
 
 # %% ../../nbs/core/05_criteria.ipynb #9b05df18
-def updating_movement(p, prev, **kwargs)->torch.Tensor:
+def updating_movement(p:torch.Tensor, prev:torch.Tensor, **kwargs)->torch.Tensor:
     "Distance since the last update: `|w - wₚ|`"
     return (p-prev).abs()
 
 # %% ../../nbs/core/05_criteria.ipynb #f75e05a9
-def updating_movmag(p, prev, **kwargs)->torch.Tensor:
+def updating_movmag(p:torch.Tensor, prev:torch.Tensor, **kwargs)->torch.Tensor:
     "Movement since the last update times magnitude: `|w(w - wₚ)|`"
     return (p*(p-prev)).abs()
 
 # %% ../../nbs/core/05_criteria.ipynb #1052f911
-def wanda(p, data, **kwargs)->torch.Tensor:
+def wanda(p:torch.Tensor, data:torch.Tensor, **kwargs)->torch.Tensor:
     "Magnitude times the l2 norm of the weight's input: `|w|·‖x‖₂` (Sun et al. 2023, eq. 1)"
     return p.abs()*data
 
 # %% ../../nbs/core/05_criteria.ipynb #c72d6c90
-def grad_crit(p, grad, **kwargs)->torch.Tensor:
+def grad_crit(p:torch.Tensor, grad:torch.Tensor, **kwargs)->torch.Tensor:
     "First-order Taylor importance: `(w·∂L/∂w)²` (Molchanov et al. 2019, eq. 8)"
     return (p*grad).square()
 
 # %% ../../nbs/core/05_criteria.ipynb #d40a8f18
 class Reducer:
-    "Functions `f(scores, dim)` that make one score of the scores of a group; `dim` keeps length 1"
+    "Functions `f(scores, dim)` that combine the scores along `dim`, which gets length 1"
     @staticmethod
     def sum(scores, dim): return scores.sum(dim, keepdim=True)
     @staticmethod
@@ -117,7 +117,7 @@ class Reducer:
 def _over(a, b): return torch.where(b==0, 0, a/b)   # 0 instead of NaN
 
 class Normalizer:
-    "Functions that rescale the scores of a layer to make layers comparable; scores of a layer with scale 0 become 0"
+    "Functions that rescale the scores of a layer, to compare layers; if they would divide by 0, the scores become 0"
     @staticmethod
     def sum(scores): return _over(scores, scores.sum())
     @staticmethod
@@ -132,31 +132,32 @@ class Normalizer:
 # %% ../../nbs/core/05_criteria.ipynb #dc4b50bc
 STATE = ('init', 'prev', 'grad', 'opt', 'data', 'generator')
 
-def _function_name(f):
-    "Name of the function `f`, or of the one inside a `partial`"
+def _score_name(f):
+    "Name of the score function `f`, or of the one inside a `partial`"
     return getattr(f, '__name__', None) or getattr(getattr(f, 'func', f), '__name__', repr(f))
 
 # %% ../../nbs/core/05_criteria.ipynb #39613805
-def _check_state_names(f, required):
-    "Raise `ValueError` if the score function `f` requires arguments that are not in `STATE`"
+def _check_state_names(f, params):
+    "Raise `ValueError` if `params`, parameters of the score function `f`, require anything that is not in `STATE`"
+    required = [q.name for q in params if q.default is q.empty and q.kind != q.VAR_KEYWORD]
     unknown = [n for n in required if n not in STATE]
     if not unknown: return
     choices = f"a score function may ask for {list(STATE)}"
-    raise ValueError(f"The criterion {_function_name(f)!r} asks for {unknown}; {choices}")
+    raise ValueError(f"The criterion {_score_name(f)!r} asks for {unknown}; {choices}")
 
 # %% ../../nbs/core/05_criteria.ipynb #288c9d45
 def needed_state(
-    f, # Score function
+    f:Callable, # Score function
 )->frozenset:
     "Names in `STATE` that `f` asks for; raises `ValueError` if it requires any other argument"
     try: params = list(inspect.signature(f).parameters.values())[1:]
     except ValueError: return frozenset()   # a builtin such as torch.abs
     params = [q for q in params if q.kind != q.VAR_POSITIONAL]
-    _check_state_names(f, [q.name for q in params if q.default is q.empty and q.kind != q.VAR_KEYWORD])
+    _check_state_names(f, params)
     return frozenset(q.name for q in params if q.name in STATE)
 
 # %% ../../nbs/core/05_criteria.ipynb #11f0ca7b
-_one_weight_criteria = (large_final, squared_final, small_final)   # the score of a weight depends on that weight only
+_one_weight_criteria = (large_final, squared_final, small_final)   # a score depends on a single weight
 
 def _wide(t): return t.detach().float() if t.dtype in (torch.float16, torch.bfloat16) else t.detach()
 
@@ -168,8 +169,8 @@ def _cache_sized(p):
 @dataclass(frozen=True)
 class Criteria:
     "A score function with a `reducer` over each group and a `normalizer` over each layer"
-    f:Callable # Score function: weights (and the state it names) to one score per weight
-    reducer:Callable = Reducer.mean # `f(scores, dim)`, keeps dimensions
+    f:Callable # Score function `f(weights, **state)`, which returns one score per weight
+    reducer:Callable = Reducer.mean # `f(scores, dim)`, which keeps the dimension `dim` with length 1
     normalizer:Callable = None # `f(scores)`, or None
 
     def __post_init__(self):
@@ -185,23 +186,27 @@ class Criteria:
     @property
     def name(self)->str:
         "Name of the score function"
-        return _function_name(self.f)
+        return _score_name(self.f)
     @property
     def is_elementwise(self)->bool:
-        "Whether a weight's score depends on that weight only, so that some weights can be scored without the others"
+        "Whether a score depends on a single weight, so that some weights can be scored without the others"
         return self.f in _one_weight_criteria and self.normalizer is None
 
     @torch.no_grad()
     def __call__(self,
-        p, # Weights
+        p:torch.Tensor, # Weights
         groups=Spanning(), # Granularity on the layer, from `group_weights`
-        **state, # Values of what `needs` names; others are ignored
+        **state, # Only names in `needs` are used
     )->torch.Tensor:
         "One score per group of `p`, in float32 or wider"
         state = {k: _wide(v) if torch.is_tensor(v) else v for k,v in state.items() if k in self.needs}
-        scores = [groups.reduce(self._of_weights(part, state), self.reducer) for part in self._parts_of(p, groups)]
-        scores = torch.cat(scores) if len(scores) > 1 else scores[0]
+        scores = self._of_groups(p, groups, state)
         return scores if self.normalizer is None else self.normalizer(scores)
+
+    def _of_groups(self, p, groups, state):
+        "One score per group of `p`, before they are normalized"
+        scores = [groups.reduce(self._of_weights(part, state), self.reducer) for part in self._parts_of(p, groups)]
+        return torch.cat(scores) if len(scores) > 1 else scores[0]
 
     def _parts_of(self, p, groups):
         "`p` in parts that can be scored one after the other"
@@ -216,7 +221,7 @@ class Criteria:
 
 # %% ../../nbs/core/05_criteria.ipynb #ec19e4d8
 def as_criteria(
-    f, # A `Criteria` or a score function
+    f:Callable, # A `Criteria` or a score function
 )->Criteria:
     "`f` as a `Criteria`"
     return f if isinstance(f, Criteria) else Criteria(f)

@@ -15,22 +15,22 @@ import numpy as np, torch
 
 # %% ../../nbs/core/00_select.ipynb #dee8e55f
 def as_ratio(
-    s, # A number
+    s:float|Fraction, # A number
 )->Fraction:
     "`s` as the exact decimal that was written: 0.29 is 29/100"
     return s if isinstance(s, Fraction) else Fraction(str(float(s)))
 
 # %% ../../nbs/core/00_select.ipynb #62607456
 def n_zeros(
-    s, # Sparsity, a fraction from 0 to 1
-    n, # Number of weights (or of groups)
+    s:float|Fraction, # Sparsity, a fraction from 0 to 1
+    n:int, # Number of weights (or of groups)
 )->int:
     "How many of `n` are zero at sparsity `s`, rounded half up"
     return math.floor(as_ratio(s)*n + Fraction(1,2))
 
 # %% ../../nbs/core/00_select.ipynb #d41fadf6
 def n_true(
-    mask, # Bool tensor
+    mask:torch.Tensor, # Bool tensor
 )->int:
     "Number of True values in `mask` (NumPy counts faster than torch on a CPU)"
     return int(np.count_nonzero(mask.numpy())) if mask.is_cpu else int(mask.count_nonzero())
@@ -54,7 +54,7 @@ class Zeros:
 
 # %% ../../nbs/core/00_select.ipynb #6993fc22
 def measured(
-    params, # Tensors, or bool masks (False counts as zero)
+    params, # Iterable of tensors, or of bool masks (False counts as zero)
 )->Zeros:
     "Count the zeros in `params`"
     params = [p.detach() for p in params]
@@ -62,32 +62,32 @@ def measured(
 
 # %% ../../nbs/core/00_select.ipynb #e45fd99b
 def true_places(
-    mask, # Bool tensor, any shape
+    mask:torch.Tensor, # Bool tensor, any shape
 )->torch.Tensor:
     "Flat indices of the True values of `mask`"
     return torch.from_numpy(np.flatnonzero(mask.numpy())) if mask.is_cpu else mask.flatten().nonzero()[:,0]
 
 # %% ../../nbs/core/00_select.ipynb #4439b014
 def values_at(
-    t, # Any tensor
-    mask, # Bool tensor like `t`
+    t:torch.Tensor,
+    mask:torch.Tensor, # Bool tensor of the same shape
 )->torch.Tensor:
     "The values of `t` where `mask` is True, as a 1-D tensor"
     return t.reshape(-1)[true_places(mask)]
 
 # %% ../../nbs/core/00_select.ipynb #da043764
 def has_nan(
-    t, # Any tensor
+    t:torch.Tensor,
 )->bool:
-    "Whether `t` contains NaN. Most tensors are cleared by their sum: it is NaN if any value is"
+    "Whether `t` contains NaN; all values are looked at only if their sum is NaN"
     return bool(t.sum().isnan()) and bool(t.isnan().any())
 
 # %% ../../nbs/core/00_select.ipynb #82d5fe1c
 def demote_dead(
-    t, # Scores, without NaN
-    live, # Bool tensor like `t`
+    t:torch.Tensor, # Scores, without NaN
+    live:torch.Tensor, # Bool tensor of the same shape
 )->torch.Tensor:
-    "A copy of the scores `t` in which every score that is not `live` is lower than all that are"
+    "A copy of the scores `t` in which dead weights score lower than all live ones"
     big = torch.finfo(t.dtype).max
     if t.is_cpu and t.dtype in (torch.float32, torch.float64) and all(v.abs() < big/2 for v in t.aminmax()):
         return t.sub((~live).view(torch.uint8), alpha=big)
@@ -97,13 +97,13 @@ def demote_dead(
 def _among(mask, live): return mask if live is None else np.logical_and(mask, live, out=mask)
 
 def _sample(a, live):
-    "About 16,000 values of the 1-D array `a`, evenly spaced, those that are `live`"
+    "About 16,000 evenly spaced values of the 1-D array `a`, or those of them that are `live`"
     step = a.size>>14
     return a[::step] if live is None else a[::step][live[::step]]
 
 # %% ../../nbs/core/00_select.ipynb #5e589fd6
 def _bracket(sample, share):
-    "Two values that enclose the lowest of the largest `share` of the values, as estimated from `sample`"
+    "Two values between which the threshold for keeping the largest `share` of all values probably lies"
     sample = np.sort(sample)
     at, slack = int((1-share)*len(sample)), int(2*len(sample)**.5) + 1   # 4 standard deviations of a binomial
     return (sample[at-slack] if at >= slack else -np.inf,
@@ -115,7 +115,12 @@ def _kth_partitioned(a, k): return np.partition(a, a.size-k)[a.size-k]
 def _kth_numpy(a, k, live=None):
     "The `k`-th largest value of the 1-D array `a`, among `live` where given"
     if a.size < 1<<16: return _kth_partitioned(a if live is None else a[live], k)
-    lo, hi = _bracket(_sample(a, live), k/(a.size if live is None else np.count_nonzero(live)))
+    n = a.size if live is None else np.count_nonzero(live)
+    return _kth_near(a, k, *_bracket(_sample(a, live), k/n), live)
+
+# %% ../../nbs/core/00_select.ipynb #cb113c77
+def _kth_near(a, k, lo, hi, live):
+    "The `k`-th largest value of `a`, which probably lies between `lo` and `hi`"
     over, reach = _among(a >= hi, live), _among(a > lo, live)
     n_over, n_reach = np.count_nonzero(over), np.count_nonzero(reach)
     if k <= n_over: return _kth_above(a, k, hi, live)
@@ -124,38 +129,44 @@ def _kth_numpy(a, k, live=None):
 
 # %% ../../nbs/core/00_select.ipynb #19371d9b
 def _kth_above(a, k, hi, live):
-    "The `k`-th largest value of `a` where it is `hi` or more"
+    "The `k`-th largest value of `a`, which is at least `hi`"
     above = a[np.flatnonzero(_among(a > hi, live))]
     return hi if k > above.size else _kth_numpy(above, k)
 
+# %% ../../nbs/core/00_select.ipynb #4e09ad8c
 def _kth_below(a, k, lo, live):
-    "The `k`-th largest value of `a` where it is `lo` or less; `lo` itself is often the value of many"
+    "The `k`-th largest value of `a`, which is at most `lo`; often many values are equal to `lo`"
     n_from = np.count_nonzero(_among(a >= lo, live))
     return lo if k <= n_from else _kth_numpy(a[np.flatnonzero(_among(a < lo, live))], k-n_from)
 
 # %% ../../nbs/core/00_select.ipynb #525305de
 def _kth_topk(flat, k):
-    "The `k`-th largest value of `flat`, by `topk` from the nearer end"
+    "The `k`-th largest value of the 1-D `flat`, by `topk` among the largest or the smallest values"
     if k*2 < len(flat): return flat.topk(k, sorted=False).values.min()
     return flat.topk(len(flat)-k+1, largest=False, sorted=False).values.max()
 
+# %% ../../nbs/core/00_select.ipynb #c3eda6b1
+def _kth_on_cpu(flat, k, live):
+    "The `k`-th largest value of the 1-D `flat`, by NumPy; half-precision values are compared as float32"
+    is_half = flat.dtype in (torch.bfloat16, torch.float16)
+    a = (flat.float() if is_half else flat).numpy()
+    return torch.as_tensor(_kth_numpy(a, k, None if live is None else live.numpy()), dtype=flat.dtype)
+
 # %% ../../nbs/core/00_select.ipynb #cff499a3
 def kth_largest(
-    t, # Scores, any shape, no NaN
-    k, # Rank, from 1 for the largest
-    live=None, # Bool tensor like `t`: only these scores count
+    t:torch.Tensor, # Scores, any shape, no NaN
+    k:int, # Rank, from 1 for the largest
+    live:torch.Tensor|None=None, # Bool tensor like `t`: only scores that are True in it count
 )->torch.Tensor:
     "The exact `k`-th largest value of `t`, as a 0-d tensor"
     flat, live = t.detach().reshape(-1), None if live is None else live.reshape(-1)
     if live is not None and not (flat.is_cpu and n_true(live)*4 > len(flat)):
-        flat, live = values_at(flat, live), None   # few: gathering them first is quicker
-    if not flat.is_cpu: return _kth_topk(flat, k)
-    if flat.dtype in (torch.bfloat16, torch.float16): return kth_largest(flat.float(), k, live).to(flat.dtype)
-    return torch.as_tensor(_kth_numpy(flat.numpy(), k, None if live is None else live.numpy()), dtype=flat.dtype)
+        flat, live = values_at(flat, live), None   # gathering a few live scores first is faster
+    return _kth_on_cpu(flat, k, live) if flat.is_cpu else _kth_topk(flat, k)
 
 # %% ../../nbs/core/00_select.ipynb #fb61f031
 def _nth_true(a, n):
-    "Index of the `n`-th True value of the 1-D bool array `a`, by bisection over counts"
+    "Index of the `n`-th True value (from 1) of the 1-D bool array `a`, by bisection"
     start = 0
     while len(a) > 4096:
         half = len(a)//2
@@ -166,35 +177,35 @@ def _nth_true(a, n):
 
 # %% ../../nbs/core/00_select.ipynb #82be646b
 def _cut_ties(t, thr, n_keep, live=None):
-    "Mask of exactly `n_keep` scores of the 1-D `t` from `thr` upwards, among `live`; the first ties are kept"
+    "Mask of the `n_keep` highest scores of the 1-D `t`, of which `thr` is the lowest; the first ties are kept"
     mask = t >= thr
     if live is not None: mask &= live
-    if spare := n_true(mask)-n_keep:
+    if n_too_many := n_true(mask)-n_keep:
         ties = (mask & (t == thr)).numpy()
-        first = _nth_true(ties, np.count_nonzero(ties)-spare+1)
+        first = _nth_true(ties, np.count_nonzero(ties)-n_too_many+1)
         mask[first:] &= t[first:] > thr
     return mask
 
 # %% ../../nbs/core/00_select.ipynb #245f8ee8
 def _cut_ties_on_device(t, thr, n_keep, live=None):
-    "`_cut_ties` without waiting for the device"
+    "The same as `_cut_ties`, for a GPU: it copies nothing to the CPU"
     above, ties = t > thr, t == thr
     if live is not None: above, ties = above & live, ties & live
     return above | (ties & (ties.cumsum(0, dtype=torch.int32) <= n_keep-above.sum()))
 
 # %% ../../nbs/core/00_select.ipynb #85114aac
 def _draw_ties(t, thr, n_keep, live, generator):
-    "Mask of exactly `n_keep` scores of the 1-D `t` from `thr` upwards, among `live`; ties are drawn"
+    "Mask of the `n_keep` highest scores of the 1-D `t`, of which `thr` is the lowest; ties are drawn at random"
     mask = t >= thr
     if live is not None: mask &= live
-    if spare := n_true(mask)-n_keep:
+    if n_too_many := n_true(mask)-n_keep:
         ties = (mask & (t == thr)).nonzero()[:,0]
-        mask[ties[torch.randperm(len(ties), generator=generator)[:spare].to(t.device)]] = False
+        mask[ties[torch.randperm(len(ties), generator=generator)[:n_too_many].to(t.device)]] = False
     return mask
 
 # %% ../../nbs/core/00_select.ipynb #dfa6d31b
-def _candidates(t, k, n, live):
-    "Flat indices of a few scores that include the `k` largest of `n`; None where searching all of them is as quick"
+def _shortlist(t, k, n, live):
+    "Indices of a few scores of the 1-D `t` that include the `k` largest of `n`; None if ranking all is as fast"
     if not t.is_cpu or len(t) < 1<<16 or 8*k > n or t.dtype not in (torch.float32, torch.float64): return
     a, live = t.numpy(), None if live is None else live.numpy()
     over = _among(a > _bracket(_sample(a, live), k/n)[0], live)
@@ -203,21 +214,26 @@ def _candidates(t, k, n, live):
 
 # %% ../../nbs/core/00_select.ipynb #f74d65a1
 def _top_k_flat(flat, n_keep, n, live, generator):
-    "`top_k_mask` of a 1-D tensor of which `n` scores compete, without its checks"
-    if (at := _candidates(flat, n_keep, n, live)) is not None:
-        mask = torch.zeros_like(flat, dtype=torch.bool)
-        mask[at[top_k_mask(flat[at], n_keep, generator=generator)]] = True
-        return mask
+    "`top_k_mask` of a 1-D tensor, without checks; `n` is the number of live scores"
+    at = _shortlist(flat, n_keep, n, live)
+    if at is None: return _top_k_of_all(flat, n_keep, live, generator)
+    mask = torch.zeros_like(flat, dtype=torch.bool)
+    mask[at[top_k_mask(flat[at], n_keep, generator=generator)]] = True
+    return mask
+
+# %% ../../nbs/core/00_select.ipynb #b18b9ff9
+def _top_k_of_all(flat, n_keep, live, generator):
+    "`top_k_mask` of a 1-D tensor, without checks and without a shortlist"
     thr = kth_largest(flat, n_keep, live)
     if generator is not None: return _draw_ties(flat, thr, n_keep, live, generator)
     return (_cut_ties if flat.is_cpu else _cut_ties_on_device)(flat, thr, n_keep, live)
 
 # %% ../../nbs/core/00_select.ipynb #7dc7a757
 def top_k_mask(
-    t, # One score per weight or group, any shape; `inf` is kept first, `-inf` last
-    n_keep, # How many to keep
-    live=None, # Bool tensor like `t`: only these compete
-    generator=None, # A CPU generator that draws among ties; without one the lowest flat index wins
+    t:torch.Tensor, # One score per weight or group, any shape; `inf` is kept first, `-inf` last
+    n_keep:int, # How many to keep
+    live:torch.Tensor|None=None, # Bool tensor like `t`: only scores that are True in it can be kept
+    generator:torch.Generator|None=None, # A CPU generator that draws among ties; None: the lowest flat index is kept
 )->torch.Tensor:
     "Bool mask of exactly the `n_keep` highest scores in `t`; raises `ValueError` for NaN or an impossible `n_keep`"
     t, n_keep = t.detach(), int(n_keep)

@@ -7,9 +7,12 @@ __all__ = ['Sparsifier']
 
 # %% ../../nbs/core/12_sparsifier.ipynb #9e1042a5
 import math, zlib
+from fractions import Fraction
 from functools import partial
+from pathlib import Path
+from typing import Callable
 
-import torch
+import pandas as pd, torch
 from fastcore.basics import ifnone, noop, patch
 from torch import nn
 
@@ -24,7 +27,7 @@ from .criteria import as_criteria
 from .input_norms import input_norms
 from .layers import dropped_outputs, drops_outputs, group_weights, maskable_weights
 from .masks import get_mask, masks_off, set_mask, unmaskable, watch_loads
-from .patterns import as_pattern, NM
+from .patterns import as_pattern, block, NM
 from .report import format_report, sparsity_report
 from .select import demote_dead, has_nan, n_true, n_zeros
 from .targets import as_fraction, Targets
@@ -32,49 +35,49 @@ from .targets import as_fraction, Targets
 # %% ../../nbs/core/12_sparsifier.ipynb #20140302
 class Sparsifier:
     "Make `model` sparse: score, allocate, select, and set masks (`KeepMasks` keeps them while the model is trained)"
-    share = staticmethod(noop)   # in distributed training: makes the norms measured on `data` the same on all ranks
+    share = staticmethod(noop)   # in distributed training this makes the input norms of `data` the same on all ranks
     def __init__(self,
         model:nn.Module, # The model to sparsify
-        granularity, # What is dropped as a whole: 'weight', 'kernel', 'filter', …, `block(4,1)` or `NM(2,4)`
-        context, # How layers share the sparsity: 'local', 'global' or an allocation
-        criteria, # How important a weight is: a score function or a `Criteria`
-        nm=False, # N:M pattern: True for 2:4, or `(n, m)`; the context plays no role then
-        permute=False, # First put the channels into the order in which N:M keeps most (`permute_model`, needs `data`)
-        layer_type=nn.Conv2d, # Layers to sparsify: a module class, a tuple of them, or None for all with granularities
+        granularity:str|block|NM, # What is dropped as a whole: 'weight', 'filter', …, `block(4,1)` or `NM(2,4)`
+        context:str|Callable, # How layers share the sparsity: 'local', 'global' or an allocation
+        criteria:Callable, # How important a weight is: a score function or a `Criteria`
+        nm:bool|tuple=False, # N:M pattern: True for 2:4, or `(n, m)`; `context` is ignored then
+        permute:bool=False, # Before that, reorder the channels so that N:M keeps most (`permute_model`, needs `data`)
+        layer_type:type|tuple|None=nn.Conv2d, # A module class, a tuple of them, or None for all that have granularities
         data=None, # Calibration batch, or batches in a list or `DataLoader`, for criteria that ask for `data`
-        undo=False, # Keep a copy of what each call changes, for `undo`
-        seed=0, # For random choices, which also depend on the layer's name and the number of calls
+        undo:bool=False, # Keep a copy of what each call changes, for `undo`
+        seed:int=0, # Seed of random choices, which also depend on the layer's name and the number of calls
     ):
         self.model, self.layer_type, self.data, self.seed = unwrapped(model), layer_type, data, seed
         self.criteria, self.granularity = as_criteria(criteria), as_pattern(granularity, nm)
         self.allocation = as_allocation(context)
         if isinstance(self.granularity, NM): self.allocation = uniform_sparsity
-        self.to_permute, self.permutation = permute, None   # whether `permute` has still to be called, and its report
+        self.to_permute, self.permutation = permute, None   # whether `permute` still has to be called, and its report
         self._check_arguments()
-        self.n_calls, self.opt, self.spared, self._lives, self._history = 0, None, set(), {}, [] if undo else None
+        self.n_calls, self.opt, self.spared = 0, None, set()
+        self._lives = {}   # weight name -> (mask, version of the mask, live groups)
+        self._history = [] if undo else None   # what `undo` restores, an entry for each call
         self.matched, self.layers, self.groups, self.dense, self.refused = {}, {}, {}, {}, {}
         self._find_layers()
         self._find_batchnorms()
         self.init, self.prev = self._snapshot('init'), self._snapshot('prev')
 
     def sparsify_model(self,
-        sparsity, # Percent, or a dict of layer names (or modules) to percent: other layers are left alone
-        round_to=None, # Make the number of groups kept in each layer a multiple of this
-        recalibrate=False, # Measure the statistics of BatchNorm anew on `data`, up to 2048 samples of it
+        sparsity:float|dict, # Percent, or a dict of layers (or their names) to percent
+        round_to:int|None=None, # Keep a multiple of this number of groups in each layer
+        recalibrate:bool=False, # Then measure the statistics of BatchNorm on up to 2048 samples of `data`
     )->None:
         "Make all layers sparse"
-        if recalibrate and self.data is None: raise ValueError("recalibrate=True needs data=, batches of training data")
-        if recalibrate and not hasattr(self, 'recalibrate'):
-            raise ValueError("recalibrate=True needs fasterai_sparse.train.bn_adaptation, which is not imported")
+        if recalibrate: self._check_recalibrate()
         self.apply(self.targets(sparsity), round_to)
         if recalibrate: self.recalibrate()
 
     def sparsify_layer(self,
-        m:nn.Module, # The layer, or its name
-        sparsity, # Percent
-        round_to=None, # Make the number of groups kept a multiple of this
+        m:nn.Module|str, # The layer, or its name
+        sparsity:float, # Percent
+        round_to:int|None=None, # Make the number of groups kept a multiple of this
     )->None:
-        "Make a single layer sparse, whatever the context"
+        "Make a single layer sparse; `context` is ignored"
         names, fraction = self._name_of(m), as_fraction(sparsity)
         self.apply(Targets(dict.fromkeys(names, fraction), tuple(names)), round_to)
 
@@ -82,15 +85,23 @@ class Sparsifier:
         "Name -> copy of the weight, for all layers, if the criterion asks for `state`"
         return {n: self.param(n).detach().clone() for n in self.layers} if state in self.criteria.needs else {}
 
-    def param(self, name)->nn.Parameter:
+    def param(self, name:str)->nn.Parameter:
         "The weight called `name`"
         m, p = self.layers[name]
         return m._parameters[p]
 
-    def leave_dense(self, name, why)->None:
-        "Take the weight called `name` out of what is sparsified; `why` goes into the report"
+    def leave_dense(self, name:str, why:str)->None:
+        "Do not sparsify the weight called `name`; the report shows `why`"
         del self.layers[name]
         self.dense[name] = why
+
+# %% ../../nbs/core/12_sparsifier.ipynb #6bb5cbb9
+@patch
+def _check_recalibrate(self:Sparsifier):
+    "Raise `ValueError` if the statistics of BatchNorm can't be measured"
+    if self.data is None: raise ValueError("recalibrate=True needs data=, batches of training data")
+    if not hasattr(self, 'recalibrate'):
+        raise ValueError("recalibrate=True needs fasterai_sparse.train.bn_adaptation, which is not imported")
 
 # %% ../../nbs/core/12_sparsifier.ipynb #ae2e1cf8
 @patch
@@ -123,46 +134,55 @@ def _find_layers(self:Sparsifier):
     "Sort the weights of `layer_type` into those to sparsify, those that stay dense and those that are refused"
     for name,m,p in maskable_weights(self.model, self.layer_type):
         self.matched[name] = (m, p)
-        if why := unmaskable(m, p):
-            self.refused[name] = why
-            continue
-        self.groups[name] = group_weights(m, self.granularity)
-        if why := self._why_dense(name, m, p): self.dense[name] = f'stays dense: {why}'
-        else: self.layers[name] = (m, p)
-    if not self.layers: self._fail_without_layers()
+        if why := unmaskable(m, p): self.refused[name] = why
+        else: self._sort_maskable(name, m, p)
+    if not self.layers: raise ValueError(self._why_no_layers())
+
+# %% ../../nbs/core/12_sparsifier.ipynb #ba765b3e
+@patch
+def _sort_maskable(self:Sparsifier, name, m, p):
+    "Add a weight that can carry a mask to `layers`, or to `dense` if there is a reason to leave it dense"
+    self.groups[name] = group_weights(m, self.granularity)
+    if why := self._why_dense(name, m, p): self.dense[name] = f'stays dense: {why}'
+    else: self.layers[name] = (m, p)
+
+# %% ../../nbs/core/12_sparsifier.ipynb #cc3bb2f6
+@patch
+def _why_unmeasured(self:Sparsifier, name, m, p):
+    "Why the input norms of a weight can't be measured, or None; raises `ValueError` for layers with several weights"
+    if isinstance(m, NonDynamicallyQuantizableLinear): return 'attention uses it without calling the layer'
+    if p != 'weight': raise ValueError(f"{self.criteria.name!r} has no input norms for {type(m).__name__} ({name})")
 
 # %% ../../nbs/core/12_sparsifier.ipynb #22d1cb38
 @patch
 def _why_dense(self:Sparsifier, name, m, p):
     "Why a weight that could carry a mask stays dense, or None"
     if m._parameters[p].numel() == 0: return 'it has no elements'
-    if 'data' in self.criteria.needs:
-        if isinstance(m, NonDynamicallyQuantizableLinear):
-            return 'attention reads it without a call that shows its input'
-        if p != 'weight': raise ValueError(f"{self.criteria.name!r} has no input norms for {type(m).__name__} ({name})")
-    return self.groups[name].misfit(m._parameters[p].shape)
+    why = self._why_unmeasured(name, m, p) if 'data' in self.criteria.needs else None
+    return why or self.groups[name].misfit(m._parameters[p].shape)
 
-# %% ../../nbs/core/12_sparsifier.ipynb #87d9dbeb
+# %% ../../nbs/core/12_sparsifier.ipynb #c8a1d0e2
+def _maskable_types(model): return {type(m).__name__ for _,m,_ in maskable_weights(model)}
+
 @patch
-def _fail_without_layers(self:Sparsifier):
-    "Raise `ValueError` that says why there is nothing to sparsify"
+def _why_no_layers(self:Sparsifier):
+    "Why there is nothing to sparsify"
     model, why = type(self.model).__name__, {**self.refused, **self.dense}
-    if why: raise ValueError(f"No layer of {model} can be sparsified: " + '; '.join(f'{n} {w}' for n,w in why.items()))
-    have = sorted({type(m).__name__ for _,m,_ in maskable_weights(self.model)})
+    if why: return f"No layer of {model} can be sparsified: " + '; '.join(f'{n} {w}' for n,w in why.items())
     types = ' or '.join(getattr(t, '__name__', str(t)) for t in self._layer_types())
-    raise ValueError(f"No layer of type {types} in {model}; it has {have}")
+    return f"No layer of type {types} in {model}; it has {sorted(_maskable_types(self.model))}"
 
 # %% ../../nbs/core/12_sparsifier.ipynb #1721d0de
 @patch
 def _find_batchnorms(self:Sparsifier):
-    "Find out which BatchNorms follow layers whose groups are outputs"
+    "Find the BatchNorms after each layer, if groups are outputs"
     drops = any(drops_outputs(m, self.groups[n]) for n,(m,_) in self.layers.items())
     self.batchnorms, self.unknown = batchnorms_after(self.model) if drops else ({}, set())
 
 # %% ../../nbs/core/12_sparsifier.ipynb #c62278ff
 @patch
-def generator(self:Sparsifier, name)->torch.Generator:
-    "A random generator keyed by seed, `name` and the number of calls: the same in every run and on every rank"
+def generator(self:Sparsifier, name:str)->torch.Generator:
+    "A random generator that depends on `seed`, `name` and the number of calls: the same in every run and on every rank"
     return torch.Generator().manual_seed(zlib.crc32(f'{self.seed}/{name}/{self.n_calls}'.encode()))
 
 # %% ../../nbs/core/12_sparsifier.ipynb #e2cd174a
@@ -177,7 +197,7 @@ def _grad(self:Sparsifier, name):
 # %% ../../nbs/core/12_sparsifier.ipynb #d0dbed9c
 @patch
 def _opt_state(self:Sparsifier, name):
-    "State of the optimizer for the weight called `name`; raises `ValueError` outside of a training"
+    "State of the optimizer for the weight called `name`; raises `ValueError` outside of training"
     if self.opt is not None: return self.opt(self.param(name))
     raise ValueError(f"The criterion {self.criteria.name!r} needs the optimizer's state: use it while training")
 
@@ -200,19 +220,19 @@ def _state_for(self:Sparsifier, kind, name, norms):
 # %% ../../nbs/core/12_sparsifier.ipynb #b9266aac
 @patch
 def scores(self:Sparsifier,
-    name, # Name of a weight
-    norms, # From `_norms`
+    name:str, # Name of a weight
+    norms:dict, # Layer -> input norms, from `_norms`
 )->torch.Tensor:
     "One score per group of the weight called `name`; raises `ValueError` for NaN"
     state = {k: self._state_for(k, name, norms) for k in self.criteria.needs}
     s = self.criteria(self.param(name), self.groups[name], **state)
     if not has_nan(s): return s
-    raise ValueError(f"The scores of {name} hold NaN, which can't be ranked: look for NaN in its weights or gradients")
+    raise ValueError(f"The scores of {name} contain NaN: look for NaN in its weights or gradients")
 
 # %% ../../nbs/core/12_sparsifier.ipynb #77f6008b
 @patch
-def live(self:Sparsifier, name)->torch.Tensor|None:
-    "Mask of the groups of the weight called `name` that hold a live weight; None if it has no mask"
+def live(self:Sparsifier, name:str)->torch.Tensor|None:
+    "Mask of the groups of a weight that contain live weights; None if it has no mask"
     mask = get_mask(*self.layers[name])
     if mask is None: return
     seen, version, live = self._lives.get(name, (None, None, None))
@@ -233,8 +253,8 @@ def _group_size(self:Sparsifier, name): return self.groups[name].size(self.param
 
 # %% ../../nbs/core/12_sparsifier.ipynb #5311ddd1
 @patch
-def revival(self:Sparsifier, name)->torch.Tensor:
-    "Scores by which dropped groups come back: the size of the gradient, or random where there is none"
+def revival(self:Sparsifier, name:str)->torch.Tensor:
+    "Scores for dropped groups to come back: the size of their gradients, or random numbers if there are none"
     p = self.param(name)
     g = None if p.grad is None else self._grad(name)
     if g is None or not g.count_nonzero():
@@ -244,9 +264,9 @@ def revival(self:Sparsifier, name)->torch.Tensor:
 # %% ../../nbs/core/12_sparsifier.ipynb #06c91b05
 @patch
 def new_mask(self:Sparsifier,
-    name, # Name of a weight
-    scores, # One per group, from `scores`
-    n_keep, # Number of groups to keep
+    name:str, # Name of a weight
+    scores:torch.Tensor, # One score per group, from the method `scores`
+    n_keep:int, # Number of groups to keep
 )->torch.Tensor:
     "Bool mask like `scores` of the groups to keep. Extension point: training algorithms override this method"
     return self.groups[name].select(scores, n_keep, self.live(name), partial(self.revival, name))
@@ -254,19 +274,25 @@ def new_mask(self:Sparsifier,
 # %% ../../nbs/core/12_sparsifier.ipynb #188c1a83
 @patch
 def _matched_by(self:Sparsifier, key):
-    "Names of the weights that `key` stands for, also of those that stay dense or are refused"
+    "Names of the weights that `key` refers to, including those that stay dense or are refused"
     module = key if isinstance(key, nn.Module) else dict(self.model.named_modules(remove_duplicate=False)).get(key)
     own = set() if module is None else {id(p) for p in module._parameters.values() if p is not None}
     return [n for n,(m,p) in self.matched.items() if key == n or m is module or id(m._parameters.get(p)) in own]
+
+# %% ../../nbs/core/12_sparsifier.ipynb #7cdccbc9
+@patch
+def _check_sparsifiable(self:Sparsifier, names):
+    "Raise `ValueError` if one of the weights `names` stays dense or is refused"
+    for n in names:
+        if n in self.layers: continue
+        raise ValueError(f"Layer {n!r} can't be sparsified: {self.refused.get(n) or self.dense[n]}")
 
 # %% ../../nbs/core/12_sparsifier.ipynb #dedce5cb
 @patch
 def _name_of(self:Sparsifier, key):
     "Names of the weights of `key`: a layer, its name, or the name of a weight; raises `ValueError` if there are none"
     names = self._matched_by(key)
-    for n in names:
-        if n in self.layers: continue
-        raise ValueError(f"Layer {n!r} can't be sparsified: {self.refused.get(n) or self.dense[n]}")
+    self._check_sparsifiable(names)
     if names: return names
     what = type(key).__name__ if isinstance(key, nn.Module) else repr(key)
     raise ValueError(f"No layer {what} to sparsify; use one of {list(self.layers)}")
@@ -282,102 +308,134 @@ def check_refused(self:Sparsifier)->None:
 # %% ../../nbs/core/12_sparsifier.ipynb #20fa34ba
 @patch
 def _asked_by_name(self:Sparsifier, sparsities):
-    "Name of a weight -> fraction, from the dict `sparsities`; raises `ValueError` if it is empty or names one twice"
+    "Weight name -> fraction; raises `ValueError` if the dict is empty or names a weight twice"
     if not sparsities: raise ValueError(f"The dict of sparsities is empty; name some of {list(self.layers)}")
     pairs = [(n, as_fraction(s)) for k,s in sparsities.items() for n in self._name_of(k)]
-    if len(dict(pairs)) == len(pairs): return dict(pairs)
+    if len(asked := dict(pairs)) == len(pairs): return asked
     raise ValueError(f"The dict of sparsities names a weight twice: {[n for n,_ in pairs]}")
 
 # %% ../../nbs/core/12_sparsifier.ipynb #e10ac7cd
 @patch
 def targets(self:Sparsifier,
-    sparsity, # Percent, or a dict of layer names (or modules) to percent
+    sparsity:float|dict, # Percent, or a dict of layer names (or modules) to percent
 )->Targets:
-    "The `Targets` that `sparsity` stands for; raises `ValueError` for layers that can't be sparse"
+    "`sparsity` as `Targets`; raises `ValueError` for layers that can't be sparse"
     if not isinstance(sparsity, dict):
         self.check_refused()
         return Targets(as_fraction(sparsity), tuple(self.layers))
     if self.allocation is not uniform_sparsity:
-        raise ValueError("A dict of sparsities leaves nothing to share out: it needs context='local'")
+        raise ValueError("A dict sets the sparsity of each layer itself, so it needs context='local'")
     asked = self._asked_by_name(sparsity)
     return Targets(asked, tuple(asked))
 
 # %% ../../nbs/core/12_sparsifier.ipynb #80673364
 @patch
 def _as_targets(self:Sparsifier, target):
-    "`target` as `Targets`: a fraction is one for all layers together"
+    "`target` as `Targets`; a fraction is for all layers together"
     return target if isinstance(target, Targets) else Targets(target, tuple(self.layers))
 
 @patch
-def check(self:Sparsifier,
-    target, # `Targets`, or a fraction for all layers together
-    round_to=None, # Multiple for the number of groups kept
-)->None:
-    "Raise `ValueError` if `target` and `round_to` are not possible with this granularity"
-    check_whole('round_to', round_to)
-    if not isinstance(self.granularity, NM): return
-    if round_to is not None: raise ValueError("An N:M pattern leaves round_to no choice: leave it out")
+def _check_pattern(self:Sparsifier, target, round_to):
+    "Raise `ValueError` if the N:M pattern does not allow `round_to` or the sparsity of `target`"
+    if round_to is not None: raise ValueError("round_to has no use with an N:M pattern: leave it out")
     most, limit = self._as_targets(target).highest, self.granularity.max_sparsity
     if most <= limit: return
     raise ValueError(f"{self.granularity} makes a layer {limit:.2%} sparse at most, not {float(most):.2%}")
 
+# %% ../../nbs/core/12_sparsifier.ipynb #82775b87
+@patch
+def check(self:Sparsifier,
+    target:Targets|Fraction, # `Targets`, or a fraction for all layers together
+    round_to:int|None=None, # The number of groups kept in each layer is to be a multiple of this
+)->None:
+    "Raise `ValueError` if `target` and `round_to` are not possible with this granularity"
+    check_whole('round_to', round_to)
+    if isinstance(self.granularity, NM): self._check_pattern(target, round_to)
+
+# %% ../../nbs/core/12_sparsifier.ipynb #d8b67110
+@patch
+def _ranked_scores(self:Sparsifier, name, scores, rises):
+    "`scores`, but the lowest for dropped groups if the sparsity rises; if not, infinite for live groups"
+    if (live := self.live(name)) is None: return scores
+    return demote_dead(scores, live) if rises else torch.where(live, math.inf, self.revival(name))
+
 # %% ../../nbs/core/12_sparsifier.ipynb #91b85c86
 @patch
 def _ranking(self:Sparsifier, scores, n_zero, allocation):
-    "Keyword arguments about scores for `allocation`, at `n_zero` zeros over all layers"
-    lives = {n: live for n in scores if (live := self.live(n)) is not None}
-    rises = n_zero >= sum(self._group_size(n)*self._n_dead(n) for n in lives)
+    "Keyword arguments about scores for `allocation`, if all layers together should have `n_zero` zeros"
+    rises = n_zero >= sum(self._group_size(n)*self._n_dead(n) for n in scores)
     if rises and accepts(allocation, 'live'):
-        return dict(scores=list(scores.values()), live=[lives.get(n) for n in scores])
-    def ranked(n, s):
-        if n not in lives: return s
-        return demote_dead(s, lives[n]) if rises else torch.where(lives[n], math.inf, self.revival(n))
-    return dict(scores=[ranked(n, s) for n,s in scores.items()])
+        return dict(scores=list(scores.values()), live=[self.live(n) for n in scores])
+    return dict(scores=[self._ranked_scores(n, s, rises) for n,s in scores.items()])
+
+# %% ../../nbs/core/12_sparsifier.ipynb #f4f63e1f
+@patch
+def _allocation_state(self:Sparsifier, names, allocation, fraction, scores):
+    "Keyword arguments for `allocation`; without those about `scores` if it does not ask for them"
+    state = dict(names=names, sizes=[self._group_size(n) for n in names], emptied=self.spared)
+    if scores is None: return state
+    n_weights = sum(self.param(n).numel() for n in names)
+    return state | self._ranking(scores, n_zeros(fraction, n_weights), allocation)
 
 # %% ../../nbs/core/12_sparsifier.ipynb #ca5f30f3
 @patch
 def _allocate(self:Sparsifier, names, allocation, fraction, norms):
-    "Sparsity of each layer by `allocation`, and the scores that were computed for it"
-    params, scores = [self.param(n) for n in names], {}
-    state = dict(names=names, sizes=[self._group_size(n) for n in names], emptied=self.spared)
-    if accepts(allocation, 'scores'):
-        scores = {n: self.scores(n, norms) for n in names}
-        state |= self._ranking(scores, n_zeros(fraction, sum(p.numel() for p in params)), allocation)
-    return list(allocation(params, fraction, **accepted_by(allocation, **state))), scores
+    "Sparsity of each layer by `allocation`; and the scores that were computed for it, by name"
+    scores = {n: self.scores(n, norms) for n in names} if accepts(allocation, 'scores') else None
+    state = accepted_by(allocation, **self._allocation_state(names, allocation, fraction, scores))
+    return list(allocation([self.param(n) for n in names], fraction, **state)), scores or {}
+
+# %% ../../nbs/core/12_sparsifier.ipynb #4b0846dd
+@patch
+def _exact_numbers(self:Sparsifier, names, fractions, n_groups):
+    "Number of groups that each of the weights `names` keeps; adds layers that would be empty to `spared`"
+    drops = n_dropped(fractions, n_groups, [self._group_size(n) for n in names], [self._n_dead(n) for n in names])
+    for name,f,n,drop in zip(names, fractions, n_groups, drops):
+        if n-drop == 1 and n_zeros(f, n) > drop: self.spared.add(name)
+    return [n-drop for n,drop in zip(n_groups, drops)]
+
+# %% ../../nbs/core/12_sparsifier.ipynb #540461e1
+@patch
+def _numbers_to_keep(self:Sparsifier, names, fractions, round_to):
+    "Number of groups that each of the weights `names` keeps, rounded to multiples of `round_to` if given"
+    n_groups = [self.param(n).numel()//self._group_size(n) for n in names]
+    exact = self._exact_numbers(names, fractions, n_groups)
+    return [rounded_keep(f, n, round_to) for f,n in zip(fractions, n_groups)] if round_to else exact
 
 # %% ../../nbs/core/12_sparsifier.ipynb #7ded575d
 @patch
 def _plan(self:Sparsifier, names, allocation, fraction, round_to, norms):
     "Yield (name, scores, number of groups to keep) for each of the weights `names`"
     fractions, scores = self._allocate(names, allocation, fraction, norms)
-    sizes = [self._group_size(n) for n in names]
-    n_groups = [self.param(n).numel()//size for n,size in zip(names, sizes)]
-    drops = n_dropped(fractions, n_groups, sizes, [self._n_dead(n) for n in names])
-    for n,f,total,drop in zip(names, fractions, n_groups, drops):
-        if total-drop == 1 and n_zeros(f, total) > drop: self.spared.add(n)
-        n_keep = rounded_keep(f, total, round_to) if round_to else total-drop
+    for n,n_keep in zip(names, self._numbers_to_keep(names, fractions, round_to)):
         yield n, scores[n] if n in scores else self.scores(n, norms), n_keep
+
+# %% ../../nbs/core/12_sparsifier.ipynb #b0831c92
+@patch
+def _separate_plans(self:Sparsifier, target):
+    "(names, allocation, fraction) of each plan: one for all weights, or one for each if they have their own targets"
+    if not target.per_layer: return [(list(target.names), self.allocation, target.asked)]
+    return [([n], uniform_sparsity, target.of(n)) for n in target.names]
 
 # %% ../../nbs/core/12_sparsifier.ipynb #bb050e13
 @patch
 @torch.no_grad()
 def choose(self:Sparsifier,
-    target, # `Targets`, or a fraction for all layers together
-    round_to=None, # Make the number of groups kept in each layer a multiple of this
+    target:Targets|Fraction, # `Targets`, or a fraction for all layers together
+    round_to:int|None=None, # Make the number of groups kept in each layer a multiple of this
 )->list:
-    "(name, mask of groups) for each weight, as `apply` would set them; nothing changes"
+    "(name, mask of groups) for each weight, as `apply` would set them; does not change the model"
     self.check(target, round_to)
     target = self._as_targets(target)
     norms = self._norms(target.names)
     self.spared -= set(target.names)
-    each = [([n], uniform_sparsity, target.of(n)) for n in target.names]
-    jobs = each if target.per_layer else [(list(target.names), self.allocation, target.asked)]
-    return [(n, self.new_mask(n, s, k)) for job in jobs for n,s,k in self._plan(*job, round_to, norms)]
+    plans = (self._plan(*args, round_to, norms) for args in self._separate_plans(target))
+    return [(n, self.new_mask(n, scores, n_keep)) for plan in plans for n,scores,n_keep in plan]
 
 # %% ../../nbs/core/12_sparsifier.ipynb #4c70aabc
 @patch
 def _expanded(self:Sparsifier, name, mask, old):
-    "The mask of groups `mask` as one of weights; single weights that the mask `old` has dropped stay dropped"
+    "The mask of groups `mask` as a mask of weights; single weights that the mask `old` has dropped stay dropped"
     g, p = self.groups[name], self.param(name)
     if old is None or g.size(p.shape) == 1: return g.expand(mask, p.shape)
     live = self.live(name)
@@ -401,38 +459,49 @@ def _changes(self:Sparsifier, name, mask):
 
 # %% ../../nbs/core/12_sparsifier.ipynb #612e6ae4
 def _copy_of_changed(changes):
-    "(module, parameter name, parameter, mask or None) of all `changes`, copied"
+    "(module, parameter name, copy of the parameter, copy of its mask or None) for all `changes`"
     masks = [get_mask(m, p) for m,p,_ in changes]
     return [(m, p, m._parameters[p].detach().clone(), None if old is None else old.clone())
             for (m,p,_),old in zip(changes, masks)]
 
 # %% ../../nbs/core/12_sparsifier.ipynb #37ce6778
-def _differs(mask, old): return mask.logical_not() if old is None else mask != old
+def _changed_places(mask, old): return mask.logical_not() if old is None else mask != old
 
 def _set_and_revive(m, p, mask):
-    "Set the mask of the parameter `p` of `m`; weights of BatchNorm that come back become 1"
+    "Set the mask of the parameter `p` of `m`; weights of a BatchNorm that come back become 1"
     old = get_mask(m, p)
     if isinstance(m, BatchNorm) and p == 'weight' and old is not None: m.weight[mask & ~old] = 1.
     set_mask(m, mask, p)
+
+# %% ../../nbs/core/12_sparsifier.ipynb #c369ef77
+@patch
+def _undo_entry(self:Sparsifier, changes):
+    "What `undo` needs to restore before `changes`; the list at the end is for statistics of BatchNorm"
+    return _copy_of_changed(changes), self.n_calls, {n: t.clone() for n,t in self.prev.items()}, []
+
+# %% ../../nbs/core/12_sparsifier.ipynb #b6e8acac
+def _check_changes(changes):
+    "Raise `ValueError` if the parameter of one of `changes` can't carry a mask"
+    for m,p,_ in changes:
+        if why := unmaskable(m, p): raise ValueError(f"The {p} of {type(m).__name__} must be masked too, but it {why}")
 
 # %% ../../nbs/core/12_sparsifier.ipynb #4fbb4c79
 @patch
 @torch.no_grad()
 def _set(self:Sparsifier, changes, on_change=None):
-    "Make all `changes` and keep copies for `undo`; raises `ValueError`, before the first, if one is impossible"
-    for m,p,_ in changes:
-        if why := unmaskable(m, p): raise ValueError(f"The {p} of {type(m).__name__} has to be masked too, and {why}")
+    "Make all `changes` and keep copies for `undo`; raises `ValueError`, before the first change, if one is impossible"
+    _check_changes(changes)
     watch_loads(self.model)
-    copies = None if self._history is None else _copy_of_changed(changes)
+    entry = None if self._history is None else self._undo_entry(changes)
     for m,p,mask in changes:
-        if on_change: on_change(m._parameters[p], _differs(mask, get_mask(m, p)))
+        if on_change: on_change(m._parameters[p], _changed_places(mask, get_mask(m, p)))
         _set_and_revive(m, p, mask)
-    if copies is not None: self._history.append((copies, self.n_calls, {n: t.clone() for n,t in self.prev.items()}, []))
+    if entry: self._history.append(entry)
 
 # %% ../../nbs/core/12_sparsifier.ipynb #e79751de
 @patch
 def _note_update(self:Sparsifier, name, mask):
-    "Remember, after an update, which groups are live and what the weights are, as far as the criterion needs it"
+    "After an update, store which groups are live, and the weights if the criterion asks for `prev`"
     full = get_mask(*self.layers[name])
     self._lives[name] = full, full._version, mask if self._group_size(name) > 1 else full.bool()
     if self.prev: self.prev[name].copy_(self.param(name))
@@ -441,11 +510,11 @@ def _note_update(self:Sparsifier, name, mask):
 @patch
 @torch.no_grad()
 def apply(self:Sparsifier,
-    target, # `Targets`, or a fraction for all layers together
-    round_to=None, # Make the number of groups kept in each layer a multiple of this
-    on_change=None, # Called with each parameter and a bool mask of what will change in it
+    target:Targets|Fraction, # `Targets`, or a fraction for all layers together
+    round_to:int|None=None, # Make the number of groups kept in each layer a multiple of this
+    on_change:Callable|None=None, # Called with each parameter and a bool mask of the elements whose mask will change
 )->None:
-    "Set the masks for `target`; nothing changes unless all of them can be set"
+    "Set the masks for `target`; the model does not change unless all of them can be set"
     self.check(target, round_to)
     if self.to_permute: self.permute()
     plan = self.choose(target, round_to)
@@ -453,23 +522,28 @@ def apply(self:Sparsifier,
     for n,mask in plan: self._note_update(n, mask)
     self.n_calls += 1
 
+# %% ../../nbs/core/12_sparsifier.ipynb #ede558d1
+@patch
+def _note(self:Sparsifier, name):
+    "Note in the report on a weight of `layers`, or None"
+    m, p = self.layers[name]
+    if name in self.spared: return 'one group is kept so that the layer is not empty'
+    if m in self.unknown and get_mask(m, p) is not None:
+        return 'the model could not be traced: a BatchNorm after it, if any, is not masked'
+
 # %% ../../nbs/core/12_sparsifier.ipynb #f5a8e1b4
 @patch
 def report(self:Sparsifier,
-    example_input=None, # A batch: adds FLOPs
-):
-    "`sparsity_report` of the layers of `layer_type`, with notes why a layer is dense or not as sparse as asked"
-    notes = {**self.refused, **self.dense}
-    for n,(m,p) in self.layers.items():
-        if n in self.spared: notes[n] = 'one group is kept so that the layer is not empty'
-        elif m in self.unknown and get_mask(m, p) is not None:
-            notes[n] = 'the model could not be traced: a BatchNorm after it, if any, is not masked'
-    return sparsity_report(self.model, example_input, self.layer_type, notes)
+    example_input=None, # A batch: adds the columns `flops` and `sparse_flops`
+)->pd.DataFrame:
+    "`sparsity_report` of the layers of `layer_type`, with notes on layers that are dense or not as sparse as asked"
+    notes = {n: note for n in self.layers if (note := self._note(n))}
+    return sparsity_report(self.model, example_input, self.layer_type, {**self.refused, **self.dense, **notes})
 
 # %% ../../nbs/core/12_sparsifier.ipynb #e210308c
 @patch
 def print_sparsity(self:Sparsifier,
-    example_input=None, # A batch: adds FLOPs
+    example_input=None, # A batch: adds a line about FLOPs
 )->None:
     "Print the report"
     print(format_report(self.report(example_input)))
@@ -477,37 +551,41 @@ def print_sparsity(self:Sparsifier,
 # %% ../../nbs/core/12_sparsifier.ipynb #f5327d71
 @patch
 def sparsify_batchnorm(self:Sparsifier,
-    m:nn.Module, # The layer before
-    bn:nn.Module, # Its BatchNorm; without affine parameters nothing is done
+    m:nn.Module, # The layer before the BatchNorm
+    bn:nn.Module, # The BatchNorm
 )->None:
-    "Mask the channels of `bn` whose filters in `m` are dropped, now and in later calls"
+    "Mask the channels of `bn` whose filters in `m` are dropped, now and later"
     name = self._name_of(m)[0]
     if not drops_outputs(m, self.groups[name]) or self.live(name) is None: return
     self._set(_batchnorm_changes(bn, dropped_outputs(m, self.live(name))))
     self.batchnorms.setdefault(m, []).append(bn)
     self.unknown.discard(m)
 
+# %% ../../nbs/core/12_sparsifier.ipynb #03a0551d
+def _restore_param(m, p, w, mask):
+    "Set the parameter `p` of `m` to `w`, and its mask to `mask` or to none"
+    if mask is not None: set_mask(m, mask, p)
+    elif get_mask(m, p) is not None: delattr(m, f'{p}_mask')
+    m._parameters[p].copy_(w)
+
 # %% ../../nbs/core/12_sparsifier.ipynb #80de55c2
 @patch
 @torch.no_grad()
 def undo(self:Sparsifier)->None:
-    "Undo the last `sparsify_…`: weights and masks are again exactly what they were"
+    "Undo the last call of `sparsify_model` or `sparsify_layer`; raises `ValueError` if there is none"
     if self._history is None: raise ValueError("Nothing was kept to undo: create the Sparsifier with undo=True")
     if not self._history: raise ValueError("Nothing to undo")
     copies, self.n_calls, self.prev, stats = self._history.pop()
-    for m,p,w,mask in copies:
-        if mask is not None: set_mask(m, mask, p)
-        elif get_mask(m, p) is not None: delattr(m, f'{p}_mask')
-        m._parameters[p].copy_(w)
-    for t,was in stats: t.copy_(was)   # statistics that `recalibrate` has changed
+    for copy in copies: _restore_param(*copy)
+    for t,before in stats: t.copy_(before)   # statistics that `recalibrate` has changed
 
 # %% ../../nbs/core/12_sparsifier.ipynb #ff788321
 @patch
 def save_model(self:Sparsifier,
-    path, # File to write
-    model:nn.Module=None, # Another model than the sparsifier's own
-    weights_only=False, # Only the `state_dict`, which `torch.load(path, weights_only=True)` reads
+    path:str|Path, # File to write
+    model:nn.Module|None=None, # Another model than the sparsifier's own
+    weights_only:bool=False, # Only the `state_dict`, which `torch.load(path, weights_only=True)` reads
 )->None:
-    "Save the sparse model as a plain one, without masks and hooks"
+    "Save the sparse model as a plain model, without masks and hooks"
     with masks_off(ifnone(model, self.model)) as plain, atomic_write(path) as f:
         torch.save(plain.state_dict() if weights_only else plain, f)

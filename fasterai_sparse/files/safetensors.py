@@ -17,8 +17,9 @@ from torch.nn.parameter import is_lazy
 from ..utils.compat import is_traceable_wrapper_subclass
 from ..utils.files import atomic_write
 from ..utils.modes import unwrapped
+from ..core.granularity import Granularities
 from ..core.layers import maskable_weights, out_in_axes
-from ..core.masks import masks_off
+from ..core.masks import mask_of_zeros, masks_off
 
 # %% ../../nbs/files/00_safetensors.ipynb #bd9f5278
 _torch_dtypes = {
@@ -429,6 +430,14 @@ def _follows_weights(key, keys):
     "Whether `key` is a mask that is saved with a model, or its sparsity: these need not be in the file"
     return key.endswith(('_mask', '_sparsity')) and key.rpartition('_')[0] in keys
 
+# %% ../../nbs/files/00_safetensors.ipynb #3d93575a
+def _make_mask(model, key):
+    "Write the mask called `key`, which the file lacks, from the zeros of its parameter"
+    layer, _, mask_name = key.rpartition('.')
+    m, name = model.get_submodule(layer), mask_name.removesuffix('_mask')
+    out_axis = out_in_axes(m)[0] if Granularities.has(m) else 0
+    if name in m._parameters: m._buffers[mask_name].copy_(mask_of_zeros(m, name, out_axis))
+
 # %% ../../nbs/files/00_safetensors.ipynb #ffe38786
 def _load_tensors(model, tensors):
     "Copy `tensors`, pairs (key, tensor) made one after the other, into `model`; then run its hooks for loading"
@@ -440,7 +449,7 @@ def _load_tensors(model, tensors):
             left.discard(k)
             del t   # before the next one is made
         for k in left:
-            if k.endswith('_mask'): own[k].copy_(own[k.removesuffix('_mask')] != 0)
+            if k.endswith('_mask'): _make_mask(model, k)
     model.load_state_dict(own)
 
 # %% ../../nbs/files/00_safetensors.ipynb #03490cbf

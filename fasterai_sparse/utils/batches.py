@@ -6,7 +6,7 @@
 __all__ = ['as_call', 'call_with', 'without_target', 'inputs_of', 'n_samples_in', 'moved_to', 'tensors_in']
 
 # %% ../../nbs/utils/00_batches.ipynb #41517745
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from torch import nn
 # %% ../../nbs/utils/00_batches.ipynb #5108fce2
 def as_call(
     batch, # A tensor, a tuple or list of positional arguments, or a dict of named ones
-    n_inp=None, # How many items of a tuple are arguments of the model; None: all
+    n_inp:int|None=None, # How many items of a tuple are arguments of the model; None: all
 )->tuple:
     "(args, kwargs) for a call of a model with `batch`"
     if isinstance(batch, Mapping): return (), dict(batch)
@@ -22,9 +22,9 @@ def as_call(
 
 # %% ../../nbs/utils/00_batches.ipynb #89f929dd
 def call_with(
-    model, # Any callable
-    batch, # As for `as_call`
-    n_inp=None, # As for `as_call`
+    model:Callable, # A model or any other function
+    batch, # A tensor, a tuple or list of positional arguments, or a dict of named ones
+    n_inp:int|None=None, # How many items of a tuple are arguments of the model; None: all
 ):
     "Call `model` with `batch`, and return what it returns"
     args, kwargs = as_call(batch, n_inp)
@@ -33,7 +33,7 @@ def call_with(
 # %% ../../nbs/utils/00_batches.ipynb #2eaec654
 def without_target(
     batch, # What a data loader yields
-    n_inp=None, # How many of its items are inputs; None: all but the last
+    n_inp:int|None=None, # How many of its items are inputs; None: all but the last
 ):
     "The inputs in `batch`; a tensor, a dict, and a tuple with one item are returned unchanged"
     return (batch[:n_inp or -1] or batch) if isinstance(batch, (tuple,list)) else batch
@@ -41,7 +41,7 @@ def without_target(
 # %% ../../nbs/utils/00_batches.ipynb #49e99896
 def inputs_of(
     data, # A batch (tensor, dict of arguments, or tuple that ends with the target), or a list or `DataLoader` of them
-    n_inp=None, # As for `without_target`
+    n_inp:int|None=None, # How many items of each batch are inputs; None: all but the last
 ): # Yields what `call_with` takes
     "Iterate over the inputs of each batch in `data`"
     for b in [data] if isinstance(data, (torch.Tensor, tuple, Mapping)) else data: yield without_target(b, n_inp)
@@ -57,23 +57,29 @@ def n_samples_in(
 # %% ../../nbs/utils/00_batches.ipynb #e6c7ac35
 def moved_to(
     batch, # Tensors, in lists, tuples and dicts of any depth
-    device, # A `torch.device` or its name
+    device:torch.device|str, # Device or its name
 ):
-    "A copy of `batch` with its tensors on `device`; tuples become lists, other values are kept"
+    "A copy of `batch` with its tensors on `device`; tuples become lists, other values stay the same"
     if isinstance(batch, Mapping): return {k: moved_to(v, device) for k,v in batch.items()}
     if isinstance(batch, (tuple,list)): return [moved_to(v, device) for v in batch]
     return batch.to(device) if torch.is_tensor(batch) else batch
 
+# %% ../../nbs/utils/00_batches.ipynb #20127671
+def _values_in(x):
+    "Values inside a container, or attributes of an object; None for modules, classes, functions and plain values"
+    if isinstance(x, (type, nn.Module)) or callable(x): return
+    if isinstance(x, Mapping): return x.values()
+    if isinstance(x, (list, tuple)): return x
+    return vars(x).values() if hasattr(x, '__dict__') else None
+
 # %% ../../nbs/utils/00_batches.ipynb #e88f328e
 def tensors_in(
-    x, # A tensor, or anything that holds tensors in lists, dicts and attributes
-    seen=None, # `id`s of containers to leave out
+    x, # A tensor, or anything with tensors in lists, dicts and attributes
+    seen:set|None=None, # `id`s of containers to skip
 ): # Yields tensors
-    "Iterate over all tensors in `x`, each container once; modules, classes and functions are left out"
+    "Iterate over all tensors in `x`, each container once; modules, classes and functions are skipped"
     seen = set() if seen is None else seen
     if torch.is_tensor(x): yield x
-    elif id(x) in seen or isinstance(x, (type, nn.Module)) or callable(x): return
-    elif isinstance(x, (Mapping, list, tuple)) or hasattr(x, '__dict__'):
+    elif id(x) not in seen and (values := _values_in(x)) is not None:
         seen.add(id(x))
-        for v in x.values() if isinstance(x, Mapping) else x if isinstance(x, (list,tuple)) else vars(x).values():
-            yield from tensors_in(v, seen)
+        for v in values: yield from tensors_in(v, seen)

@@ -7,39 +7,40 @@ __all__ = ['is_number', 'is_whole', 'check_number', 'check_whole', 'check_bool']
 
 # %% ../../nbs/utils/03_checks.ipynb #5db4415f
 import math
+from collections.abc import Callable
 from numbers import Integral, Real
 
 # %% ../../nbs/utils/03_checks.ipynb #58c92707
 def is_number(
     v, # Anything
 )->bool:
-    "Whether `v` is a finite real number and no bool"
+    "Whether `v` is a finite real number, but not a bool"
     return isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v)
 
 # %% ../../nbs/utils/03_checks.ipynb #0118d625
 def is_whole(
     v, # Anything
 )->bool:
-    "Whether `v` is of a whole-number type and no bool"
+    "Whether `v` is of a whole-number type, but not a bool (1.0 is not)"
     return isinstance(v, Integral) and not isinstance(v, bool)
 
 # %% ../../nbs/utils/03_checks.ipynb #44380369
 def check_number(
-    name, # Name of the argument
+    name:str, # Name of the argument
     v, # Its value
-    what='a number', # Description of what is allowed, for the message
-    holds=lambda v: True, # Condition on the number
-):
+    what:str='a number', # Description of the values that are allowed, for the message
+    holds:Callable=lambda v: True, # Function of the number: whether it is allowed
+)->Real:
     "Return `v`; raises `ValueError` unless it is a finite number for which `holds` is true"
     if is_number(v) and holds(v): return v
     raise ValueError(f"{name} is {what}, not {v!r}")
 
 # %% ../../nbs/utils/03_checks.ipynb #bfe4171b
 def check_whole(
-    name, # Name of the argument
-    v, # Its value; None passes
-    least=1, # Smallest number that is allowed
-):
+    name:str, # Name of the argument
+    v, # Its value; None is allowed
+    least:int=1, # Smallest number that is allowed
+)->int|None:
     "Return `v`; raises `ValueError` unless it is None or a whole number of at least `least`"
     if v is None or is_whole(v) and v >= least: return v
     what = 'a positive whole number' if least == 1 else f'a whole number from {least}'
@@ -47,9 +48,9 @@ def check_whole(
 
 # %% ../../nbs/utils/03_checks.ipynb #0147dc3a
 def check_bool(
-    name, # Name of the argument
+    name:str, # Name of the argument
     v, # Its value
-):
+)->bool:
     "Return `v`; raises `ValueError` unless it is True or False"
     if isinstance(v, bool): return v
     raise ValueError(f"{name} is True or False, not {v!r}")

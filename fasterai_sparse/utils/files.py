@@ -14,11 +14,11 @@ from threading import get_native_id
 # %% ../../nbs/utils/02_files.ipynb #10d6adfb
 @contextmanager
 def atomic_write(
-    path, # File to write
+    path:str|Path, # File to write
 ):
     "Open a binary file that replaces `path` when the block ends; if the block raises, `path` stays as it was"
     path = Path(path)
-    tmp = path.with_name(f'{path.name}.{get_native_id()}.tmp')   # one per thread of each process
+    tmp = path.with_name(f'{path.name}.{get_native_id()}.tmp')   # a different name for each thread of each process
     try:
         with open(tmp, 'wb') as f:
             yield f

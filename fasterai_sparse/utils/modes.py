@@ -44,7 +44,7 @@ def model_of(
 @contextmanager
 def evaluating(
     model:nn.Module,
-    handles=(), # Hooks that are removed at the end
+    handles:list|tuple=(), # Handles of hooks, which are removed at the end
 ):
     "Inside the block `model` is in eval mode and without gradients; its modes are restored, also after an exception"
     modes = {m: m.training for m in model.modules()}
@@ -57,7 +57,7 @@ def evaluating(
 
 # %% ../../nbs/utils/01_modes.ipynb #936e82bf
 def _loader_parts(dl):
-    "`dl` with the loaders and samplers inside it"
+    "List of `dl` and the loaders and samplers inside it"
     found = []
     def visit(o):
         if o is None or any(o is f for f in found): return
@@ -66,9 +66,14 @@ def _loader_parts(dl):
     visit(dl)
     return found
 
+# %% ../../nbs/utils/01_modes.ipynb #92858e5c
+def _preserve_torch_loader(stack, part):
+    "Let `stack` restore the generator of a loader or sampler of torch"
+    if isinstance(g := getattr(part, 'generator', None), torch.Generator): stack.callback(g.set_state, g.get_state())
+
 # %% ../../nbs/utils/01_modes.ipynb #f3bf4ea1
 def _preserve_fastai_loader(stack, part):
-    "Have `stack` restore the generator of a fastai loader, and the order of items that a text loader shuffles in place"
+    "Let `stack` restore the generator of a fastai loader, and the items that a text loader shuffles in place"
     if isinstance(rng := getattr(part, '__dict__', {}).get('rng'), random.Random):
         stack.callback(setattr, part, 'rng', rng)
         stack.callback(rng.setstate, rng.getstate())
@@ -77,7 +82,7 @@ def _preserve_fastai_loader(stack, part):
 
 # %% ../../nbs/utils/01_modes.ipynb #4a7b84fa
 def _restore_random_states(stack, devices):
-    "Have `stack` restore the random states of Python, NumPy and torch, on the CPU and on CUDA `devices`"
+    "Let `stack` restore the random states of Python, NumPy and torch, on the CPU and on CUDA `devices`"
     stack.enter_context(torch.random.fork_rng(devices))
     stack.callback(random.setstate, random.getstate())
     stack.callback(np.random.set_state, np.random.get_state())
@@ -88,29 +93,29 @@ def preserve_random_state(
     dl, # A `DataLoader`, fastai's or torch's
 ):
     "Restore, after the block, all random states that a pass over `dl` changes"
-    parts, device = _loader_parts(dl), getattr(dl, 'device', None)
-    generators = [g for p in parts if isinstance(g := getattr(p, 'generator', None), torch.Generator)]
+    device = getattr(dl, 'device', None)
     with ExitStack() as stack:
         _restore_random_states(stack, [device] if getattr(device, 'type', '') == 'cuda' else [])
-        for g in generators: stack.callback(g.set_state, g.get_state())
-        for p in parts: _preserve_fastai_loader(stack, p)
+        for part in _loader_parts(dl):
+            _preserve_torch_loader(stack, part)
+            _preserve_fastai_loader(stack, part)
         yield dl
 
 # %% ../../nbs/utils/01_modes.ipynb #68e13d9d
 def _seed_generators(seed, devices):
-    "Seed torch's generators on the CPU and on CUDA `devices`, and those of no other device"
+    "Seed torch's generators on the CPU and on CUDA `devices`, but on no other devices"
     for g in (torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)): g.manual_seed(seed)
 
 # %% ../../nbs/utils/01_modes.ipynb #8742e00f
 @contextmanager
 def observing(
     model:nn.Module,
-    training=False, # Run in training mode rather than eval mode
-    seed:int|None=None, # Seed of torch's generators inside the block; None: they go on from where they are
-    handles=(), # Hooks that are removed at the end
+    training:bool=False, # Run in training mode instead of eval mode
+    seed:int|None=None, # Seed of torch's generators inside the block; None: they are not seeded
+    handles:list|tuple=(), # Handles of hooks, which are removed at the end
 ):
-    """`model` in one mode, without gradients and with each of its modules called, inside the block. Its modes,
-    all random states and torch's settings come back after it, also after an exception."""
+    """Inside the block `model` is in training or eval mode, without gradients and without fused kernels. Afterwards its
+    modes, all random states and torch's settings are restored, also after an exception."""
     devices = sorted({t.device.index for ts in (model.parameters(), model.buffers()) for t in ts if t.is_cuda})
     fused = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:

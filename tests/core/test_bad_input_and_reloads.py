@@ -173,7 +173,7 @@ def test_nan_weights_raise_with_the_layer_s_name(criteria, granularity, context)
     net = mlp()
     net[1].weight.data[2,3] = math.nan
     before = tensors(net)
-    with pytest.raises(ValueError, match=r"scores of 1 hold NaN"): sparse(net, 50, granularity, context, criteria)
+    with pytest.raises(ValueError, match=r"scores of 1 contain NaN"): sparse(net, 50, granularity, context, criteria)
     assert same(tensors(net), before)
 
 def test_nan_gradients_raise():
@@ -181,7 +181,7 @@ def test_nan_gradients_raise():
     net(torch.ones(1, 10)).sum().backward()
     net[2].weight.grad[0,0] = math.nan
     before = tensors(net)
-    with pytest.raises(ValueError, match=r"scores of 2 hold NaN"): sparse(net, 50, criteria=grad_crit)
+    with pytest.raises(ValueError, match=r"scores of 2 contain NaN"): sparse(net, 50, criteria=grad_crit)
     assert same(tensors(net), before)
 
 @contexts

@@ -153,7 +153,7 @@ def side_by_side(
     "A table of accuracy and size of both models, as text"
     rows = [('dense', dense, file_bytes), ('sparse, plain file', sparse, file_bytes),
             ('sparse, bitmask + values', sparse, packed_size)]
-    lines = [f'{name:<26}{_accuracy(l):>9.2%}{size(l.model)/1024:>12.1f} kB' for name,l,size in rows]
+    lines = [f'{name:<26}{_accuracy(x):>9.2%}{size(x.model)/1024:>12.1f} kB' for name,x,size in rows]
     return '\n'.join([f"{'':<26}{'accuracy':>9}{'on disk':>15}", *lines])
 
 # %% ../nbs/demo.ipynb #4bc8eaab

@@ -72,19 +72,23 @@ def _read_idx(file):
     sizes = np.frombuffer(data, '>i4', n_dims, 4)
     return torch.from_numpy(np.frombuffer(data, np.uint8, offset=4+4*n_dims).reshape(sizes).copy())
 
+# %% ../nbs/demo.ipynb #5e47c04d
+def _read_images(path, name)->tuple:
+    "(images from 0 to 1, labels) of the set `name` ('train' or 't10k') in the folder `path`"
+    images, labels = (_read_idx(path/f'{name}-{kind}-ubyte.gz') for kind in ('images-idx3', 'labels-idx1'))
+    return images[:,None].float()/255, labels.long()
+
 # %% ../nbs/demo.ipynb #08b0e8fc
 def fashion_mnist(
     bs=128, # Batch size
     path=None, # Folder of the four files, `/usr/share/datasets/fashion-mnist` by default
 )->DataLoaders:
-    "Fashion-MNIST, 60,000 and 10,000 images of 28×28 pixels; raises `FileNotFoundError` where the files are missing"
+    "Fashion-MNIST, 70,000 images of 28×28 pixels; raises `FileNotFoundError` where the files are missing"
     path = Path(path or '/usr/share/datasets/fashion-mnist')
-    if not (path/'train-images-idx3-ubyte.gz').exists():
-        raise FileNotFoundError(f'No Fashion-MNIST in {path}: install the Debian package dataset-fashion-mnist, '
-                                'or give the folder of its four .gz files with --path')
-    def pair(s): return (_read_idx(path/f'{s}-images-idx3-ubyte.gz')[:,None].float()/255,
-                         _read_idx(path/f'{s}-labels-idx1-ubyte.gz').long())
-    return whole_dls(pair('train'), pair('t10k'), bs)
+    if (path/'train-images-idx3-ubyte.gz').exists():
+        return whole_dls(_read_images(path, 'train'), _read_images(path, 't10k'), bs)
+    raise FileNotFoundError(f'No Fashion-MNIST in {path}: install the Debian package dataset-fashion-mnist, '
+                            'or give the folder of its four .gz files with --path')
 
 # %% ../nbs/demo.ipynb #89f893cc
 def _is_cat(f): return Path(f).name[0].isupper()
@@ -94,7 +98,7 @@ def pets(
     bs=64, # Batch size
     path=None, # Folder that has the folder `images`; downloaded by default
 )->DataLoaders:
-    "Cats and dogs of the Oxford pets at 64×64 pixels; in this data set, names of cats begin with a capital letter"
+    "Cats and dogs of the Oxford pets at 64×64 pixels; file names of cats begin with a capital letter"
     from fastai.vision.all import ImageDataLoaders, Resize, get_image_files
     files = get_image_files((Path(path) if path else untar_data(URLs.PETS))/'images')
     return ImageDataLoaders.from_name_func('.', files, _is_cat, item_tfms=Resize(64), bs=bs)
@@ -106,17 +110,18 @@ def small_cnn(
     width=32, # Channels of the first convolution; later ones have two and four times as many
 )->nn.Sequential:
     "Five convolutions with BatchNorm, and a linear head"
-    return nn.Sequential(ConvLayer(c_in, width), ConvLayer(width, 2*width, stride=2), ConvLayer(2*width, 2*width),
-                         ConvLayer(2*width, 4*width, stride=2), ConvLayer(4*width, 4*width),
-                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4*width, n_out))
+    a, b, c = width, 2*width, 4*width
+    return nn.Sequential(
+        ConvLayer(c_in, a), ConvLayer(a, b, stride=2), ConvLayer(b, b), ConvLayer(b, c, stride=2), ConvLayer(c, c),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, n_out))
 
 # %% ../nbs/demo.ipynb #76cf002f
 def demo_learner(
     dls, # Images and their classes, as numbers from 0
     width=32, # As in `small_cnn`
-    seed=0, # Of the first weights
+    seed=0, # Seed of the initial weights
 )->Learner:
-    "A learner of a `small_cnn` that fits `dls`; equal seeds give equal weights"
+    "A Learner with a `small_cnn` for `dls`; equal seeds give equal weights"
     set_seed(seed)
     x,y = dls.one_batch()
     n_out = int(max(int(b[1].max()) for b in dls.valid)) + 1
@@ -132,7 +137,7 @@ def file_bytes(model:nn.Module)->int:
 
 # %% ../nbs/demo.ipynb #f3363a1b
 def packed_size(model:nn.Module)->int:
-    "Size of that file in bytes if each sparse weight were stored as a bitmask and its non-zero values"
+    "Size of this file in bytes if each sparse weight were stored as a bitmask and its non-zero values"
     df = sparsity_report(model)
     return file_bytes(model) - int(df.bytes.sum()) + int(df.packed_bytes.sum())
 
@@ -142,13 +147,13 @@ def _accuracy(learn):
 
 # %% ../nbs/demo.ipynb #29165520
 def side_by_side(
-    dense, # A learner whose metric is the accuracy
+    dense, # A Learner whose metric is the accuracy
     sparse, # The same, sparse
 )->str:
-    "A table of accuracy and size of the two, as text"
-    rows = [('dense', dense, file_bytes(dense.model)), ('sparse, plain file', sparse, file_bytes(sparse.model)),
-            ('sparse, bitmask + values', sparse, packed_size(sparse.model))]
-    lines = [f'{name:<26}{_accuracy(learn):>9.2%}{size/1024:>12.1f} kB' for name,learn,size in rows]
+    "A table of accuracy and size of both models, as text"
+    rows = [('dense', dense, file_bytes), ('sparse, plain file', sparse, file_bytes),
+            ('sparse, bitmask + values', sparse, packed_size)]
+    lines = [f'{name:<26}{_accuracy(x):>9.2%}{size(x.model)/1024:>12.1f} kB' for name,x,size in rows]
     return '\n'.join([f"{'':<26}{'accuracy':>9}{'on disk':>15}", *lines])
 
 # %% ../nbs/demo.ipynb #4bc8eaab
@@ -160,9 +165,17 @@ class EpochSparsity(Callback):
         df = sparsity_report(self.model, layer_type=nn.Conv2d)
         self.percents.append(100*df.zeros.sum()/df.params.sum())
 
+# %% ../nbs/demo.ipynb #4051bf28
+def _plot_epochs(cb, percents, ax):
+    "Draw the schedule of `cb`, and the sparsity `percents` measured after each epoch"
+    cb.schedule.plot(cb.sparsity, ax, label='schedule')
+    trained_pct = [100*(i+1)/len(percents) for i in range(len(percents))]
+    ax.plot(trained_pct, percents, 'o', label='measured after each epoch')
+    ax.legend()
+
 # %% ../nbs/demo.ipynb #f7225d77
 def plot_demo(
-    cb, # The `SparsifyCallback` that was trained with
+    cb, # The `SparsifyCallback` of the training
     percents, # Measured sparsity after each epoch
     model, # The sparse model
     path, # File to write
@@ -170,10 +183,7 @@ def plot_demo(
     "Save a picture of the schedule with the measured sparsity, and of the sparsity of each layer"
     import matplotlib.pyplot as plt
     fig,axs = plt.subplots(1, 2, figsize=(11,3.6), layout='constrained')
-    cb.schedule.plot(cb.sparsity, axs[0], label='schedule')
-    done = [100*(i+1)/len(percents) for i in range(len(percents))]
-    axs[0].plot(done, percents, 'o', label='measured after each epoch')
-    axs[0].legend()
+    _plot_epochs(cb, percents, axs[0])
     plot_sparsity(model, layer_type=nn.Conv2d, ax=axs[1])
     fig.savefig(path, dpi=110)
     plt.close(fig)
@@ -199,7 +209,7 @@ demo_schedules = ['agp', 'one_cycle', 'one_shot', 'iterative', 'cos', 'lin', 'ds
 
 # %% ../nbs/demo.ipynb #d000000b
 def _train_both(dls, width, epochs, cbs):
-    "Two learners, trained without and with the callbacks `cbs`; prints both tables"
+    "(Learner trained without callbacks, Learner trained with `cbs`); prints both tables of epochs"
     dense = demo_learner(dls, width)
     _fit_plainly(dense, epochs)
     print('\nThe same, sparse:')
@@ -207,18 +217,26 @@ def _train_both(dls, width, epochs, cbs):
     _fit_plainly(sparse, epochs, cbs)
     return dense, sparse
 
+# %% ../nbs/demo.ipynb #7aea9bcc
+def _save_results(cb, percents, model, out):
+    "Save picture and sparse model in the folder `out`, and print where they are"
+    plot_demo(cb, percents, model, out/'sparsity.png')
+    cb.sparsifier.save_model(out/'sparse.pth')
+    print(f"Saved {out/'sparsity.png'} and {out/'sparse.pth'}",
+          '(load it with torch.load(..., weights_only=False); this package is not needed)')
+
 # %% ../nbs/demo.ipynb #d000000c
 def run_demo(
     data='digits', # One of `datasets`
     sparsity=90., # Target in percent
     schedule='agp', # One of `demo_schedules`
-    granularity='weight', # Which weights are pruned as a unit
+    granularity='weight', # Unit that is pruned as a whole
     context='local', # One of `contexts`
-    epochs=None, # Of each of the two trainings; by default as many as the data set needs
+    epochs=None, # Epochs of each of the two trainings; None: those in `datasets`
     out='demo_out', # Folder for the sparse model and the picture
-    path=None, # Folder of the data, if it is not in its usual place
+    path=None, # Folder of the data; None: its usual place
 )->tuple:
-    "Train dense and sparse, print a comparison, save the sparse model and a picture; returns both learners"
+    "Train dense and sparse, print a comparison, save the sparse model and a picture; returns both Learners"
     cb = SparsifyCallback(sparsity, granularity, context, large_final, getattr(schedules, schedule))
     measured = EpochSparsity()
     make, default_epochs, width = datasets[data]
@@ -229,27 +247,30 @@ def run_demo(
     print(f'{data}, {epochs} epochs, dense and with SparsifyCallback: {sparsity:g} %, schedule {schedule}')
     dense, sparse = _train_both(dls, width, epochs, [cb, measured])
     print(f'\n{side_by_side(dense, sparse)}\n')
-    plot_demo(cb, measured.percents, sparse.model, out/'sparsity.png')
-    cb.sparsifier.save_model(out/'sparse.pth')
-    print(f"Saved {out/'sparsity.png'} and {out/'sparse.pth'}",
-          '(load it with torch.load(..., weights_only=False); this package is not needed)')
+    _save_results(cb, measured.percents, sparse.model, out)
     return dense, sparse
+
+# %% ../nbs/demo.ipynb #6ecb2ba8
+_demo_arguments = {
+    '--data': dict(
+        default='digits', choices=datasets,
+        help='digits is part of scikit-learn, fashion-mnist is a Debian package, pets is downloaded'),
+    '--sparsity': dict(default=90., type=float, help='target, in percent of the weights of the convolutions'),
+    '--schedule': dict(default='agp', choices=demo_schedules, help='how the sparsity rises during training'),
+    '--granularity': dict(default='weight', help='unit that is pruned: weight, row, kernel, filter, …'),
+    '--context': dict(default='local', choices=contexts, help='each layer by itself, or one ranking of all'),
+    '--epochs': dict(type=int, help='epochs of each of the two trainings; None: 15 on digits, else 5'),
+    '--out': dict(default='demo_out', help='folder for the sparse model and the picture'),
+    '--path': dict(help='folder of the data, if it is not in its usual place')}
 
 # %% ../nbs/demo.ipynb #d000000e
 def _demo_parser():
     "Parser of the command's arguments"
-    p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description='Train a small network on real data, dense and sparse, and compare accuracy and size')
-    p.add_argument('--data', default='digits', choices=datasets,
-                   help='digits is part of scikit-learn, fashion-mnist is a Debian package, pets is downloaded')
-    p.add_argument('--sparsity', default=90., type=float, help='target, in percent of the weights of the convolutions')
-    p.add_argument('--schedule', default='agp', choices=demo_schedules, help='how the sparsity rises during training')
-    p.add_argument('--granularity', default='weight', help='unit that is pruned: weight, row, kernel, filter, …')
-    p.add_argument('--context', default='local', choices=contexts, help='each layer by itself, or one ranking of all')
-    p.add_argument('--epochs', type=int, help='epochs of each of the two trainings; None: 15 on digits, else 5')
-    p.add_argument('--out', default='demo_out', help='folder for the sparse model and the picture')
-    p.add_argument('--path', help='folder of the data, if it is not in its usual place')
-    return p
+    for name,options in _demo_arguments.items(): parser.add_argument(name, **options)
+    return parser
 
 # %% ../nbs/demo.ipynb #17836642
 def main(

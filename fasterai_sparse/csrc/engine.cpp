@@ -1,12 +1,12 @@
-// The engine: runs a list of operations on activations that lie flat, skipping the weights that are zero. A plain C
-// interface, loaded with ctypes (nbs/engine/00_ops), whose classes make the list; their `run_torch` is the
-// specification of each operation.
+// The engine: runs a list of operations and skips the weights that are zero. Activations lie in memory as
+// nbs/engine/00_ops describes. The interface is plain C, which Python loads with ctypes. The list is made by the
+// classes in nbs/engine/00_ops; the method `run_torch` of each class specifies its operation.
 //
 //   ops.def, acts.def   the lists of operations and activations
 //   ops.h               the structures of arguments, made from them
 //   vec.inc             vectors and activations
 //   conv.inc, matvec.inc, dense.inc, attention.inc   the kernels
-//   engine.inc          the above for one instruction set
+//   engine.inc          all of these files compiled for one instruction set
 //   engine.cpp          instruction sets, threads, and the exported functions
 #include <algorithm>
 #include <atomic>
@@ -73,7 +73,7 @@ POP
 #endif
 #endif
 
-// An instruction set, the floats of its vectors, and its kernels
+// An instruction set, the number of floats in its vectors, and its kernels
 struct Set {
     const char* name;
     int floats;
@@ -82,7 +82,7 @@ struct Set {
     int (*finite)(const float*, int64_t);
 };
 
-// Those that were compiled and that this processor has, the best first
+// The instruction sets that were compiled and that this processor has, the best first
 struct Sets {
     Set found[3];
     int n = 0;
@@ -109,18 +109,18 @@ const Set* set_number(int i) {
     return i >= 0 && i < sets.n ? &sets.found[i] : nullptr;
 }
 
-// Threads that run a list of operations together: all take jobs of the same operation, and wait until it is done before
-// the next
+// Threads that run a list of operations together. All take jobs of one operation, and wait until it is done before they
+// go on to the next
 struct Crew {
     const Op* ops;
     const int64_t n;
     const Set& set;
     const int threads;
-    // Of each operation: the next job that nobody has taken, threads that found none left
+    // For each operation: number of the first job that no thread has taken; number of threads that found no job left
     std::vector<std::atomic<int64_t>> next, done;
     std::atomic<int> members;   // threads that take part; fewer than `threads` where the system refuses some
     std::atomic<int> code{DONE};
-    std::atomic<int64_t> failed{-1};   // the operation that went wrong
+    std::atomic<int64_t> failed{-1};   // number of the operation that failed
 
     Crew(const Op* ops, int64_t n, const Set& set, int threads)
         : ops(ops), n(n), set(set), threads(threads), next(n), done(n), members(threads) {}
@@ -135,7 +135,7 @@ struct Crew {
 
     void work() noexcept {
         for (int64_t i = 0; i < n && !code.load(); i++) {
-            if (const int outcome = outcome_of([&] { run_jobs(i); })) {   // the others see the code and stop
+            if (const int outcome = outcome_of([&] { run_jobs(i); })) {   // other threads read `code` and stop
                 failed.store(i);
                 code.store(outcome);
             }
@@ -156,7 +156,7 @@ int run_alone(const Op* ops, int64_t n, const Set& set, int64_t* failed) noexcep
     return outcome;
 }
 
-// May throw std::bad_alloc, before any thread is started
+// May throw std::bad_alloc, but only before it starts a thread
 int run_together(const Op* ops, int64_t n, const Set& set, int threads, int64_t* failed) {
     Crew crew(ops, n, set, threads);
     std::vector<std::thread> others;
@@ -171,7 +171,7 @@ int run_together(const Op* ops, int64_t n, const Set& set, int threads, int64_t*
 
 }
 
-// The lists of operations with their arguments, and of activations, that this library was compiled with
+// The operations with their arguments, and the activations, that this library was compiled with
 EXPORT const char* fs_operations() noexcept { return operation_list; }
 EXPORT const char* fs_activations() noexcept { return activation_list; }
 
@@ -190,7 +190,7 @@ EXPORT int fs_finite(const void* x, int64_t n) noexcept {
 }
 
 // Runs `n` operations in the `which`th best instruction set on at most `threads` threads. Returns an Outcome; `failed`
-// becomes the number of the operation that went wrong, or -1. What a failed run has written is undefined.
+// becomes the number of the operation that failed, or -1. After a failed run the contents of its outputs are undefined.
 EXPORT int fs_run(const void* ops, int64_t n, int which, int threads, int64_t* failed) noexcept {
     const Set* set = set_number(which);
     *failed = -1;

@@ -1,4 +1,4 @@
-// What every exported function shares: its linkage, and how a failure inside becomes a return code.
+// For all exported functions: their linkage, and the return codes that report a failure.
 #pragma once
 #include <new>
 #include <stdexcept>
@@ -16,8 +16,8 @@ namespace {
 // Return codes of the exported functions; `check_outcome` in nbs/utils/06_native makes Python errors of them
 enum Outcome { DONE = 0, NO_MEMORY = 1, NO_INSTRUCTION_SET = 2, FAILED = 3 };
 
-// Calls `f`. No exception leaves an exported function or a thread: Python could not catch it, and the process would be
-// aborted
+// Calls `f` and returns the code of its outcome. An exception must not leave an exported function or a thread: Python
+// could not catch it, and the process would be aborted
 template<class F> int outcome_of(F&& f) noexcept {
     try {
         f();
@@ -28,8 +28,8 @@ template<class F> int outcome_of(F&& f) noexcept {
     catch (...) { return FAILED; }
 }
 
-// Whether `f` now runs on a new thread, the last of `threads` (which has room for it). The system may refuse one: a
-// container's limit on threads, `ulimit -u`, no memory for its stack
+// Runs `f` on a new thread, which is added to `threads` (room is reserved by the caller). False where the system
+// refuses the thread: a container's limit on threads, `ulimit -u`, no memory for the stack
 template<class F> bool started(std::vector<std::thread>& threads, F&& f) noexcept {
     try {
         threads.emplace_back(f);

@@ -10,7 +10,7 @@ typedef const int32_t* indices;
 typedef int64_t integer;
 typedef float number;
 
-// conv_args, matvec_args, …: what the kernel of that name reads
+// conv_args, matvec_args, …: the arguments of the kernel of that name
 #define ARG(type, name) type name;
 #define OP(name, jobs, ...) struct name##_args { __VA_ARGS__ };
 #include "ops.def"

@@ -1,6 +1,6 @@
 // sum_max: like a matrix product with max in place of times, out[i][j] = sum over r of max(h[i][r], x[j][r]). The
-// permutation search spends its time here. A plain C interface, loaded with ctypes; its specification is
-// `sum_max_torch` (nbs/utils/06_native).
+// permutation search spends its time here. The interface is plain C, which Python loads with ctypes. The function
+// `sum_max_torch` (nbs/utils/06_native) is the specification.
 #include <algorithm>
 #include <cstdint>
 #include <thread>
@@ -44,7 +44,7 @@ void tile_1(const float* h, const float* x, float* out, int64_t ld, int64_t nc, 
 
 struct TileSet { const char* name; Kernel tile; };
 
-// Those that this processor has, the best first
+// The instruction sets that this processor has, the best first
 struct TileSets {
     TileSet found[3];
     int n = 0;
@@ -70,7 +70,7 @@ const TileSet* tile_set(int i) {
 }
 
 void sum_max(const float* h, const float* x, float* out, int64_t nh, int64_t nc, int64_t ld, Kernel tile, int threads) {
-    // Columns of x that stay in the cache while all rows of h pass by
+    // So many rows of x stay in the cache while all rows of h are read
     const int64_t panel = std::max<int64_t>(4, 98304/ld/4*4);
     auto work = [=](int64_t from, int64_t to) {
         for (int64_t j0 = from; j0 < to; j0 += panel)
@@ -85,7 +85,9 @@ void sum_max(const float* h, const float* x, float* out, int64_t nh, int64_t nc,
     const int64_t step = ((nc+n-1)/n + 3)/4*4;
     std::vector<std::thread> others;
     others.reserve(n);
-    int64_t from = step;   // columns of the calling thread: [0, step), and those for which it gets no other thread
+    // Each thread computes `step` columns of the result. The calling thread computes the first ones, and the rest where
+    // the system refuses a thread
+    int64_t from = step;
     for (; from < nc; from += step) {
         const int64_t to = std::min(nc, from+step);
         if (!started(others, [=] { work(from, to); })) break;

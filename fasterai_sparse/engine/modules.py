@@ -38,18 +38,18 @@ def _no_gradients(*_): raise RuntimeError('An accelerated model has no gradients
 
 # %% ../../nbs/engine/04_modules.ipynb #6760b2b0
 _numbers = itertools.count()
-_live = weakref.WeakValueDictionary()   # number -> module, for the operation that torch.compile sees
+_live = weakref.WeakValueDictionary()   # number -> module, for the operation `fasterai_sparse::accelerated`
 
 class Accelerated(Inference):
     """`model` with its convolutions and Linear layers run by the engine; several threads may call it at once.
-    Raises `TypeError` for other inputs than float32 and integer tensors on the CPU, `RuntimeError` for gradients"""
+    Raises `TypeError` unless inputs are float32 or integer tensors on the CPU, `RuntimeError` for gradients"""
     def __init__(self,
         model:nn.Module, # Its weights are read when a plan is made
-        threads:int=None, # None: torch's number when a plan is made
-        cache=True, # A file for the form that is fastest for each layer; True: `choices_file()`, None: no file
-        n_plans:int=8, # How many plans are kept, of the sizes used last
-        room:int=1<<20, # Floats that the largest activation may have when several samples run together
-        which:int=0, # Index of the instruction set in `engine_sets()`
+        threads:int=None, # Largest number of threads; None: torch's number when a plan is made
+        cache=True, # File for the fastest form of each layer; True: `choices_file()`, None: no file
+        n_plans:int=8, # Number of plans that are kept
+        room:int=1<<20, # Largest activation, in floats, when several samples run together
+        which:int=0, # Number of the instruction set among `engine_sets()`
     ):
         super().__init__(model)
         self.threads, self.cache, self.n_plans, self.room, self.which = threads, cache, n_plans, room, which
@@ -83,6 +83,7 @@ def _is_readable(t)->bool:
     if not torch.is_tensor(t) or not t.is_cpu: return False
     return t.dtype == torch.float32 or not (t.is_floating_point() or t.is_complex())
 
+# %% ../../nbs/engine/04_modules.ipynb #66315477
 @patch
 def check_inputs(self:Accelerated, x):
     "Raise `TypeError` for inputs that a plan cannot read, `RuntimeError` for inputs that require gradients"
@@ -94,13 +95,13 @@ def check_inputs(self:Accelerated, x):
 
 # %% ../../nbs/engine/04_modules.ipynb #2e989c71
 def _is_safe(t)->bool:
-    "Whether skipping zeros changes nothing: `t` has elements, and no infinity or NaN"
+    "Whether the engine may skip zeros for the input `t`: it has elements, and none is infinite or NaN"
     return t.numel() > 0 and (t.dtype != torch.float32 or all_finite(t))
 
 @patch
 @torch.no_grad()
 def run(self:Accelerated, x):
-    "The outputs for the inputs `x`, which are checked"
+    "The outputs for the inputs `x`, which were checked before"
     x = [t if type(t) is torch.Tensor else t.as_subclass(torch.Tensor) for t in x]
     if not all(map(_is_safe, x)): return self.model(*x)
     key, plan = self.last_plan
@@ -122,44 +123,49 @@ def plan(self:Accelerated, *x)->Plan:
     key, (last, plan) = self.key(x), self.last_plan
     if key == last: return plan
     with self.lock:
-        plan = self.plans.pop(key, None)
-        if plan is None: plan = Plan(self.model, x, self.which, self.threads or torch.get_num_threads(), self.choices)
-        self.plans[key] = plan   # last in the dict, so the last to be dropped
+        plan = self.plans.pop(key, None) or self.new_plan(x)
+        self.plans[key] = plan   # at the end of the dict; plans at its beginning are dropped first
         for k in list(self.plans)[:-self.n_plans]: del self.plans[k]
         self.last_plan = key, plan
         return plan
 
+# %% ../../nbs/engine/04_modules.ipynb #09e90b8e
+@patch
+def new_plan(self:Accelerated, x)->Plan:
+    "A plan for inputs like `x`"
+    return Plan(self.model, x, self.which, self.threads or torch.get_num_threads(), self.choices)
+
 # %% ../../nbs/engine/04_modules.ipynb #3d0b3196
 def _container(out):
-    "None for a tensor, tuple or list where `out` is one of tensors, `object` for anything else"
+    "None where `out` is a tensor; `tuple` or `list` where it is a tuple or list of tensors; `object` for all else"
     if torch.is_tensor(out): return None
     return type(out) if type(out) in (tuple,list) and all(map(torch.is_tensor, out)) else object
 
 # %% ../../nbs/engine/04_modules.ipynb #4993dbf6
 @patch
 def note_outputs(self:Accelerated, x, out):
-    "Remember number of samples, container, and shapes and dtypes of the outputs for inputs like `x`"
+    "Remember number of samples, container, shapes and dtypes of the outputs `out` for inputs like `x`"
     key = self.key(x, 1)
     if key not in self.outputs_seen:
         self.outputs_seen[key] = _n_samples(x), _container(out), [(t.shape, t.dtype) for t in tensors_in([out])]
 
 # %% ../../nbs/engine/04_modules.ipynb #f00eeaa0
 def _joined(outs):
-    "Outputs of pieces of a batch as those of the batch; raises `TypeError` for anything but tensors"
-    first = outs[0]
+    "The outputs of a batch from those of its pieces; raises `TypeError` where they contain anything but tensors"
+    first, kind = outs[0], type(outs[0])
     if torch.is_tensor(first): return torch.cat(outs)
-    if isinstance(first, dict): return type(first)({k: _joined([o[k] for o in outs]) for k in first})
-    if hasattr(first, '_fields'): return type(first)(*map(_joined, zip(*outs)))   # a named tuple
-    if isinstance(first, (tuple,list)): return type(first)(map(_joined, zip(*outs)))
-    if first is not None: raise TypeError(f'Outputs of type {type(first).__name__} cannot be joined')
+    if isinstance(first, dict): return kind({k: _joined([o[k] for o in outs]) for k in first})
+    if hasattr(first, '_fields'): return kind(*map(_joined, zip(*outs)))   # a named tuple
+    if isinstance(first, (tuple,list)): return kind(map(_joined, zip(*outs)))
+    if first is not None: raise TypeError(f'Outputs of type {kind.__name__} cannot be joined')
 
 # %% ../../nbs/engine/04_modules.ipynb #fe5df293
 def _outputs_agree(
     want, # Outputs of the model
-    got, # Outputs to compare with them
-    eps=1e-4, # Largest difference, as a fraction of the tensor's largest absolute value
+    got, # Outputs that should equal them
+    eps=1e-4, # Largest difference allowed, as a fraction of the tensor's largest absolute value
 )->bool:
-    "Whether `got` has the tensors of `want`, with equal shapes and values; integers must be the same"
+    "Whether `got` has the same tensors as `want`: equal shapes, close values, and identical integers"
     want, got = list(tensors_in([want])), list(tensors_in([got]))
     return len(want) == len(got) and all(a.shape == b.shape and _is_close(a, b, eps) for a,b in zip(want, got))
 
@@ -171,8 +177,8 @@ def _is_close(a, b, eps)->bool:
 # %% ../../nbs/engine/04_modules.ipynb #f7fa1c4e
 @patch
 def is_per_sample(self:Accelerated, x)->bool:
-    "Whether the model gives each of two samples of the sizes of `x` the same outputs alone and together"
-    generator = torch.Generator().manual_seed(0)   # equal samples would hide their influence on each other
+    "Whether two samples, of the sizes of `x`, have the same outputs together as one by one"
+    generator = torch.Generator().manual_seed(0)   # random, as equal samples might hide an influence on each other
     x = [torch.rand(t.shape, generator=generator) if t.is_floating_point() else t for t in x]
     try: return _outputs_agree(self.model(*x), _joined([self.model(*(t[i:i+1] for t in x)) for i in range(2)]))
     except Exception: return False   # the model cannot run one sample, or its outputs cannot be joined
@@ -180,7 +186,7 @@ def is_per_sample(self:Accelerated, x)->bool:
 # %% ../../nbs/engine/04_modules.ipynb #be260cfd
 @patch
 def n_fitting(self:Accelerated, x)->int:
-    "How many samples' largest activations fit into `room` floats, at least 1; `x` are the inputs of one sample"
+    "Number of samples whose largest activation has at most `room` floats, at least 1; `x` are inputs of one sample"
     plan = self.plan(*x)
     return max(1, self.room//max(math.prod(plan.graph.size(layer.out)) for layer in plan.layers))
 
@@ -189,7 +195,7 @@ def _n_samples(x)->int: return len(x[0]) if x[0].dim() else 1
 
 @patch
 def n_at_once(self:Accelerated, x)->int:
-    "How many samples of the batch `x` run together"
+    "Number of samples of the batch `x` that run together"
     n, key = _n_samples(x), self.key(x, 1)
     if n < 2 or any(t.dim() == 0 or len(t) != n for t in x): return n
     if key not in self.samples_at_once:
@@ -201,7 +207,7 @@ def n_at_once(self:Accelerated, x)->int:
 # %% ../../nbs/engine/04_modules.ipynb #b5149dbc
 @patch
 def run_in_parts(self:Accelerated, x):
-    "The outputs for `x`, of which `n_at_once` samples run together"
+    "The outputs for the batch `x`, which is run in pieces of `n_at_once` samples"
     n, step = _n_samples(x), self.n_at_once(x)
     if n <= step: return self.plan(*x)(*x)
     parts = [[t[i:i+step] for t in x] for i in range(0, n, step)]
@@ -212,7 +218,7 @@ def run_in_parts(self:Accelerated, x):
 def _accelerated(x: list[torch.Tensor], number: int) -> list[torch.Tensor]:
     outs, memory = [], {t.untyped_storage().data_ptr() for t in x}
     for t in tensors_in([_live[number](*[t.detach() for t in x])]):
-        # an operation's outputs share no memory with its inputs, nor with each other
+        # outputs of an operation must not share memory with its inputs or with each other
         outs.append(t.clone() if t.untyped_storage().data_ptr() in memory else t)
         memory.add(t.untyped_storage().data_ptr())
     return outs
@@ -230,7 +236,7 @@ _accelerated.register_autograd(_no_gradients)
 # %% ../../nbs/engine/04_modules.ipynb #a74cad95
 @patch
 def outputs_for(self:Accelerated, x)->tuple:
-    "What `note_outputs` keeps for inputs like `x` with any number of samples; `RuntimeError` without such a call"
+    "The outputs remembered for inputs like `x`, with any number of samples; `RuntimeError` without any"
     key = [(tuple(t.shape[1:]), t.dtype) for t in x]
     for seen,outputs in self.outputs_seen.items():
         if [(tuple(size), dtype) for size,dtype in seen] == key: return outputs
@@ -240,7 +246,7 @@ def outputs_for(self:Accelerated, x)->tuple:
 # %% ../../nbs/engine/04_modules.ipynb #90b2ade8
 @patch
 def as_operation(self:Accelerated, x):
-    "The outputs by torch's operation; raises `RuntimeError` for outputs in anything but a tuple or list"
+    "The outputs, by way of the custom operation; raises `RuntimeError` unless they are a tensor, tuple or list"
     out = torch.ops.fasterai_sparse.accelerated(list(x), self.number)
     container = self.outputs_for(x)[1]
     if container is None: return out[0]
@@ -263,7 +269,7 @@ class _OneLayer(Accelerated):
 
     def in_engine(self, x)->bool: return x.dtype == torch.float32 and x.is_cpu and x.numel() > 0
     def in_torch(self, x):
-        "What the wrapped layer gives for `x`"
+        "The wrapped layer's output for `x`, computed by torch"
         self.refuse_gradients([x])
         with torch.no_grad(): return self.model(x)
 
@@ -275,7 +281,7 @@ class SparseConv2d(_OneLayer):
 
 # %% ../../nbs/engine/04_modules.ipynb #cec52b6d
 def _rounded_up(n)->int:
-    "`n` tokens, or a few more, so that few different numbers occur"
+    "The number of tokens that `n` tokens are filled up to, so that few different numbers occur"
     multiple = 1 if n == 1 else 16 if n <= 128 else 64 if n <= 512 else 256
     return -(-n//multiple)*multiple
 

@@ -29,12 +29,12 @@ from ..core.patterns import NM
 from ..core.select import measured, n_true
 
 # %% ../../nbs/engine/05_semi_structured.ipynb #97644080
-# tried in this order: the first fits more shapes
+# Tried in this order: cuSPARSELt accepts more shapes
 backends_24 = (SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS)
 
 # %% ../../nbs/engine/05_semi_structured.ipynb #7e5bfe87
 def _own_forward(m, base)->bool:
-    "Whether `m` computes something else than its base class"
+    "Whether `m` has another `forward` than the class `base`"
     is_other = (getattr(type(m), f, None) is not getattr(base, f, None) for f in ('forward', '_conv_forward'))
     return 'forward' in vars(m) or any(is_other)
 
@@ -63,7 +63,7 @@ def _why_not_dtype(dtype)->str:
 
 # %% ../../nbs/engine/05_semi_structured.ipynb #de10956e
 def _why_not_shape(shape, dtype, backend)->str:
-    "Why a weight of `shape`, outputs × inputs, does not fit, or ''; the limits are those of torch's own class"
+    "Why `backend` refuses a weight of `shape` (outputs × inputs), or ''"
     limits = backend._DTYPE_SHAPE_CONSTRAINTS[dtype]
     for name, multiple, size in (('out', limits.sparse_min_rows, shape[0]), ('in', limits.sparse_min_cols, shape[1])):
         if size == 0 or size % multiple: return f'{name}={size} is not a multiple of {multiple}'
@@ -81,7 +81,7 @@ def _why_not_pattern(w)->str:
 def why_not_24(
     m:nn.Module, # A layer
     backend:type=backends_24[0], # One of torch's classes of 2:4 tensors
-    dtype:torch.dtype=None, # As if its weight were of this type
+    dtype:torch.dtype=None, # Type of the weight; None: its own
 )->str:
     "Why the layer `m` cannot run as 2:4 by `backend`, or ''"
     if why := _why_not_matmul(m) or unmaskable(m): return why
@@ -91,7 +91,7 @@ def why_not_24(
 
 # %% ../../nbs/engine/05_semi_structured.ipynb #4b5b2189
 def _attempt(f, *args):
-    "(result of `f`, ''), or (None, type and first line of the exception that it raised)"
+    "(result of `f`, ''), or (None, type and first line of the exception) where it raises one"
     try: return f(*args), ''
     except Exception as e: return None, f'{type(e).__name__}: {(str(e).strip() or "no message").splitlines()[0]}'
 
@@ -104,7 +104,7 @@ def _relative_error(want, got)->float:
 
 # %% ../../nbs/engine/05_semi_structured.ipynb #58618b39
 def _why_different(want, got, dtype, ulps)->str:
-    "'' where `got` equals `want` to `ulps` units in the last place of `dtype`, else by how much it differs"
+    "How much `got` differs from `want`, or '' if it is at most `ulps` units in the last place of `dtype`"
     error = _relative_error(want, got)
     return '' if error <= ulps*torch.finfo(dtype).eps else f'differs from dense by {error:.1%}'   # also where it is NaN
 
@@ -132,17 +132,17 @@ def probe_24(
     dtype:torch.dtype=torch.float16,
     backends=backends_24, # torch's classes of 2:4 tensors, or others like them
 )->dict:
-    "Name of each of `backends` -> '' where it computes a small product correctly on `device`, else what failed"
+    "Name of each backend -> '' where it computes a small product correctly on `device`, else the error"
     with torch.no_grad(): return {b.BACKEND: _attempt(_small_product, b, device, dtype)[1] for b in backends}
 
 # %% ../../nbs/engine/05_semi_structured.ipynb #aafd035c
 class Reference24(SparseSemiStructuredTensorCUTLASS):
-    "2:4 tensors in CUTLASS' form, on any device, that are made dense for each product: the specification of a kernel"
+    "2:4 tensors in CUTLASS' format, on any device, that are made dense for each product: specifies the kernels"
     BACKEND = 'reference'
 
     @classmethod
     def from_dense(cls, original_tensor, alg_id=0):
-        "`original_tensor`, which has the pattern 2:4, compressed"
+        "Compress `original_tensor`, which has the pattern 2:4"
         packed, meta = sparse_semi_structured_from_dense_cutlass(original_tensor)
         return cls(original_tensor.shape, packed=packed, meta=meta, packed_t=None, meta_t=None,
                    compressed_swizzled_bitmask=None)
@@ -184,7 +184,7 @@ class _Layer24:
         error_msgs.append(f'{prefix}weight is 2:4 for inference: call to_dense(model) before loading')
 
     def __reduce_ex__(self, protocol):
-        "Pickled as a dense layer, which loads where this package is absent"
+        "Pickle the layer as a dense one, which can be loaded without this package"
         return itemgetter(0), ([to_dense(_shallow_copy(self))],)
     def __deepcopy__(self, memo):
         memo[id(self)] = new = self.__class__.__new__(self.__class__)
@@ -218,7 +218,7 @@ def _with_24_weight(m, sparse):
 def to_dense(
     model:nn.Module, # Returned by `accelerate_cuda`
 )->nn.Module:
-    "`model` with dense weights again, in place, to be trained or exported; values are the same, but -0 becomes 0"
+    "`model`, changed in place to have dense weights of the same values (but -0 becomes 0), for training or export"
     for m in model.modules():
         if not isinstance(m, _Layer24): continue
         m.__class__, shape, requires_grad = m.__dict__.pop('dense_form')
@@ -238,10 +238,10 @@ def _gpu_ms(f, n)->float:
 # %% ../../nbs/engine/05_semi_structured.ipynb #50cc37b3
 def cuda_race(
     *fs, # Functions without arguments
-    rounds:int=5, # Turns of each
+    rounds:int=5, # Number of turns of each function
     window:float=20., # Milliseconds for which a function is repeated in each round
 )->list:
-    "The least milliseconds of each of `fs` on the current GPU, in turn after a warm-up"
+    "The shortest milliseconds of each of `fs`, run in turn on the current GPU"
     for f in fs: _gpu_ms(f, 3)
     n_runs = [max(1, min(50, int(window/max(_gpu_ms(f, 1), 1e-3)))) for f in fs]
     return [min(ms) for ms in zip(*([_gpu_ms(f, n) for f,n in zip(fs, n_runs)] for _ in range(rounds)))]
@@ -249,16 +249,16 @@ def cuda_race(
 # %% ../../nbs/engine/05_semi_structured.ipynb #9fc8cae5
 @dataclass
 class _Trial:
-    "A layer beside twins of it with 2:4 weights"
+    "A layer, its twins with 2:4 weights, and the times of all of them"
     dense:nn.Module
-    race:object                                     # As `cuda_race`
-    twins:dict = field(default_factory=dict)        # Name of a backend -> the layer with a weight of that class
-    whys:dict = field(default_factory=dict)         # Name of a backend -> why there is no twin by it, or ''
-    n_calls:Counter = field(default_factory=Counter)  # (shape, stride, dtype) of an input -> how often it came
-    ms_of:dict = field(default_factory=dict)        # The same -> milliseconds of the layer and of each twin, by name
+    race:object                                     # Times functions, like `cuda_race`
+    twins:dict = field(default_factory=dict)        # Name of a backend -> the layer with a weight of this backend
+    whys:dict = field(default_factory=dict)         # Name of a backend -> why it has no twin, or ''
+    n_calls:Counter = field(default_factory=Counter)  # (shape, stride, dtype) of an input -> number of calls with it
+    ms_of:dict = field(default_factory=dict)        # The same key -> milliseconds of the layer and of each twin
 
     def ms(self, name)->float:
-        "Milliseconds of all calls by the twin `name`, or by 'dense'; NaN without calls or twins"
+        "Milliseconds of all calls if the twin `name` (or 'dense') runs them; NaN without calls or twins"
         if not self.n_calls or not self.twins: return float('nan')
         return sum(n*self.ms_of[key][name] for key,n in self.n_calls.items())
 
@@ -277,7 +277,7 @@ class _Trial:
 # %% ../../nbs/engine/05_semi_structured.ipynb #08adef82
 @patch
 def add_twin(self:_Trial, backend, why=''):
-    "Add a twin by `backend`, unless `why`, or something about the layer, speaks against it"
+    "Add a twin with a weight of `backend`, unless a reason `why` is given, or the layer cannot have one"
     why, sparse = why_not_24(self.dense, backend) or why, None
     if not why: sparse, why = _attempt(_compressed, self.dense.weight.detach().flatten(1), backend)
     self.whys[backend.BACKEND] = why
@@ -286,7 +286,7 @@ def add_twin(self:_Trial, backend, why=''):
 # %% ../../nbs/engine/05_semi_structured.ipynb #08f55167
 @patch
 def run(self:_Trial, forward, input):
-    "The layer's own `forward` of `input`, after timing it beside the twins where such an input is new"
+    "Call the layer's own `forward`, after timing it and the twins if no input of this shape came before"
     key = input.shape, input.stride(), input.dtype
     if key not in self.ms_of: self.ms_of[key] = self.timed(forward, input)
     self.n_calls[key] += 1
@@ -295,7 +295,7 @@ def run(self:_Trial, forward, input):
 # %% ../../nbs/engine/05_semi_structured.ipynb #7a9de0d0
 @patch
 def drop_wrong_twins(self:_Trial, x, want):
-    "Drop the twins that do not give `want` for `x`"
+    "Drop the twins whose output for `x` is not `want`"
     for name,twin in list(self.twins.items()):
         got, why = _attempt(twin.forward, x)
         self.whys[name] = why or _why_different(want, got, self.dense.weight.dtype, 4)
@@ -304,7 +304,7 @@ def drop_wrong_twins(self:_Trial, x, want):
 # %% ../../nbs/engine/05_semi_structured.ipynb #89735ddb
 @patch
 def timed(self:_Trial, forward, x)->dict:
-    "Name -> milliseconds of `forward`, as 'dense', and of the twins"
+    "Milliseconds of `forward` (named 'dense') and of each twin for the input `x`, by name"
     self.drop_wrong_twins(x, forward(x))
     if not self.twins: return {}
     fs = dict(dense=forward) | {name: twin.forward for name,twin in self.twins.items()}
@@ -323,7 +323,7 @@ def row(self:_Trial, name)->dict:
 # %% ../../nbs/engine/05_semi_structured.ipynb #98a8a381
 @contextmanager
 def _watched(trials):
-    "Calls of the trials' layers inside the block go through `_Trial.run`"
+    "Inside the block, calls of the layers of `trials` go through `_Trial.run`"
     for t in trials: t.dense.forward = partial(t.run, t.dense.forward)
     try: yield
     finally:
@@ -336,7 +336,7 @@ def _weighted_layers(model)->dict:
 
 # %% ../../nbs/engine/05_semi_structured.ipynb #64b1d0ac
 def _layer_report(rows, note='', **attrs)->pd.DataFrame:
-    "`rows` with `note` and further `attrs` of the whole model"
+    "A table of `rows` whose `attrs` hold `note` and the other attributes of the whole model"
     df = pd.DataFrame(rows)
     df.attrs |= dict(note=note) | attrs
     return df
@@ -355,7 +355,7 @@ def _tied(model)->set:
 
 # %% ../../nbs/engine/05_semi_structured.ipynb #c1056709
 def _trials(model, backends, whys, race)->dict:
-    "Name -> `_Trial` of each layer; `whys` is the result of `probe_24`"
+    "A `_Trial` for each layer, by name; `whys` is the result of `probe_24`"
     trials, tied = {n: _Trial(m, race) for n,m in _weighted_layers(model).items()}, _tied(model)
     for t in trials.values():
         shared = 'shares its weight with another layer' if id(t.dense._parameters.get('weight')) in tied else ''
@@ -364,33 +364,38 @@ def _trials(model, backends, whys, race)->dict:
 
 # %% ../../nbs/engine/05_semi_structured.ipynb #9ec70c07
 def _model_why_not(model)->str:
-    "Why no layer of `model` can run as 2:4, or '': its parameters are not on one device, or none is half"
+    "Why no layer of `model` can run as 2:4 (parameters on several devices, or none in half precision), or ''"
     devices, dtypes = {str(p.device) for p in model.parameters()}, {p.dtype for p in model.parameters()}
     if len(devices) != 1: return f'its parameters are on {", ".join(sorted(devices)) or "no device"}, not on one GPU'
     return min(map(_why_not_dtype, dtypes))   # '' if one of them is half
 
 # %% ../../nbs/engine/05_semi_structured.ipynb #bb324c56
 def _fastest_copy(dense, trials, x, race)->tuple:
-    "(copy of `dense` with the layers that win, attributes of the report); None and a `note` where nothing is gained"
+    "(copy of `dense` with 2:4 weights, attributes of the report), or (None, note)"
     candidates = [t for t in trials.values() if t.twins]
     if not candidates: return None, dict(note='no layer can run as 2:4')
     with _watched(candidates): want = dense(*x)
     winners = {name: t for name,t in trials.items() if t.wins}
     if not winners: return None, dict(note='no layer is quicker as 2:4')
+    return _compared_copy(dense, winners, want, x, race)
+
+# %% ../../nbs/engine/05_semi_structured.ipynb #d796cfd1
+def _compared_copy(dense, winners, want, x, race)->tuple:
+    "As `_fastest_copy`, for the trials `winners`; `want` are the outputs of `dense` for `x`"
     fast = _with_winners(dense, winners)
     if why := _copy_why_not(fast, want, x, winners.values()): return None, dict(note=f'as 2:4 the model {why}')
     return fast, _race_attrs(*race(partial(dense, *x), partial(fast, *x)), 'as 2:4')
 
 # %% ../../nbs/engine/05_semi_structured.ipynb #9090b08f
 def _with_winners(dense, winners):
-    "A copy of `dense` with the best 2:4 weight in the layers of `winners`, a dict of trials by name"
+    "A copy of `dense` with the fastest 2:4 weight in the layers of `winners`, a dict of trials by name"
     fast = _shallow_copy(dense)
     for name,t in winners.items(): _with_24_weight(fast.get_submodule(name), t.twins[t.best].weight)
     return fast
 
 # %% ../../nbs/engine/05_semi_structured.ipynb #28117d4f
 def _copy_why_not(fast, want, x, winners)->str:
-    "What goes wrong when `fast` runs `x`, or ''; `want` are the dense model's outputs"
+    "How the outputs of `fast` for `x` differ from `want`, or the exception that it raises, or ''"
     got, why = _attempt(fast, *x)
     if why: return f'raises {why}'
     coarsest = max((t.dense.weight.dtype for t in winners), key=lambda dtype: torch.finfo(dtype).eps)
@@ -408,9 +413,9 @@ def accelerate_cuda(
     backends=backends_24, # torch's classes of 2:4 tensors, or others like them
     race=cuda_race, # Called with functions, returns the milliseconds of each
 )->tuple:
-    """(fast, report): `fast` is a copy in evaluation mode with 2:4 weights where that is faster; `to_dense` undoes it.
+    """(fast, report): `fast` is a copy in evaluation mode with 2:4 weights where they are faster; `to_dense` undoes it.
     `report` has a row for each layer; `report.attrs` has `note`, `dense_ms` and `sparse_ms` of the model.
-    Where nothing is gained `fast` is `model` itself, and `note` says why.
+    If nothing is gained, `fast` is `model` itself, and `note` says why.
     Raises `ValueError` where some weights are 2:4 tensors already"""
     if any(isinstance(m, _Layer24) for m in model.modules()):
         raise ValueError('The model holds 2:4 weights already: call to_dense(model) first')

@@ -47,25 +47,25 @@ MEST_presets = dict(keep_score_f=magnitude_and_gradient, grow_score_f=random_sco
 
 # %% ../../nbs/dynamic/02_callback.ipynb #2ce3c736
 class DynamicSparseTrainingCallback(MaskUpdates):
-    "Let masks follow what the network learns: drop the weakest weights and grow as many others"
-    order = Recorder.order + 1   # of its column; the updates have a companion with an order of its own
+    "Update the masks during training: drop the weakest weights and grow as many others"
+    order = Recorder.order + 1   # for its column; a companion with its own order makes the updates
     columns = ('live_weights',)
     log_rows, layer_rows = (), ()
 
     def __init__(self,
-        sparse_modules=None, # Layers (or a part of the model) whose masks change; None: all that have masks
+        sparse_modules=None, # Layers (or parts of the model) whose masks change; None: all layers with masks
         batches_per_update:int=None, # None: once per epoch
         initial_drop_grow_pct:float=0.3, # Share of the live weights that change in the first update, 0 to 1
         stop_pct:float=0.75, # Share of the fit after which masks stay as they are, 0 to 1
         keep_score_f=weight_magnitude, # Score of the weights that are kept: a function or a `Criteria`
         grow_score_f=gradient_magnitude, # Score of the weights that grow: a function or a `Criteria`
-        epochs_per_update:float=None, # In place of `batches_per_update`
+        epochs_per_update:float=None, # Epochs between updates, in place of `batches_per_update`
         start_pct:float=0., # Share of the fit before the first update, 0 to 1
         drop_schedule=sched_cos, # How the share to drop falls: a `Schedule`, `f(pos)` or `f(start, end, pos)`
-        redistribute=None, # `f(p, live, **state)` -> weight of a layer in sharing out what grows; None: not shared
+        redistribute=None, # `f(p, live, **state)` -> a layer's share of all growth, as a number; None: as it dropped
         replace_step:bool=False, # Update in place of the optimizer's step, not after it
-        sparsity:float=None, # Percent to be reached at `stop_pct`; None: as many live weights as there are
-        sparsity_schedule=sched_agp, # How it gets there: a `Schedule`, `f(pos)` or `f(start, end, pos)`
+        sparsity:float=None, # Target in percent, reached at `stop_pct`; None: the number of live weights stays the same
+        sparsity_schedule=sched_agp, # How the sparsity rises: a `Schedule`, `f(pos)` or `f(start, end, pos)`
         context=None, # How that sparsity is shared among layers: 'local', 'global' (the default) or an allocation
         granularity='weight', # Unit that is dropped and grown as a whole
         seed:int=0, # For random choices
@@ -86,7 +86,7 @@ class DynamicSparseTrainingCallback(MaskUpdates):
 
     def after_batch(self):
         is_over = self.started and self.position() == 1
-        if is_over and self._lacks_last(): self._finish()   # the last batches took no step
+        if is_over and self._lacks_last(): self._finish()   # the optimizer took no step in the last batches
 
     def after_fit(self):
         if self.started and self.sparsity is not None: self._check_reached()
@@ -104,8 +104,8 @@ def _check_times(batches_per_update, epochs_per_update, start_pct, stop_pct):
 # %% ../../nbs/dynamic/02_callback.ipynb #6b4d7b7e
 def _check_epochs(epochs, batches):
     if batches is None and is_number(epochs) and epochs > 0: return
-    raise ValueError("epochs_per_update is a positive number in place of batches_per_update, "
-                     f"not {epochs!r} beside {batches!r}")
+    raise ValueError("epochs_per_update must be a positive number, in place of batches_per_update, "
+                     f"not {epochs!r} with batches_per_update={batches!r}")
 
 # %% ../../nbs/dynamic/02_callback.ipynb #22a0cf8d
 def _checked_target(sparsity, context):
@@ -123,24 +123,24 @@ def _as_list(modules):
 # %% ../../nbs/dynamic/02_callback.ipynb #61318c9f
 @patch
 def set_up(self:DynamicSparseTrainingCallback)->bool:
-    "Find the layers with masks; returns False where none of them trains"
+    "Find the layers with masks; returns False if none of them trains"
     self._check_modules()
-    s = self.sparsifier = self._checked_sparsifier()
-    s.needs = s.needs | {'grad'}   # so that a layer that no gradient reaches is left alone, whatever the scores need
+    self.sparsifier = self._checked_sparsifier()
     self._leave_frozen()
     self.grad_averages, self.first_batch, self.update_due, self.is_done, self.unreached = {}, None, False, False, ()
-    self.keep_masks()   # first of all: processes that train together have the same masks from here on
+    self.keep_masks()   # before masks are read: from here on all ranks have the same ones
     self._start_log()
-    if s.layers: self._join_in()
+    has_layers = bool(self.sparsifier.layers)
+    if has_layers: self._join_in()
     elif self.opt: warnings.warn("All layers with masks are frozen: waiting for a fit in which they train")
-    return bool(s.layers)
+    return has_layers
 
 # %% ../../nbs/dynamic/02_callback.ipynb #5217f5d6
 @patch
 @torch.no_grad()
 def _join_in(self:DynamicSparseTrainingCallback):
     s = self.sparsifier
-    for n,(m,p) in s.layers.items(): write_masked(s.param(n), get_mask(m, p).bool())   # a user's mask may keep zeros
+    for n,(m,p) in s.layers.items(): write_masked(s.param(n), get_mask(m, p).bool())   # live weights must not be zero
     s.opt = self._opt_state
     self.add_companion(_UpdateSteps)
 
@@ -153,18 +153,18 @@ def tear_down(self:DynamicSparseTrainingCallback):
 # %% ../../nbs/dynamic/02_callback.ipynb #4e3a359d
 @patch
 def _check_modules(self:DynamicSparseTrainingCallback):
-    "Raise `ValueError` where one of `sparse_modules` has no mask, or does not belong to the model"
+    "Raise `ValueError` if one of `sparse_modules` has no mask, or is not in the model"
     known = set(self.model.modules())
     for m in self.sparse_modules or ():
         name = type(m).__name__
         if m not in known: raise ValueError(f"sparse_modules must be layers of the learner's model, not another {name}")
-        if self.sparsity is None and not sparse_params(m):
-            raise ValueError(f"A {name} of sparse_modules has no mask: call sparsify_model(model, 0.9) first")
+        if self.sparsity is None and not sparse_params(m): raise ValueError(
+            f"A {name} of sparse_modules has no mask: call sparsify_model(model, 0.9) first")
 
 # %% ../../nbs/dynamic/02_callback.ipynb #5f6cf53d
 @patch
 def _leave_frozen(self:DynamicSparseTrainingCallback):
-    "Leave the masks of layers as they are that do not train; without an optimizer none does (`learn.summary()`)"
+    "Exclude the layers that do not train; without an optimizer (`learn.summary()`) these are all layers"
     s, trained = self.sparsifier, {id(p) for ps in self.opt.param_lists for p in ps} if self.opt else set()
     frozen = [n for n in s.layers if not s.param(n).requires_grad or id(s.param(n)) not in trained]
     for n in frozen: s.leave_dense(n, 'frozen: its mask stays as it is')
@@ -172,7 +172,7 @@ def _leave_frozen(self:DynamicSparseTrainingCallback):
 # %% ../../nbs/dynamic/02_callback.ipynb #873b8c33
 @patch
 def _checked_sparsifier(self:DynamicSparseTrainingCallback):
-    "The `DropGrow` of this fit; where it can't be made, the model is left as it was"
+    "Make the `DropGrow` of this fit; if that raises an error, masks that were added before are removed"
     undo = []
     try:
         if self.sparsity is not None:
@@ -189,18 +189,19 @@ def _make_sparsifier(self:DynamicSparseTrainingCallback):
     s = DropGrow(unwrapped(self.model), self.keep_score_f, self.grow_score_f, self.redistribute, self.granularity,
                  context, self.sparse_modules, self.seed)
     _try_allocation(s, ifnone(self.target, 0))
+    s.needs = s.needs | {'grad'}   # layers without a gradient keep their masks, whatever the scores need
     return s
 
 # %% ../../nbs/dynamic/02_callback.ipynb #109e959f
 def _try_allocation(s, target):
-    "Have an allocation that needs no scores raise its errors now"
+    "Call an allocation that needs no scores, so that it raises its errors before anything changes"
     if accepts(s.allocation, 'scores'): return
     s.allocation([s.param(n) for n in s.layers], target, **accepted_by(s.allocation, names=list(s.layers)))
 
 # %% ../../nbs/dynamic/02_callback.ipynb #ddab9400
 @patch
 def _open_masks(self:DynamicSparseTrainingCallback):
-    "Give the layers that have no mask one that keeps all; yield a function that takes it back, for each"
+    "Give each layer without a mask one that keeps all; yields for each a function that removes it again"
     masked = {id(p) for _,_,p,_ in masked_params(self.model)}
     for m,p in self._layers_to_open():
         w = m._parameters.get(p)
@@ -211,7 +212,7 @@ def _open_masks(self:DynamicSparseTrainingCallback):
 # %% ../../nbs/dynamic/02_callback.ipynb #ffc72e2a
 @patch
 def _layers_to_open(self:DynamicSparseTrainingCallback):
-    "(module, parameter name) of weights that may have a mask; in `sparse_modules` also those of unknown layer types"
+    "(module, parameter name) of the weights to give a mask; in `sparse_modules` also of unknown layer types"
     model, types = unwrapped(self.model), tuple({type(m) for m in sparseable_modules(unwrapped(self.model))})
     meant = {m for part in ifnone(self.sparse_modules, [model]) for m in part.modules()}
     own = [(m, 'weight') for m in self.sparse_modules or () if not Granularities.has(m) and 'weight' in m._parameters]
@@ -220,13 +221,13 @@ def _layers_to_open(self:DynamicSparseTrainingCallback):
 # %% ../../nbs/dynamic/02_callback.ipynb #78cd382d
 @torch.no_grad()
 def _take_back(m, p, zeros):
-    "Remove the mask of `m`'s parameter `p`, and write its zeros again"
+    "Remove the mask of `m`'s parameter `p`, and restore the zeros that the weight had"
     if get_mask(m, p) is not None: delattr(m, f'{p}_mask')
     m._parameters[p][zeros] = 0
 
 # %% ../../nbs/dynamic/02_callback.ipynb #fdb73413
 class _UpdateSteps(Companion):
-    "Takes the updates of the callback `cb` around the optimizer's step"
+    "Makes the updates of the callback `cb` around the optimizer's step"
     order = MixedPrecision.order + .5   # gradients are unscaled, but not yet clipped, and not yet zeroed under masks
 
     def before_batch(self):
@@ -241,13 +242,14 @@ class _UpdateSteps(Companion):
 # %% ../../nbs/dynamic/02_callback.ipynb #2537edf7
 @patch
 def _n_done(self:DynamicSparseTrainingCallback):
-    "Batches by which updates are counted: with this one, or without it where an update comes after the epoch has ended"
+    "Batches of the fit so far; without this one if updates come once per epoch, with the first batch of the next"
     return self.n_batches() - (self.batches_per_update is None)
 
 # %% ../../nbs/dynamic/02_callback.ipynb #57fae1d4
 @patch
 def _share_seen(self:DynamicSparseTrainingCallback): return self.n_seen/(self.n_epoch*self.n_iter)
 
+# %% ../../nbs/dynamic/02_callback.ipynb #8cc045e1
 @patch
 def _every(self:DynamicSparseTrainingCallback):
     "Batches from one update to the next"
@@ -256,7 +258,7 @@ def _every(self:DynamicSparseTrainingCallback):
 # %% ../../nbs/dynamic/02_callback.ipynb #c904313f
 @patch
 def _is_due(self:DynamicSparseTrainingCallback):
-    "Whether an update comes with this step"
+    "Whether an update is due at this step"
     self.n_seen_before, self.n_seen = self.n_seen, self._n_done()
     position = self._share_seen()
     if self.course.frozen(position): return self._lacks_last()
@@ -271,13 +273,13 @@ def _lacks_last(self:DynamicSparseTrainingCallback):
 # %% ../../nbs/dynamic/02_callback.ipynb #4c3eab32
 @patch
 def _see_gradients(self:DynamicSparseTrainingCallback):
-    "Read the gradients for an update, if one is due and they are finite; returns whether it comes"
+    "If an update is due and gradients are finite, read them; returns whether it did"
     s = self.sparsifier
     if 'opt' in s.needs: self._track_averages()
     self.update_due = self._is_due()
     if not self.update_due: return False
     if not all(_is_finite(s.param(n).grad) for n in s.layers): return self._postpone()
-    s.n_calls = self.n_seen   # random choices depend on it
+    s.n_calls = self.n_seen   # for random choices
     self._update() if self.replace_step else s.read()
     return True
 
@@ -287,14 +289,14 @@ def _is_finite(grad): return grad is None or bool(grad.sum().isfinite())
 # %% ../../nbs/dynamic/02_callback.ipynb #d8fecbb1
 @patch
 def _postpone(self:DynamicSparseTrainingCallback):
-    "Have an update that could not come now wait for the next step"
+    "Let an update that is due wait for the next step"
     if self.update_due: self.update_due, self.n_seen = False, self.n_seen_before
     self.sparsifier.forget()
 
 # %% ../../nbs/dynamic/02_callback.ipynb #60199cd8
 @patch
 def _begin(self:DynamicSparseTrainingCallback):
-    "Note at which batch the fit starts"
+    "At the first batch that is trained: set the position and the courses of the fit"
     self.first_batch = self.n_seen = max(self._n_done()-1, 0)
     self._make_courses()
     self._warn_without_update(self.n_epoch*self.n_iter, self._every())
@@ -304,20 +306,20 @@ def _begin(self:DynamicSparseTrainingCallback):
 def _make_courses(self:DynamicSparseTrainingCallback):
     in_window = partial(windowed, start=self.start_pct, end=self.stop_pct)
     self.drop_course = Course(in_window(self.drop_schedule))
-    schedule, every, found = in_window(self.sparsity_schedule), self._every(), self.zeros_at_start.fraction
-    last = self.first_batch//every*every   # the update before the fit starts, if any
+    schedule, found = in_window(self.sparsity_schedule), self.zeros_at_start.fraction
+    last = self.first_batch//self._every()*self._every()   # of the update before this fit, or 0
     share = schedule.progress(last/(self.n_epoch*self.n_iter)) if last else 0.
     self.course = _CourseFromHere(schedule, self.target, 0., self.stop_pct, found, share)
 
 # %% ../../nbs/dynamic/02_callback.ipynb #c3edb887
 @dataclass
 class _CourseFromHere(Course):
-    "From the sparsity that a fit found to the target, along what is left of the schedule"
-    found:float = 0. # Sparsity that the fit found
-    share:float = 0. # Share of the schedule that was over then
+    "From the sparsity at the start of the fit to the target, along the rest of the schedule"
+    found:float = 0. # Sparsity at the start of the fit, a fraction
+    share:float = 0. # Share of the schedule that was over at the start of the fit
 
     def level(self, position, measured=None):
-        if self.target is None: return 0.   # as many weights as there are
+        if self.target is None: return 0.   # not used: each layer keeps its number of live weights
         if self.frozen(position) or self.share >= 1: return self.target
         share = (self.schedule.progress(position)-self.share)/(1-self.share)
         return self.found + (float(self.target)-self.found)*share
@@ -329,7 +331,7 @@ def _warn_without_update(self:DynamicSparseTrainingCallback, total, every):
     next_update = math.ceil(first/every)*every
     if next_update >= stop and self.sparsity is None: warnings.warn(
         f"The masks will not change: the next update would come after {next_update:.0f} batches, "
-        f"and stop_pct={self.stop_pct:g} of this fit is {stop:.0f}")
+        f"but stop_pct={self.stop_pct:g} of this fit is at {stop:.0f} batches")
 
 # %% ../../nbs/dynamic/02_callback.ipynb #76fce2c6
 @patch
@@ -345,14 +347,14 @@ def _update(self:DynamicSparseTrainingCallback):
 # %% ../../nbs/dynamic/02_callback.ipynb #19e40be3
 @patch
 def _finish(self:DynamicSparseTrainingCallback):
-    "Take the last update, which reaches the target, unless weights are not finite"
+    "Make the last update, which reaches the target, unless a weight is not finite"
     self.n_seen = self.sparsifier.n_calls = self.n_epoch*self.n_iter
     if all(self.sparsifier.param(n).sum().isfinite() for n in self.sparsifier.layers): self._update()
 
 # %% ../../nbs/dynamic/02_callback.ipynb #54bced09
 @patch
 def _start_anew(self:DynamicSparseTrainingCallback, p, changed):
-    "The optimizer forgets what it knew of weights that are dropped or grown"
+    "Clear the optimizer's state of weights that are dropped or grown"
     clear_opt_state(self.opt, p, changed, present=True)
     if id(p) not in self.ever_live: return   # a bias that is dropped with its output
     self.n_changed += n_true(changed)
@@ -361,23 +363,23 @@ def _start_anew(self:DynamicSparseTrainingCallback, p, changed):
 # %% ../../nbs/dynamic/02_callback.ipynb #6f555b89
 @patch
 def _check_reached(self:DynamicSparseTrainingCallback):
-    "Warn where the fit ended before the target was reached, or a layer never had a gradient"
+    "Warn if the fit ended before the target was reached, or if a layer never had a gradient"
     if not self.is_done: warnings.warn(
-        f"The masks are {self.zeros_now.percent:.2f} % sparse where {self.sparsity:g} % were asked for: "
+        f"The masks have reached {self.zeros_now.percent:.2f} % of {self.sparsity:g} % sparsity: "
         f"the fit ended before stop_pct={self.stop_pct:g} of it was over")
     elif self.unreached: warnings.warn(f"No gradient reaches {', '.join(self.unreached)}: as dense as at the start")
 
 # %% ../../nbs/dynamic/02_callback.ipynb #6487bfce
 @patch
 def _opt_state(self:DynamicSparseTrainingCallback, p):
-    "The optimizer's state of `p`, and in it the average of its gradient"
+    "The optimizer's state of `p`, with the callback's average of its gradient as `grad_avg`"
     return {**state_of(self.opt, p), 'grad_avg': self.grad_averages[id(p)]} if id(p) in self.grad_averages else {}
 
 # %% ../../nbs/dynamic/02_callback.ipynb #187ba6ac
 @patch
 @torch.no_grad()
 def _track_averages(self:DynamicSparseTrainingCallback):
-    "Update the averages of the gradients (0.9 old, 0.1 new), but for gradients that are not finite"
+    "Update the averages of the gradients (0.9 old, 0.1 new); gradients that are not finite are skipped"
     for p in map(self.sparsifier.param, self.sparsifier.layers):
         if p.grad is None or not _is_finite(p.grad): continue
         if id(p) in self.grad_averages: self.grad_averages[id(p)].lerp_(p.grad, .1)
@@ -388,7 +390,7 @@ _LOG_COLUMNS = ('epoch', 'drop_share', 'dropped', 'grown', 'changed', 'live', 'e
 
 @patch(as_prop=True)
 def log(self:DynamicSparseTrainingCallback)->pd.DataFrame:
-    "The updates of the last fit, a row for each"
+    "A row for each update of the last fit"
     return pd.DataFrame(list(self.log_rows), columns=_LOG_COLUMNS)
 
 # %% ../../nbs/dynamic/02_callback.ipynb #9cf598c5
@@ -404,16 +406,17 @@ def _start_log(self:DynamicSparseTrainingCallback):
     self.masks_at_start, self.ever_live = self._copied_masks(), self._copied_masks()
     self.zeros_at_start = self._log_layers(epoch=0.)
 
+# %% ../../nbs/dynamic/02_callback.ipynb #4274e849
 @patch
 def _copied_masks(self:DynamicSparseTrainingCallback):
-    "`id` of a weight -> a copy of its mask, of all layers that change"
+    "`id` of a weight -> a copy of its mask, for all layers that change"
     s = self.sparsifier
     return {id(s.param(n)): get_mask(m, p).bool().clone() for n,(m,p) in s.layers.items()}
 
 # %% ../../nbs/dynamic/02_callback.ipynb #d12db177
 @patch
 def _log_layers(self:DynamicSparseTrainingCallback, epoch)->Zeros:
-    "Add a row for the layers; returns the zeros of all"
+    "Add a row with the layers' sparsities; returns the zeros of all layers together"
     zeros = {n: measured([get_mask(m, p)]) for n,(m,p) in self.sparsifier.layers.items()}
     self.layer_rows.append({'epoch': epoch, **{n: z.percent for n,z in zeros.items()}})
     self.zeros_now = sum(zeros.values(), Zeros(0, 0))
@@ -423,13 +426,18 @@ def _log_layers(self:DynamicSparseTrainingCallback, epoch)->Zeros:
 @patch
 def _log_update(self:DynamicSparseTrainingCallback):
     if not self.log_rows: self.layer_rows = [{**self.layer_rows[0], 'epoch': self.first_batch/self.n_iter}]
-    epoch, live_before = self.n_seen/self.n_iter, _n_live(self.zeros_now)
-    live = _n_live(self._log_layers(epoch))
-    grown = (self.n_changed+live-live_before)//2   # dropped and grown are n_changed together
-    row = dict(epoch=epoch, drop_share=self.sparsifier.drop, dropped=live_before-live+grown, grown=grown)
-    self.log_rows.append({**row, 'changed': grown/max(live, 1), 'live': live, **self._log_masks()})
+    epoch, n_before = self.n_seen/self.n_iter, _n_nonzero(self.zeros_now)
+    n_live = _n_nonzero(self._log_layers(epoch))
+    row = dict(epoch=epoch, drop_share=self.sparsifier.drop, live=n_live)
+    self.log_rows.append({**row, **_changed_counts(self.n_changed, n_before, n_live), **self._log_masks()})
 
-def _n_live(zeros): return zeros.n - zeros.n_zero
+# %% ../../nbs/dynamic/02_callback.ipynb #f08fb804
+def _changed_counts(n_changed, n_before, n_live):
+    "How many of `n_changed` weights were dropped and have grown, if `n_before` live weights became `n_live`"
+    n_grown = (n_changed+n_live-n_before)//2
+    return dict(dropped=n_changed-n_grown, grown=n_grown, changed=n_grown/max(n_live, 1))
+
+def _n_nonzero(zeros): return zeros.n - zeros.n_zero
 
 # %% ../../nbs/dynamic/02_callback.ipynb #80170ca5
 @patch
@@ -438,21 +446,21 @@ def _log_masks(self:DynamicSparseTrainingCallback):
     masks = {id(s.param(n)): (m, get_mask(m, p).bool()) for n,(m,p) in s.layers.items()}
     still_live = sum(n_true(mask & self.masks_at_start[i]) for i,(_,mask) in masks.items())
     return dict(explored=sum(map(n_true, self.ever_live.values()))/self.zeros_at_start.n,
-                overlap=still_live/max(_n_live(self.zeros_at_start), 1),
+                overlap=still_live/max(_n_nonzero(self.zeros_at_start), 1),
                 dead=sum(_n_dead(m, mask) for m,mask in masks.values()))
 
 # %% ../../nbs/dynamic/02_callback.ipynb #be12053a
 def _n_dead(m, mask):
-    "How many outputs of the layer `m` have no live weight (numpy is a hundred times faster here than torch on a CPU)"
+    "Number of outputs of `m` without a live weight (on a CPU numpy is a hundred times faster at this than torch)"
     outs = mask.movedim(out_in_axes(m)[0] if Granularities.has(m) else 0, 0).flatten(1)
     return len(outs) - (int(np.count_nonzero(outs.numpy().any(1))) if outs.is_cpu else n_true(outs.any(1)))
 
 # %% ../../nbs/dynamic/02_callback.ipynb #067351ae
 @patch
 def plot(self:DynamicSparseTrainingCallback,
-    axs=None, # Two axes of matplotlib
+    axs=None, # Two axes of matplotlib; None: new ones
 ):
-    "Plot the sparsities of the layers, and how far the masks have come; returns the axes"
+    "Plot the layers' sparsities, and how much the masks have changed; returns the axes"
     import matplotlib.pyplot as plt
     if not self.layer_rows: raise ValueError("There is nothing to plot before a fit")
     if axs is None: _,axs = plt.subplots(1, 2, figsize=(10,3.5), layout='constrained')

@@ -28,14 +28,14 @@ from ..core.targets import check_fraction
 def sparsify_model(
     model, # A model or a learner
     model_sparsity:float, # Fraction of all weights that are zero
-    sparse_f=uniform_sparsity, # How it is shared among layers: an allocation
-    enforce_mask:bool=True, # Apply the masks before each forward pass; not needed where a fit has `KeepMasks`
+    sparse_f=uniform_sparsity, # How the sparsity is shared among layers: an allocation
+    enforce_mask:bool=True, # Apply the masks before each forward pass; not needed in fits with `KeepMasks`
     seed:int=None, # For random scores; None: torch's own generator
     scores=random_criteria, # Score of the weights that are kept: a function or a `Criteria`
 )->Hooks:
-    """Give each layer in `sparseable_modules` a mask and a buffer with its sparsity, unless it stays dense.
-    `remove()` of the result ends the enforcement; masks and zeros stay. Raises `ValueError` for a sparsity outside
-    0 to 1, for layers that can't carry a mask, and for hooks on a compiled model, which would never run."""
+    """Give each layer in `sparseable_modules` a mask and a buffer with its sparsity, unless it stays dense. Returns
+    fastai's `Hooks`: their `remove()` ends the enforcement, while masks and zeros stay. Raises `ValueError` for a
+    sparsity outside 0 to 1, for layers that can't have a mask, and for hooks on a compiled model (they never run)."""
     model = model_of(model)
     check_fraction(model_sparsity)
     _check_hooks_run(model, enforce_mask)
@@ -62,13 +62,12 @@ def _sparseable_types(model):
 
 # %% ../../nbs/dynamic/00_random_masks.ipynb #882a1d18
 def _warn_of_revival(s, old, sparsity):
-    "Warn where the masks `old` keep fewer weights than are asked for now"
+    "Warn if the masks `old` keep fewer weights than are asked for now"
     zeros = [Zeros(0, s.param(n).numel()) if mask is None else measured([mask]) for n,mask in old.items()]
     overall = sum(zeros, Zeros(0, 0))
-    n_live = overall.n - overall.n_zero
-    if overall.n_zero > n_zeros(sparsity, overall.n): warnings.warn(
-        f"The model has masks that keep {n_live:,} weights, fewer than are asked for now: "
-        "those that come back start from zero")
+    if overall.n_zero <= n_zeros(sparsity, overall.n): return
+    warnings.warn(f"The masks of the model keep {overall.n - overall.n_zero:,} weights, fewer than are asked for now: "
+                  "weights that come back start from zero")
 
 # %% ../../nbs/dynamic/00_random_masks.ipynb #cd19e5ed
 def _note_or_drop(m, p, had_mask):
@@ -135,5 +134,5 @@ def maybe_float(
 def sparse_params(
     module:nn.Module, # A layer or a whole model
 )->list:
-    "A tuple (param, mask, sparsity) for each mask in `module`; the sparsity is the one of the buffer, or None"
+    "A tuple (param, mask, sparsity) for each mask in `module`; sparsity is the value of its buffer, or None"
     return [(p, mask, maybe_float(m._buffers.get(f'{name}_sparsity'))) for m,name,p,mask in masked_params(module)]

@@ -24,19 +24,18 @@ from ..core.select import Zeros
 # %% ../../nbs/files/01_onnx.ipynb #5e0c1a76
 def export_onnx(
     model:nn.Module, # A model, with masks (which stay) or baked
-    path, # File to write; weights beyond 1 GB go beside it, into `{path}.data`
+    path, # File to write; if all weights together exceed 1 GB, they go into `{path}.data`
     example_input, # A batch: a tensor, or a tuple or dict of the arguments of `forward`
     opset=None, # Version of ONNX's operators; None: PyTorch's choice
     nm=(2,4), # Pattern to look for along the inputs
     **kwargs, # For `torch.onnx.export`, such as `dynamic_shapes`, `input_names` or `dynamo=False`
 )->pd.DataFrame:
-    """Export `model` in eval mode and without masks to ONNX, zeros included; returns a row per initializer of the
-    file. A row has the name, the operator that uses it as a weight, the shape, zeros, the sparsity in percent,
-    the dimension of the inputs, and the `pattern`: '2:4' (or `nm`), 'dense' or 'no', as in `verify_nm`. Raises
-    `ImportError` without the packages onnx and onnxscript; `ValueError` if zeros are lost, if PyTorch has no such
-    `opset`, or if ONNX Runtime, where it is installed, can't run the file or its outputs differ (by more than
-    1e-4 of the largest output, or 8 roundings of a shorter type). Then no file is written, and one that was there
-    stays."""
+    """Export `model` to ONNX, in eval mode and without masks; its zeros are kept. Returns a table with a row per
+    initializer of the file: its name, the operator that uses it as a weight, shape, zeros, sparsity in percent, the
+    dimension of the inputs, and the `pattern` ('2:4' or the given `nm`, 'dense' or 'no', as in `verify_nm`). Raises
+    `ImportError` if the packages onnx and onnxscript are missing. Raises `ValueError` if zeros are lost, if PyTorch
+    can't export `opset`, or if ONNX Runtime is installed and can't run the file or gives other outputs (they may
+    differ by 1e-4 of the largest output, or by 8 roundings of a shorter type). After an error `path` is as before."""
     _need('onnx', 'onnxscript')
     NM(*nm)   # raises for an impossible pattern
     model, path = unwrapped(model), Path(path)
@@ -57,43 +56,59 @@ def _need(*names):
 def _export(model, path, example_input, opset, **kwargs):
     "Write `model` to `path` with PyTorch's exporter"
     args, named = as_call(example_input)
-    is_large = sum(p.nbytes for p in model.parameters()) > 2**30
-    kwargs = {'dynamo': True, 'verbose': False, 'external_data': is_large, **kwargs}
-    with torch.enable_grad(), warnings.catch_warnings():   # without gradients, attention runs as one private operator
-        warnings.filterwarnings('ignore', '.*_flat_weights.* were assigned during export')   # of recurrent layers
-        torch.onnx.export(model, args, path, kwargs=named or None, opset_version=opset, **kwargs)
+    options = _default_options(model) | kwargs
+    with torch.enable_grad(), warnings.catch_warnings():   # without gradients, attention is one private operator
+        warnings.filterwarnings('ignore', '.*_flat_weights.* were assigned')   # of recurrent layers
+        torch.onnx.export(model, args, path, kwargs=named or None, opset_version=opset, **options)
+
+# %% ../../nbs/files/01_onnx.ipynb #7b06c183
+def _default_options(model):
+    "Arguments of `torch.onnx.export` that a user may replace"
+    is_large = sum(p.nbytes for p in model.parameters()) > 2**30   # one file can't hold more than 2 GB
+    return {'dynamo': True, 'verbose': False, 'external_data': is_large}
 
 # %% ../../nbs/files/01_onnx.ipynb #0ee3d986
 def _checked_export(model, path, example_input, opset, nm, input_names):
-    "The table of the file's initializers; raises `ValueError` if the file is not what was asked for"
+    "The table of the file's initializers; raises `ValueError` if opset, zeros or outputs are not as they should be"
     import onnx
     exported = onnx.load(path)
     _check_opset(exported, opset)
     df = _initializers(exported.graph, *nm)
     _check_zeros(model, df)
-    if find_spec('onnxruntime'):
-        found = _run_onnx(path, model, *as_call(example_input), input_names)
-        _check_outputs(found, _tensors(call_with(model, example_input)))
+    if find_spec('onnxruntime'): _compare_outputs(model, path, example_input, input_names)
     return df
+
+# %% ../../nbs/files/01_onnx.ipynb #f70f73b6
+def _compare_outputs(model, path, example_input, input_names):
+    "Raise `ValueError` unless the file has the outputs of `model` in ONNX Runtime"
+    found = _run_onnx(path, model, *as_call(example_input), input_names)
+    _check_outputs(found, _tensors(call_with(model, example_input)))
 
 # %% ../../nbs/files/01_onnx.ipynb #b70aabdb
 def _weight_axes(graph):
     "Name of an initializer -> (operator that uses it as a weight, dimension of the inputs)"
-    n_dims, transposed, axes = {i.name: len(i.dims) for i in graph.initializer}, {}, {}
+    n_dims, axes = {i.name: len(i.dims) for i in graph.initializer}, {}
+    transposed = _transposed_weights(graph, n_dims)
     for node in graph.node:
-        attrs = {a.name: list(a.ints) or a.i for a in node.attribute}
-        if node.op_type == 'Transpose' and node.input[0] in n_dims:
-            name = node.input[0]
-            transposed[node.output[0]] = name, attrs.get('perm', list(range(n_dims[name]))[::-1])
-        for i,axis in _input_axes(node.op_type, attrs):
+        for i,axis in _input_axes(node.op_type, _attributes(node)):
             name, perm = transposed.get(node.input[i], (node.input[i], None)) if i < len(node.input) else ('', None)
             if n_dims.get(name, 0) < 2: continue
             axes.setdefault(name, (node.op_type, perm[axis] if perm else axis % n_dims[name]))
     return axes
 
+# %% ../../nbs/files/01_onnx.ipynb #47fa641c
+def _transposed_weights(graph, n_dims):
+    "Name of the transposed tensor -> (name of the initializer, its dimensions in the new order)"
+    nodes = [node for node in graph.node if node.op_type == 'Transpose' and node.input[0] in n_dims]
+    reversed_dims = lambda name: list(range(n_dims[name]))[::-1]   # ONNX's default
+    return {node.output[0]: (node.input[0], _attributes(node).get('perm', reversed_dims(node.input[0])))
+            for node in nodes}
+
+def _attributes(node): return {a.name: list(a.ints) or a.i for a in node.attribute}
+
 # %% ../../nbs/files/01_onnx.ipynb #d585b39e
 def _input_axes(op, attrs):
-    "Pairs (operand, its dimension of the inputs) of an operator whose operands can be weights"
+    "For each operand of `op` that can be a weight: (its number, its dimension of the inputs)"
     if op == 'Gemm': return (1, 1 if attrs.get('transB') else 0), (0, 0 if attrs.get('transA') else 1)
     recurrent = [(1,2), (2,2)]
     return {'Conv': [(1,1)], 'ConvTranspose': [(1,0)], 'MatMul': [(1,-2), (0,-1)],
@@ -101,7 +116,7 @@ def _input_axes(op, attrs):
 
 # %% ../../nbs/files/01_onnx.ipynb #4a361cd9
 def _pattern_of(a, axis, n, m):
-    "The pattern of the bool array `a` (True = not zero) along `axis`, in the words of `verify_nm`"
+    "The pattern of the bool array `a` (True = not zero) along `axis`: 'dense', 'no' or for example '2:4'"
     if a.all(): return 'dense'
     if a.shape[axis] % m: return 'no'
     n_live = np.count_nonzero(np.moveaxis(a, axis, -1).reshape(-1, m), axis=1)
@@ -111,36 +126,44 @@ def _pattern_of(a, axis, n, m):
 def _initializers(graph, n, m):
     "A row for each initializer of `graph`"
     from onnx import numpy_helper
-    axes, rows = _weight_axes(graph), []
-    for i in graph.initializer:
-        a, (op, axis) = numpy_helper.to_array(i), axes.get(i.name, ('', None))
-        zeros = int(np.count_nonzero(a == 0))
-        pattern = '' if axis is None else _pattern_of(a != 0, axis, n, m)
-        percent = Zeros(zeros, a.size).percent
-        rows.append([i.name, op, a.shape, zeros, percent, axis, pattern])
+    axes = _weight_axes(graph)
+    rows = [_initializer_row(i.name, numpy_helper.to_array(i), *axes.get(i.name, ('', None)), n, m)
+            for i in graph.initializer]
     columns = 'name op shape zeros sparsity_pct axis pattern'.split()
     return pd.DataFrame(rows, columns=columns).astype({'axis': 'Int64'})
 
+# %% ../../nbs/files/01_onnx.ipynb #6180df83
+def _initializer_row(name, a, op, axis, n, m):
+    zeros = int(np.count_nonzero(a == 0))
+    pattern = '' if axis is None else _pattern_of(a != 0, axis, n, m)
+    return [name, op, a.shape, zeros, Zeros(zeros, a.size).percent, axis, pattern]
+
 # %% ../../nbs/files/01_onnx.ipynb #5e0c1a74
 def _check_zeros(model, df):
-    """Raise `ValueError` if a weight of `model` has more zeros than its counterpart in the file; as the exporter
-    renames and transposes weights, those of the same dimensions in any order are compared, sorted by their
-    zeros"""
-    size, ours, theirs = lambda shape: tuple(sorted(d for d in shape if d > 1)), {}, {}
+    """Raise `ValueError` if a weight of `model` has more zeros than its counterpart in the file. The exporter renames
+    and transposes weights, so weights with the same dimensions, in any order, are sorted by their zeros and compared"""
+    in_file = {}
+    for r in df.itertuples(): in_file.setdefault(_sorted_dims(r.shape), []).append(r.zeros)
+    for dims,have in _zeros_by_dims(model).items():
+        found = sorted(in_file.get(dims, []))   # fewer where a layer isn't used
+        for (n,name),z in zip(have, found[-len(have):]):
+            if z < n: raise ValueError(f"The export would lose zeros: the weight of {name!r}, of shape {dims}, has "
+                                       f"{n:,d} and the file {z:,d}")
+
+# %% ../../nbs/files/01_onnx.ipynb #3ff809b0
+def _zeros_by_dims(model):
+    "Dimensions of weights -> a pair (zeros, layer) for each weight of `model` that has them, sorted"
+    found = {}
     for name,m,p in maskable_weights(model):
         if (w := m._parameters.get(p)) is None: continue
-        ours.setdefault(size(w.shape), []).append((int((w == 0).sum()), name))
-    for r in df.itertuples(): theirs.setdefault(size(r.shape), []).append(r.zeros)
-    for k,have in ours.items():
-        found = sorted(theirs.get(k, []))   # fewer where a layer isn't used
-        for (n,name),z in zip(sorted(have), found[-len(have):]):
-            if z < n:
-                raise ValueError(f"The export would lose zeros: the weight of {name!r}, of shape {k}, has {n:,d} "
-                                 f"and the file {z:,d}")
+        found.setdefault(_sorted_dims(w.shape), []).append((int((w == 0).sum()), name))
+    return {dims: sorted(pairs) for dims,pairs in found.items()}
+
+def _sorted_dims(shape): return tuple(sorted(d for d in shape if d > 1))
 
 # %% ../../nbs/files/01_onnx.ipynb #80dc52e7
 def _check_opset(model, opset):
-    "Raise `ValueError` if the file `model` has another opset than was asked for: PyTorch only tries to convert it"
+    "Raise `ValueError` if the exported `model` does not have the `opset` asked for: PyTorch's conversion may fail"
     found = next(o.version for o in model.opset_import if o.domain in ('', 'ai.onnx'))
     if opset not in (None, found): raise ValueError(f"PyTorch can't export {opset=} here: the file would have {found}")
 
@@ -149,8 +172,7 @@ def _tensors(tree): return [t for t in tree_leaves(tree) if torch.is_tensor(t)]
 
 # %% ../../nbs/files/01_onnx.ipynb #3974cedf
 def _by_name(names, model, args, kwargs, input_names):
-    """`names` of the file's inputs -> tensors: by the names of the arguments of `forward`, else in their order.
-    The older exporter leaves out arguments that are not used"""
+    "Input of the file -> tensor, by the names of the arguments (the older exporter omits unused ones) or their order"
     leaves = _tensors((args, kwargs))
     known = {**inspect.signature(model.forward).bind(*args, **kwargs).arguments, **dict(zip(input_names, leaves))}
     if all(torch.is_tensor(known.get(n)) for n in names): return {n: known[n] for n in names}
@@ -158,19 +180,20 @@ def _by_name(names, model, args, kwargs, input_names):
 
 # %% ../../nbs/files/01_onnx.ipynb #b748be97
 def _run_onnx(path, model, args, kwargs, input_names):
-    "The outputs of the file in ONNX Runtime; raises `ValueError` if it can't run it"
+    "The outputs of the file in ONNX Runtime; raises `ValueError` if it can't run the file"
     import onnxruntime
     try:
         session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
-        given = _by_name([i.name for i in session.get_inputs()], model, args, kwargs, input_names)
-        return session.run(None, {n: t.detach().cpu().numpy() for n,t in given.items()})
+        inputs = _by_name([i.name for i in session.get_inputs()], model, args, kwargs, input_names)
+        return session.run(None, {n: t.detach().cpu().numpy() for n,t in inputs.items()})
     except Exception as e:
         raise ValueError("ONNX Runtime can't run the export, so its outputs can't be checked (most operators exist "
                          f"for float32 only): {e}") from e
 
 # %% ../../nbs/files/01_onnx.ipynb #b145a729
 def _difference(a, b):
-    "(largest difference of `a` and `b`, 0 where both are the same infinity or NaN; largest finite number in `b`)"
+    """(largest difference of `a` and `b`, largest finite absolute value in `b`). Equal infinities, and NaN in both,
+    count as no difference"""
     same, finite = (a == b) | a.isnan() & b.isnan(), b[b.isfinite()]
     return (a-b).abs().masked_fill(same, 0).max() if b.numel() else 0, finite.abs().max() if len(finite) else 0
 
@@ -178,9 +201,11 @@ def _difference(a, b):
 def _check_outputs(found, outputs):
     "Raise `ValueError` if the arrays `found` differ from the model's `outputs`"
     for i,(a,b) in enumerate(zip(found, outputs, strict=True)):
-        tol = max(1e-4, 8*torch.finfo(b.dtype).eps) if b.is_floating_point() else 0
         if a.shape != b.shape:
             raise ValueError(f"ONNX Runtime's output {i} has the shape {a.shape}, the model's has {tuple(b.shape)}")
-        off, top = _difference(torch.as_tensor(a).double(), b.detach().cpu().double())
-        if not off <= tol*top:   # also where `off` is NaN
-            raise ValueError(f"ONNX Runtime's output {i} is off by {off:.2g}, where the model's largest is {top:.2g}")
+        off, largest = _difference(torch.as_tensor(a).double(), b.detach().cpu().double())
+        if off <= _tolerance(b.dtype)*largest: continue   # never true where `off` is NaN
+        raise ValueError(f"ONNX Runtime's output {i} is off by {off:.2g}, where the model's largest is {largest:.2g}")
+
+# %% ../../nbs/files/01_onnx.ipynb #fad7f859
+def _tolerance(dtype): return max(1e-4, 8*torch.finfo(dtype).eps) if dtype.is_floating_point else 0

@@ -25,11 +25,11 @@ weight_importances = {'normed_abs': Criteria(large_final, normalizer=_by_norm), 
 
 # %% ../../nbs/nncf/03_magnitude.ipynb #f161d299
 class MagnitudeSparsityCallback(SoftMaskCallback):
-    "NNCF's magnitude sparsity: each epoch masks the least important weights anew, until the masks are frozen"
+    "NNCF's magnitude sparsity: each epoch chooses the least important weights again and masks them, until the freeze"
     def __init__(self, sparsity=None, schedule=None,
         weight_importance:str='normed_abs', # `|w|` over the norm of its layer, or 'abs'
-        context='global', # One ranking of all layers, or 'local', or an allocation
-        num_bn_adaptation_samples:int=0, # Samples of training data with which BatchNorm is adapted to the first masks
+        context='global', # 'global': all layers are ranked together; 'local': each layer by itself; or an allocation
+        num_bn_adaptation_samples:int=0, # Samples of training data for adapting BatchNorm to the first masks
         layer_type=CONV_AND_LINEAR, layers=None, freeze_pct=.75):
         super().__init__(sparsity, schedule, layer_type, layers, freeze_pct)
         _check_importance(weight_importance)
@@ -42,7 +42,7 @@ class MagnitudeSparsityCallback(SoftMaskCallback):
 # %% ../../nbs/nncf/03_magnitude.ipynb #060dd78a
 def _check_importance(name):
     if isinstance(name, str) and name in weight_importances: return
-    raise ValueError(f"weight_importance is one of {list(weight_importances)}, not {name!r}")
+    raise ValueError(f"weight_importance must be one of {list(weight_importances)}, not {name!r}")
 
 # %% ../../nbs/nncf/03_magnitude.ipynb #85a4e882
 @patch
@@ -57,7 +57,7 @@ def begin(self:MagnitudeSparsityCallback):
 # %% ../../nbs/nncf/03_magnitude.ipynb #371fb552
 @patch
 def _make_sparsifier(self:MagnitudeSparsityCallback):
-    "The `Sparsifier` that chooses the masks, of the layers that take part"
+    "Make the `Sparsifier` that chooses the masks of the layers that train"
     criteria = weight_importances[self.weight_importance]
     self.sparsifier = Sparsifier(unwrapped(self.model), 'weight', self.context, criteria, layer_type=self.layer_type)
     others = [n for n in self.sparsifier.layers if n not in self.params]
@@ -75,7 +75,7 @@ def new_masks(self:MagnitudeSparsityCallback, level):
 # %% ../../nbs/nncf/03_magnitude.ipynb #f70ed8c0
 @patch
 def _find_thresholds(self:MagnitudeSparsityCallback):
-    "Name of a layer -> the greatest importance that is masked, of all layers where they have one ranking"
+    "Name of a layer -> greatest importance of its masked weights; of all layers' if these are ranked together"
     greatest = {n: self._greatest_masked(self.params[n], mask) for n,mask in self.soft.masks.items()}
     return dict.fromkeys(greatest, max(greatest.values())) if self.context == 'global' else greatest
 

@@ -23,7 +23,7 @@ _START = math.log(.99/.01)   # logit of .99
 _LIMIT = 8. # Largest absolute value of a logit
 
 class _LearnedMasks(SoftMasks):
-    "Masks that are drawn from logits; the gradient of a masked weight gives that of its logit too"
+    "Masks that are drawn from logits; the gradient of each masked weight is also used for the gradient of its logit"
     def __init__(self, params, seed):
         super().__init__(params)
         self.logits = {n: torch.full_like(p, _START, dtype=torch.float32).detach() for n,p in params.items()}
@@ -43,20 +43,20 @@ class _LearnedMasks(SoftMasks):
 
 # %% ../../nbs/nncf/02_rb.ipynb #d196f9ea
 def _cache_parts(*tensors, n=2**18):
-    "Parts of `n` elements of `tensors` of one shape, which fit into the cache of a CPU; whole tensors on other devices"
+    "Tuples of parts of `tensors`, with `n` elements each for the cache of a CPU; on other devices the whole tensors"
     if all(t.is_cpu and t.is_contiguous() for t in tensors): return zip(*(t.view(-1).split(n) for t in tensors))
     return [tensors]
 
 # %% ../../nbs/nncf/02_rb.ipynb #d5528b95
 def _draw_mask(
-    logits, # s
+    logits, # The logits of this part of the parameter
     mask, # Bool tensor to write the mask to
     slope, # Tensor to write the slope times the weight to
     raw, # Weights
     masked, # Tensor to write the masked weights to
     xi, # Numbers from (0,1)
 ):
-    "Draw the mask of a part of a parameter"
+    "Draw the mask of a part of a parameter, and compute slopes and masked weights"
     p = logits.sigmoid()
     b = (1-p).mul_(1-xi)
     a = p.mul_(xi)
@@ -69,7 +69,7 @@ def _draw_mask(
 def _uniform(self:_LearnedMasks, s):
     "A number from (0,1) for each element of `s`"
     if not s.is_cpu: return self._uniform_on(s.device, s.shape)
-    bits = self.rng.random_raw(-(-s.numel()//4)).view(np.int16)[:s.numel()]   # four numbers of 16 bits in each of 64
+    bits = self.rng.random_raw(-(-s.numel()//4)).view(np.int16)[:s.numel()]   # 64 random bits give four numbers
     return torch.from_numpy(bits).float().add_(2**15+.5).mul_(2**-16).view(s.shape)
 
 # %% ../../nbs/nncf/02_rb.ipynb #b20e19ad
@@ -83,7 +83,7 @@ def _uniform_on(self:_LearnedMasks, device, shape):
 @patch
 @torch.no_grad()
 def draw(self:_LearnedMasks):
-    "Lay new masks for a training step"
+    "Draw and apply new masks for a training step"
     self.lift()
     for n,s in self.logits.items():
         if n in self.slopes: continue
@@ -94,7 +94,7 @@ def draw(self:_LearnedMasks):
 @patch
 @torch.no_grad()
 def settle(self:_LearnedMasks):
-    "Have the masks without noise"
+    "Set the masks without randomness: weights with a positive logit are kept"
     self.lift()
     self.masks, self.slopes = {n: s > 0 for n,s in self.logits.items()}, {}
 
@@ -102,29 +102,29 @@ def settle(self:_LearnedMasks):
 @patch
 @torch.no_grad()
 def on_grad(self:_LearnedMasks, n, grad):
-    "Add to the gradient of the logits what the gradient of the masked weights is for them"
+    "Add to the gradient of the logits: the gradient of the masked weights times the slopes"
     if n not in self.slopes: return
     for g,slope,logit_grad in _cache_parts(grad, self.slopes[n], self.logits[n].grad):
         logit_grad.addcmul_(g.float(), slope)
 
 # %% ../../nbs/nncf/02_rb.ipynb #c703f0cf
 class RBSparsityCallback(SoftMaskCallback):
-    "NNCF's regularization-based sparsity: masks are learned, with their sparsity as a part of the loss"
+    "NNCF's regularization-based sparsity: masks are learned, and their sparsity is part of the loss"
     columns = ('sparsity', 'rb_loss')
     mask_opt, loaded_logits, accumulates = None, None, False
 
     def __init__(self, sparsity=None, schedule=None,
-        context:str='global', # The level is that of all layers together; 'local': of each layer
-        mask_lr:float=.1, # Learning rate of the logits; a low one leaves many near zero, where masks are mere chance
-        p:float=.05, # Difference of density and level at which the loss of the level is 1, a fraction
-        seed:int=0, # For the masks that are drawn
+        context:str='global', # 'global': the level is the sparsity of all layers together; 'local': of each layer
+        mask_lr:float=.1, # Learning rate of the logits; if it is too low, many stay near zero and masks stay random
+        p:float=.05, # Difference between the density and the one asked for at which `rb_loss` is 1, a fraction
+        seed:int=0, # For drawing masks
         layer_type=CONV_AND_LINEAR, layers=None, freeze_pct=.75):
         super().__init__(sparsity, schedule, layer_type, layers, freeze_pct)
-        if context not in ('global', 'local'): raise ValueError(f"context is 'global' or 'local', not {context!r}")
+        if context not in ('global', 'local'): raise ValueError(f"context must be 'global' or 'local', not {context!r}")
         for n,v in dict(mask_lr=mask_lr, p=p).items(): check_number(n, v, 'a positive number', lambda v: v > 0)
         _check_seed(seed)
         store_attr('context,mask_lr,p,seed')
-        self.losses = []   # of the level, for each batch of the epoch
+        self.losses = []   # `rb_loss` of each batch of the epoch
 
     def new_masks(self, level): "Nothing to do here: masks are drawn for each batch"
     def settle(self): self.soft.settle()
@@ -141,7 +141,7 @@ def _check_seed(seed):
 # %% ../../nbs/nncf/02_rb.ipynb #be42b24b
 @patch(as_prop=True)
 def logits(self:RBSparsityCallback)->dict:
-    "Name of a layer -> what has been learned so far"
+    "Name of a layer -> its logits; empty before the first fit"
     return getattr(self.soft, 'logits', {}) if self.loaded_logits is None else self.loaded_logits
 
 # %% ../../nbs/nncf/02_rb.ipynb #bfef3760
@@ -155,7 +155,7 @@ def state_dict(self:RBSparsityCallback)->dict:
 def load_state_dict(self:RBSparsityCallback,
     state:dict, # From `state_dict`
 )->None:
-    "Have the next fit go on with the logits of `state`; it raises `ValueError` where a shape does not fit"
+    "Let the next fit start from the logits of `state`; that fit raises `ValueError` if a shape does not match"
     self.loaded_logits = dict(state['logits'])
 
 # %% ../../nbs/nncf/02_rb.ipynb #7e910d7a
@@ -182,7 +182,7 @@ def _check_shapes(logits, params):
     shapes = {n: tuple(p.shape) for n,p in params.items()}
     wrong = [(n, tuple(s.shape)) for n,s in logits.items() if shapes.get(n) != tuple(s.shape)]
     for n,shape in wrong[:1]:
-        raise ValueError(f"The logits that were loaded have {n!r} of shape {shape}; the layers are {shapes}")
+        raise ValueError(f"The loaded logits have {n!r} of shape {shape}; the layers are {shapes}")
 
 # %% ../../nbs/nncf/02_rb.ipynb #5df48fc1
 @patch
@@ -195,16 +195,18 @@ def _note_hard_masks(self:RBSparsityCallback):
 @patch
 def begin(self:RBSparsityCallback):
     if not any(isinstance(m, BatchNorm) for m in self.model.modules()):
-        warnings.warn("RB sparsity draws masks anew in each step, and needs BatchNorm to train steadily; "
+        warnings.warn("RB sparsity draws new masks in each step, and needs BatchNorm to train steadily; "
                       "this model has none")
     self.mask_opt = torch.optim.Adam(list(self.logits.values()), lr=self.mask_lr, betas=(.9,.95), eps=1e-12, fused=True)
     self.losses, self.accumulates = [], False
 
+# %% ../../nbs/nncf/02_rb.ipynb #16815a0c
 @patch
 def tear_down(self:RBSparsityCallback):
     super(RBSparsityCallback, self).tear_down()
     self.mask_opt = None
 
+# %% ../../nbs/nncf/02_rb.ipynb #e6234e42
 @patch
 def before_train(self:RBSparsityCallback):
     self.losses = []
@@ -219,6 +221,7 @@ def before_batch(self:RBSparsityCallback):
     self.soft.masks_whole_grad, self.accumulates = not self.accumulates and not is_distributed, True
     self.soft.draw()
 
+# %% ../../nbs/nncf/02_rb.ipynb #7a260808
 @patch
 def after_step(self:RBSparsityCallback): self.accumulates = False
 
@@ -237,7 +240,7 @@ def after_loss(self:RBSparsityCallback):
 # %% ../../nbs/nncf/02_rb.ipynb #0337271e
 @patch
 def _density_gaps(self:RBSparsityCallback, zeros, overall):
-    "Name of a layer -> its density less the one that is asked for; with one level for all, the same for each"
+    "Name of a layer -> density minus the density asked for; with global context the same value for each layer"
     if self.context == 'global': return dict.fromkeys(zeros, self.level - overall.fraction)
     hard = {n: self.hard_zeros.get(n, Zeros(0, 0)).fraction for n in zeros}
     return {n: max(self.level, hard[n]) - z.fraction for n,z in zeros.items()}
@@ -247,6 +250,7 @@ def _density_gaps(self:RBSparsityCallback, zeros, overall):
 def before_step(self:RBSparsityCallback):
     if not self.frozen: self._step_logits()
 
+# %% ../../nbs/nncf/02_rb.ipynb #90b5cdd8
 @patch
 def after_cancel_step(self:RBSparsityCallback):
     if not self.frozen: self.mask_opt.zero_grad(set_to_none=False)
@@ -255,7 +259,7 @@ def after_cancel_step(self:RBSparsityCallback):
 @patch
 @torch.no_grad()
 def _step_logits(self:RBSparsityCallback):
-    "Add the gradient of the level's loss to that of the task, and take a step"
+    "Add the gradient of `rb_loss` to that of the task, and take a step"
     for n in self.logits: self._add_level_grad(n)
     if all(math.isfinite(s.grad.sum().item()) for s in self.logits.values()):
         self.mask_opt.step()
@@ -277,9 +281,10 @@ def _add_level_grad(self:RBSparsityCallback, n):
 def _grad_scale(self:RBSparsityCallback):
     return self.learn.scaler.get_scale() if any(isinstance(cb, MixedPrecision) for cb in self.learn.cbs) else 1.
 
+# %% ../../nbs/nncf/02_rb.ipynb #ef90bfdd
 @patch
 def _n_logits(self:RBSparsityCallback, n):
-    "How many logits share the level of the layer `n`"
+    "Number of logits whose density counts together with that of the layer `n`"
     return self.logits[n].numel() if self.context == 'local' else sum(s.numel() for s in self.logits.values())
 
 # %% ../../nbs/nncf/02_rb.ipynb #ac11cc47
@@ -300,7 +305,7 @@ def bake(self:RBSparsityCallback):
     super(RBSparsityCallback, self).bake()
     reached = self.zeros().fraction
     if reached <= self.level + .01: return
-    warnings.warn(f"RB sparsity has come to {100*reached:.2f} % where {100*self.level:.2f} % was asked for: "
+    warnings.warn(f"RB sparsity has reached {100*reached:.2f} % of {100*self.level:.2f} % when masks were frozen: "
                   "its logits need more batches")
 
 # %% ../../nbs/nncf/02_rb.ipynb #7160bd17

@@ -27,9 +27,9 @@ def adapt_batchnorm(
     show=None, # Show a progress bar; None: if there are over 50 batches
 )->torch.nn.Module:
     """Pass `n_samples` of training data through the model with only BatchNorm in training mode; returns the model.
-    Each layer uses its own momentum; with momentum None its average goes on from the batches counted so far. Modes,
-    random states and the loader's order are restored afterwards, also after an exception. Warns if the model has no
-    running statistics; raises `ValueError` for a negative `n_samples` and if there is no data."""
+    Each layer uses its own momentum; with momentum None the average continues from the batches counted so far.
+    Modes, random states and the loader's order are restored afterwards, also after an exception. Warns if the model
+    has no running statistics; raises `ValueError` for a negative `n_samples` and if there is no data."""
     check_n_samples(n_samples)
     dl, n_inp = _training_data(m, dl)
     model = unwrapped(m.model if isinstance(m, Learner) else m)
@@ -45,7 +45,7 @@ def adapt_batchnorm(
 
 # %% ../../nbs/train/01_bn_adaptation.ipynb #078a47ba
 def check_n_samples(
-    n, # Value of an argument that is a number of samples
+    n, # Value of the argument `n_samples`
 )->None:
     "Raise `ValueError` unless `n` is a whole number from 0"
     check_whole('n_samples', -1 if n is None else n, least=0)
@@ -65,7 +65,7 @@ def _training_data(m, dl):
 
 # %% ../../nbs/train/01_bn_adaptation.ipynb #5f3c30f2
 def _batches_until(dl, n_samples):
-    "Yield batches of `dl` until there are `n_samples`; no batch more is drawn from it"
+    "Yield batches of `dl` until there are `n_samples`, without drawing another batch after that"
     n_seen, batches = 0, iter(dl)
     while n_seen < n_samples and (batch := next(batches, None)) is not None:
         n_seen += n_samples_in(batch)
@@ -80,7 +80,7 @@ def _with_progress(batches, dl, n_samples, show):
 
 # %% ../../nbs/train/01_bn_adaptation.ipynb #9d5909de
 def _run_batches(model, batches, device):
-    "Call `model` with each batch; returns how many there were. One sample has no variance, so such a batch is left out"
+    "Call `model` with each batch; returns their number. Later batches of one sample are skipped: they have no variance"
     n = 0
     for batch in batches:
         if n and n_samples_in(batch) == 1: continue
@@ -91,22 +91,30 @@ def _run_batches(model, batches, device):
 # %% ../../nbs/train/01_bn_adaptation.ipynb #f748d8d8
 class AdaptBatchNorm(Callback):
     "`adapt_batchnorm` of the learner's model at the start or at the end of a fit"
-    order = 70   # after what changes weights before a fit, and after reloads at the end of one
+    order = 70   # after callbacks that change weights before a fit, and after those that load others at its end
+    has_trained = False   # Whether the fit that runs has trained an epoch, or part of one
+
     def __init__(self,
-        n_samples=2048, # How many samples of the training data, rounded up to whole batches
+        n_samples=2048, # Samples of the training data to use, rounded up to whole batches
         at='end', # 'start' or 'end' of the fit
     ):
         if at not in ('start', 'end'): raise ValueError(f"at must be 'start' or 'end' (of the fit), not {at!r}")
         check_n_samples(n_samples)
         store_attr()
 
-    def before_fit(self): self.has_trained = False
+    def before_fit(self):
+        if not self._only_looks(): self.has_trained = False
     def before_train(self):
         is_first, self.has_trained = not self.has_trained, not hasattr(self.learn, 'lr_finder')
         if is_first: self._adapt('start')
     def after_fit(self):
+        if self._only_looks(): return
         self._adapt('end')
         self.has_trained = False
+
+    def _only_looks(self):
+        "Whether the learner validates or predicts: that begins and ends a fit too, perhaps within another one"
+        return self.learn.lock.locked()
 
     def _adapt(self, at):
         if self.has_trained and self.at == at: adapt_batchnorm(self.learn, n_samples=self.n_samples)

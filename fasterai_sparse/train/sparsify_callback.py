@@ -39,21 +39,21 @@ class SparsifyCallback(MaskUpdates):
         criteria=large_final, # How important a weight is: a score function or a `Criteria`
         schedule=None, # A `Schedule`, an annealer of fastai, `f(pos)` or `f(start, end, pos)`
         lth=False, # Lottery tickets: at each step of the schedule, go back to the weights of `rewind_epoch`
-        rewind_epoch=0, # Epoch at whose start these weights are taken, and the `init` of criteria that ask for it
+        rewind_epoch=0, # Epoch at whose start these weights are copied, also the `init` of criteria that ask for it
         reset_end=False, # Go back to these weights after training
         save_tickets=False, # Write a ticket at each update and at the end: a folder, or True for the learner's own
         model=None, # Part of the learner's model to sparsify and rewind, with layer names relative to it; None: all
         round_to=None, # Make the kept number of groups of each layer a multiple of this
         nm=False, # N:M pattern: True for 2:4, or `(n, m)`
-        permute=False, # First order the channels so that N:M keeps most; the model's outputs stay the same
+        permute=False, # First reorder the channels so that N:M keeps the highest scores; outputs stay the same
         layer_type=nn.Conv2d, # Layers to sparsify, a module class or a tuple of them
         data=None, # Calibration batch for criteria that ask for `data`
         start_epoch=None, # Epochs of training before the schedule starts; None: the schedule's own start
-        end_epoch=None, # Epochs after which it is done; None: the schedule's own end
-        start_sparsity=None, # Percent at its start
+        end_epoch=None, # Epochs after which the schedule is over; None: the schedule's own end
+        start_sparsity=None, # Percent at the start of the schedule; None: the schedule's own start value
         end_sparsity=None, # Another name for `sparsity`
         sched_func=None, # Another name for `schedule`
-        update_every=None, # Batches between updates of the masks; None: 4 to 32, when 1 % of the live weights changes
+        update_every=None, # Batches between updates of the masks; None: 4 to 32, as soon as 1 % of live weights change
         verbose=True, # Print the sparsity at each epoch, and a report at the end
         sparsifier=Sparsifier, # The class (or a `partial` of it) that makes the masks
     ):
@@ -73,12 +73,12 @@ class SparsifyCallback(MaskUpdates):
 
     @property
     def rewind_point(self)->RewindPoint:
-        "Weights that this fit goes back to; None before `rewind_epoch`, between fits, and where nothing goes back"
+        "Weights to rewind to in this fit; None before `rewind_epoch`, between fits, and if no option uses them"
         return self.lottery.point
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #f8a27fa5
 def _only_given(**names):
-    "The value of the one argument that is not None, among the names of one thing"
+    "The value of the one argument that is not None; raises `ValueError` if none or several are given"
     given = {n: v for n,v in names.items() if v is not None}
     if len(given) != 1:
         raise ValueError(f"Give {' or '.join(f'{n}=' for n in names)}" + (", not both" if given else ""))
@@ -87,12 +87,11 @@ def _only_given(**names):
 # %% ../../nbs/train/06_sparsify_callback.ipynb #c7be04e0
 def _start_share(start, sparsity):
     "`start` percent as a share of the target `sparsity`"
-    if isinstance(sparsity, dict):
-        raise ValueError("start_sparsity needs one number for sparsity; for a dict, give the share of each target: "
-                         "Schedule(..., start_val=.2)")
-    if as_fraction(start) > as_fraction(sparsity):
-        raise ValueError(f"start_sparsity must not be above the target of {sparsity:g} %, and is {start:g}")
-    return float(as_fraction(start)/as_fraction(sparsity)) if sparsity else 0.
+    if isinstance(sparsity, dict): raise ValueError(
+        "start_sparsity needs one number for sparsity; for a dict, use Schedule(..., start_val=.2), a share of each")
+    low, high = as_fraction(start), as_fraction(sparsity)
+    if low > high: raise ValueError(f"start_sparsity must not be above the target of {sparsity:g} %, and is {start:g}")
+    return float(low/high) if high else 0.
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #49c1c444
 @patch
@@ -102,14 +101,20 @@ def set_up(self:SparsifyCallback)->bool:
     if not self.targets.names:
         self._say('All layers to sparsify are frozen: waiting for a fit in which they train')
         return False
-    self._make_course()
+    self._start()
+    self._say(f'Pruning of {self.sparsifier.granularity} until a sparsity of {self.targets}')
+    return True
+
+# %% ../../nbs/train/06_sparsify_callback.ipynb #55d9cf64
+@patch
+def _start(self:SparsifyCallback):
+    "Prepare a fit in which layers train"
+    self._make_course()   # first, as it raises where arguments are wrong
     self._share_measurements()
     self.keeper = self.keep_masks()
     self.add_companion(_LastWord)
     self._start_from_found()
     self._reset_progress()
-    self._say(f'Pruning of {self.sparsifier.granularity} until a sparsity of {self.targets}')
-    return True
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #cab1ea64
 @patch
@@ -146,7 +151,7 @@ def _model_or_part(self:SparsifyCallback):
 # %% ../../nbs/train/06_sparsify_callback.ipynb #81b7056f
 @patch
 def _make_course(self:SparsifyCallback):
-    "The course of this fit; raises `ValueError` if its window or `rewind_epoch` do not fit its epochs"
+    "Set the course; raises `ValueError` if the schedule's window or `rewind_epoch` lie outside the fit"
     self.course = Course(between_epochs(self.schedule, self.n_epoch, self.start_epoch, self.end_epoch))
     skipped = max([cb._skip_to for cb in self.learn.cbs if isinstance(cb, SkipToEpoch)], default=0)
     compares = 'init' in self.sparsifier.criteria.needs
@@ -155,7 +160,7 @@ def _make_course(self:SparsifyCallback):
 # %% ../../nbs/train/06_sparsify_callback.ipynb #c6087b54
 @patch
 def _share_measurements(self:SparsifyCallback):
-    "Give the sparsifier the optimizer's state if its criterion reads it, and all ranks the same measurements of `data`"
+    "Let criteria read the optimizer's state, and let all ranks use the first one's measurements of `data`"
     if 'opt' in self.sparsifier.criteria.needs: self.sparsifier.opt = partial(state_of, self.opt)
     if self._is_distributed(): self.sparsifier.share = _from_first_rank
 
@@ -165,7 +170,7 @@ def _is_distributed(self:SparsifyCallback): return isinstance(self.model, nn.par
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #1481a622
 def _from_first_rank(norms):
-    "The input norms that the first rank has measured: each rank has other BatchNorm statistics, and measures others"
+    "Replace input norms by those of the first rank: ranks have different BatchNorm statistics and measure other norms"
     for t in norms.values(): torch.distributed.broadcast(t, 0)
     return norms
 
@@ -174,16 +179,16 @@ def _from_first_rank(norms):
 def _reset_progress(self:SparsifyCallback):
     "Start counting for a new fit"
     self.n_since = 0   # batches since the last update
-    self.last_position = 0.   # where an update was last considered
-    self.step_cancelled = False   # in this batch
+    self.last_position = 0.   # when an update was last considered
+    self.step_cancelled = False   # whether this batch had no optimizer step
     self.epoch_trained = False   # whether this epoch has trained
-    self.fit_trained = self.n_epoch == 0   # whether any has; a fit of no epochs reports too
-    self.now = self.trained_last = None   # sparsity measured in this epoch, and after the last one that trained
+    self.fit_trained = self.n_epoch == 0   # whether any has; a fit of no epochs prints its report too
+    self.now = self.trained_last = None   # sparsity in this epoch, and after the last one that trained
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #c2e38683
 @patch
 def _start_from_found(self:SparsifyCallback):
-    "Make what the masks drop already the least that is asked for, until the schedule has passed it"
+    "Set the floors: masks drop no less than they do now, until the schedule has passed that sparsity"
     s, self.layer_floors = self.sparsifier, {}
     self.level, self.mean_target = self._level_found(), float(self.targets.mean)
     if s.allocation is uniform_sparsity: self.layer_floors = self._found_in_layers()
@@ -193,14 +198,14 @@ def _start_from_found(self:SparsifyCallback):
 # %% ../../nbs/train/06_sparsify_callback.ipynb #a9286057
 @patch
 def _found_in_layers(self:SparsifyCallback):
-    "Name -> share of groups that the masks of a layer drop now, at most its target"
+    "Name of a layer -> share of its groups that masks drop now, but at most the layer's target"
     lives = {n: self.sparsifier.live(n) for n in self.targets.names}
     return {n: min(Fraction(n_true(~l), l.numel()), self.targets.of(n)) for n,l in lives.items() if l is not None}
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #a5e25cce
 @patch
 def _level_found(self:SparsifyCallback):
-    "Share of the target that the masks reach now, counted in groups of this callback's granularity"
+    "Sparsity of the masks now, as a share of the target, counted in groups of this callback's granularity"
     s, names = self.sparsifier, self.targets.names
     target = sum(self.targets.of(n)*s.param(n).numel() for n in names)
     dropped = sum(n_true(~live)*s.groups[n].size(s.param(n).shape) for n in names if (live := s.live(n)) is not None)
@@ -208,13 +213,13 @@ def _level_found(self:SparsifyCallback):
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #932a950d
 def _not_below(floors, params, model_sparsity, *, names, **kwargs):
-    "Allocation: the same sparsity in every layer, but more where `floors` (weight name -> fraction) has more"
+    "Allocation: the same sparsity in every layer, or its value in `floors` (weight name -> fraction) if that is higher"
     return [max(model_sparsity, floors.get(n, 0)) for n in names]
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #96443a5d
 @patch
 def _due_targets(self:SparsifyCallback, level):
-    "The targets at the share `level`; the floor of a layer is forgotten when the schedule passes it"
+    "The targets times the share `level`; floors that the schedule has passed are removed"
     share = as_ratio(level)
     for n in [n for n,f in self.layer_floors.items() if f <= share*self.targets.of(n)]: del self.layer_floors[n]
     return self.targets.scaled(share, at_least=self.layer_floors)
@@ -229,7 +234,7 @@ def before_train(self:SparsifyCallback):
 # %% ../../nbs/train/06_sparsify_callback.ipynb #fd775a50
 @patch
 def before_batch(self:SparsifyCallback):
-    self.keeper.spare_grads = self.course.level(self.position()) < self.level   # weights come back by their gradients
+    self.keeper.spare_grads = self.course.level(self.position()) < self.level   # they tell what to bring back
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #143a434a
 @patch
@@ -271,7 +276,7 @@ class _LastWord(Companion):
 # %% ../../nbs/train/06_sparsify_callback.ipynb #78e7cb2b
 @patch
 def _finish(self:SparsifyCallback):
-    "Write the final ticket, go back if asked to, and print the report"
+    "Write the final ticket, rewind (with `reset_end`), and print the report"
     if self.lottery.save_tickets and self.rewind_point: self._save_ticket('Final')
     if self.lottery.reset_end and self.rewind_point: self._rewind()
     if self.fit_trained: self._report()
@@ -281,15 +286,20 @@ def _finish(self:SparsifyCallback):
 # %% ../../nbs/train/06_sparsify_callback.ipynb #d83efe3a
 @patch
 def _update(self:SparsifyCallback):
-    "Set new masks if the schedule asks for them now"
+    "Set new masks if an update is due after this batch"
     level = self.course.level(self.position())
     self.n_since += 1
-    if self._is_due(level) and not self._is_unusable():
-        self.mask_changed = False
-        self.sparsifier.apply(self._due_targets(level), self.round_to, on_change=self._on_change)
-        self.level, self.n_since, self.now, self.trained_last = level, 0, None, None
-        if self.mask_changed and self.rewind_point is not None: self._after_step_of_lottery()
+    if self._is_due(level) and not self._is_unusable(): self._set_masks(level)
     self.last_position = self.position()
+
+# %% ../../nbs/train/06_sparsify_callback.ipynb #95cf55a1
+@patch
+def _set_masks(self:SparsifyCallback, level):
+    "Set the masks of the share `level` of the targets"
+    self.mask_changed = False
+    self.sparsifier.apply(self._due_targets(level), self.round_to, on_change=self._on_change)
+    self.level, self.n_since, self.now, self.trained_last = level, 0, None, None
+    if self.mask_changed and self.rewind_point is not None: self._after_step_of_lottery()
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #24af3942
 @patch
@@ -306,20 +316,26 @@ def _is_due(self:SparsifyCallback, level):
     window_ends = self.last_position < self.course.schedule.end_pct <= self.position()
     if window_ends or self._passed(self.n_iter): return True
     if self.update_every: return self._passed(self.update_every)
-    moved, live = abs(level-self.level)*self.mean_target, 1 - self.level*self.mean_target
-    return self.n_since >= 32 or moved >= .01*live and self.n_since >= 4
+    return self.n_since >= 32 or self.n_since >= 4 and self._changes_many(level)
+
+# %% ../../nbs/train/06_sparsify_callback.ipynb #eca490ef
+@patch
+def _changes_many(self:SparsifyCallback, level):
+    "Whether masks of `level` would drop or bring back at least 1 % of the live weights"
+    n_changed, n_live = abs(level-self.level)*self.mean_target, 1 - self.level*self.mean_target   # as fractions
+    return n_changed >= .01*n_live
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #259169ba
 @patch
 def _passed(self:SparsifyCallback, every):
-    "Whether a multiple of `every` batches lies between the last time that an update was considered and now"
+    "Whether a multiple of `every` batches was reached since an update was last considered"
     last = round(self.last_position*self.n_epoch*self.n_iter)
     return self.n_batches()//every > last//every
 
 # %% ../../nbs/train/06_sparsify_callback.ipynb #f0fcdb01
 @patch
 def _is_unusable(self:SparsifyCallback):
-    "Whether masks can't be chosen by this batch, on any rank"
+    "Whether masks can't be chosen after this batch, because of what it left on any of the ranks"
     unusable = self._is_unusable_here()
     if not self._is_distributed(): return unusable
     unusable = torch.tensor(float(unusable), device=self.loss.device)
@@ -339,7 +355,7 @@ def _is_unusable_here(self:SparsifyCallback):
 # %% ../../nbs/train/06_sparsify_callback.ipynb #d6ab312a
 @patch
 def _permute(self:SparsifyCallback):
-    "Order the channels for the N:M pattern, on the first batch of training data"
+    "Reorder the channels for the N:M pattern; the first batch of training data serves to trace the model"
     s = self.sparsifier
     s.permute(to_device(next(iter(self.dls.train)), self.dls.device), self.opt)
     if (df := s.permutation) is None: return
@@ -358,7 +374,7 @@ def _measure(self:SparsifyCallback):
 # %% ../../nbs/train/06_sparsify_callback.ipynb #1620fc36
 @patch
 def _report(self:SparsifyCallback):
-    "Print the final sparsity, why it is not the target if it is not, and the table of layers"
+    "Print the final sparsity, a reason if it is not the target, and the table of layers"
     if not self.verbose or rank_distrib(): return
     now, due = self._measure(), self.course.schedule.progress(1.)
     print(f'Final Sparsity: {now.final()}')
@@ -370,7 +386,7 @@ def _report(self:SparsifyCallback):
 @patch
 @torch.no_grad()
 def _take_weights(self:SparsifyCallback):
-    "Take the weights to go back to, and those that criteria compare with"
+    "Copy the present weights, for rewinding and for criteria that compare with them"
     s = self.sparsifier
     for n in s.init.keys() & s.layers.keys(): s.init[n].copy_(s.param(n))
     if not self.lottery.needs_weights: return
@@ -380,7 +396,7 @@ def _take_weights(self:SparsifyCallback):
 # %% ../../nbs/train/06_sparsify_callback.ipynb #47dbc97f
 @patch
 def _after_step_of_lottery(self:SparsifyCallback):
-    "After a step of the schedule: go back, and write a ticket"
+    "After a step of the schedule: rewind, and write a ticket, if the arguments say so"
     if self.lottery.lth: self._rewind()
     if self.lottery.save_tickets: self._save_ticket('Intermediate')
 

@@ -145,10 +145,7 @@ def test_looking_changes_nothing(name, look):
     fit(learn, 2)
     check_end(kind, learn, n)
 
-lost = pytest.mark.xfail(strict=True, reason='a look after the last training batch switches the adaptation off')
-looked_at = [pytest.param(n, marks=lost) if n == 'adapt_batchnorm' else n for n in KINDS]
-
-@pytest.mark.parametrize('name', looked_at)
+@kinds
 @in_a_loop('event', ['before_epoch', 'after_train', 'after_validate', 'after_epoch'])
 def test_looking_within_a_fit_changes_nothing(name, event):
     looks = [at(event, partial(looked, look=l), 5) for l in ('validate', 'preds')]

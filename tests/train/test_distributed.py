@@ -12,7 +12,7 @@ pytestmark = needs_gloo
 
 def is_score(f): return inspect.isfunction(f) and next(iter(inspect.signature(f).parameters), '') == 'p'
 
-CRITERIA = [n for n,f in vars(criteria).items() if is_score(f) and f.__name__ == n]
+CRITERIA = [n for n in criteria.__all__ if is_score(f := getattr(criteria, n)) and f.__name__ == n]
 
 @pytest.fixture(scope='module')
 def fits(tmp_path_factory): return on_two_ranks('ddp_worker.py', CRITERIA, tmp_path_factory.mktemp('ddp'))

@@ -65,12 +65,15 @@ def test_depthwise_layers_of_mobilenet_are_densest():
 # dims 3·32·3·3 and so on, written out: raw densities 41/864, 166/36864, 646/589824, 522/5120
 def test_by_hand():
     ws = [torch.empty(s, device='meta') for s in ((32,3,3,3), (128,32,3,3), (512,128,3,3), (10,512))]
-    eps = (.1*(864+36864+589824+5120) - 864 - 5120)/(166+646)   # the first and the last would be 2.6 and 5.5 times dense
+    # the first and the last would be 2.6 and 5.5 times dense
+    eps = (.1*(864+36864+589824+5120) - 864 - 5120)/(166+646)
     assert erdos_renyi_sparsity(ws, .9) == pytest.approx([0, 1-eps*166/36864, 1-eps*646/589824, 0])
 
 # --- wherever an allocation goes
 
-def small(): return nn.Sequential(nn.Conv2d(2,8,3,padding=1), nn.ReLU(), nn.Conv2d(8,16,3,padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16,4))
+def small():
+    return nn.Sequential(nn.Conv2d(2,8,3,padding=1), nn.ReLU(), nn.Conv2d(8,16,3,padding=1), nn.AdaptiveAvgPool2d(1),
+                         nn.Flatten(), nn.Linear(16,4))
 
 TYPES = nn.Conv2d, nn.Linear
 
@@ -81,7 +84,8 @@ def one_shot_zeros(context, percent):
 
 def trained_zeros(context, percent):
     learn = Learner(loaders(), small(), loss_func=CrossEntropyLossFlat())
-    with learn.no_bar(), learn.no_logging(): learn.fit(2, cbs=SparsifyCallback(percent, context=context, schedule=lin, layer_type=TYPES, verbose=False))
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(2, cbs=SparsifyCallback(percent, context=context, schedule=lin, layer_type=TYPES, verbose=False))
     return learn.model
 
 def started_zeros(context, percent):
@@ -95,7 +99,8 @@ def counts(model): return [int((m.weight == 0).sum()) for m in model if isinstan
 
 @pytest.mark.parametrize('make', MAKERS)
 @pytest.mark.parametrize('context', [uniform_sparsity, first_layer_dense_uniform, erdos_renyi_sparsity,
-                                     partial(erdos_renyi_sparsity, include_kernel=False), partial(erdos_renyi_sparsity, fixed={'5': .5})])
+                                     partial(erdos_renyi_sparsity, include_kernel=False),
+                                     partial(erdos_renyi_sparsity, fixed={'5': .5})])
 @pytest.mark.parametrize('percent', [50, 77, 90])
 def test_budgets_are_exact(make, context, percent):
     ws = [m.weight for m in small() if isinstance(m, TYPES)]
@@ -103,7 +108,8 @@ def test_budgets_are_exact(make, context, percent):
     f = context.func if isinstance(context, partial) else context
     fractions = f(ws, percent/100, **given, names=['0', '2', '5']) if 'fixed' in given else f(ws, percent/100, **given)
     got = counts(make(context, percent))
-    assert sum(got) == n_zeros(sum(s*w.numel() for s,w in zip(fractions, ws))/sum(w.numel() for w in ws), sum(w.numel() for w in ws))
+    assert sum(got) == n_zeros(sum(s*w.numel() for s,w in zip(fractions, ws))/sum(w.numel() for w in ws),
+                               sum(w.numel() for w in ws))
     for n,s,w in zip(got, fractions, ws): assert abs(n - s*w.numel()) < 1
     if 'fixed' in given: assert got[-1] == 32
 

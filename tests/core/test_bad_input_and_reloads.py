@@ -447,7 +447,9 @@ def test_save_model_writes_the_trained_model_and_leaves_it_as_it_is(tmp_path):
     s.save_model(tmp_path/'net.pth')
     again = torch.load(tmp_path/'net.pth', weights_only=False)
     now = dict(net.named_parameters()) | dict(net.named_buffers())
-    assert now.keys() == before.keys() and all(torch.equal(now[k], v) for k,v in before.items()) and not list(masked_params(again))   # but for the sign of a zero
+    # but for the sign of a zero
+    assert now.keys() == before.keys() and all(torch.equal(now[k], v) for k,v in before.items())
+    assert not list(masked_params(again))
     assert all(torch.equal(a, b) for a,b in zip(net.parameters(), again.parameters()))
     assert [m.training for m in again.modules()] == [m.training for m in net.modules()]
     with pytest.warns(UserWarning, match=r'0\.00%'): net.load_state_dict(cnn().state_dict())

@@ -13,7 +13,8 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.text.models.awdlstm import WeightDropout
 
 from callback_helpers import (
-    all_same, at, at_batch, collect, convnet, copied_by, fit, follows_masks, held, images, kept, learner, loaders, masks,
+    all_same, at, at_batch, collect, convnet, copied_by, fit, follows_masks, held, images, kept, learner, loaders,
+    masks,
     raising, same, snapshot, weights)
 from fastai.basics import (
     Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, nn, partial, set_seed, torch)
@@ -261,7 +262,8 @@ def test_the_largest_gradients_grow(opt, beside, replace):
     assert len(updates) >= 4
     check_rigl(updates, cb, 24)
 
-@pytest.mark.parametrize('model', [m for m in MODELS if m != 'convnet'])   # that has dead units, whose gradients are all zero
+# that has dead units, whose gradients are all zero
+@pytest.mark.parametrize('model', [m for m in MODELS if m != 'convnet'])
 def test_the_largest_gradients_grow_in_layers_of_all_kinds(model):
     cb = dst(initial_drop_grow_pct=.6)
     check_rigl(watched(sparse_learner(MODELS[model]()), cb, 3), cb, 18)
@@ -686,7 +688,8 @@ def test_a_mask_of_the_users_own(dtype):
 def test_zeros_that_the_users_own_mask_keeps():
     learn = learner(model=own())
     learn.model[1].kernel.data[:5] = 0.
-    watch, seen = collect('before_batch', lambda learn: torch.equal(learn.model[1].kernel != 0, learn.model[1].kernel_mask))
+    watch, seen = collect('before_batch',
+                          lambda learn: torch.equal(learn.model[1].kernel != 0, learn.model[1].kernel_mask))
     fit(learn, 1, [dst(), watch])
     assert len(seen) == 6 and all(seen)
 
@@ -1047,7 +1050,9 @@ def tied():
 
 def rows(n): return list(zip(torch.randn(n, 8, 16), torch.randint(4, (n, 8))))
 
-def row_learner(net): return Learner(DataLoaders(*[DataLoader(rows(6), bs=None) for _ in range(2)], device='cpu'), net, loss_func=CrossEntropyLossFlat(), lr=1e-2)
+def row_learner(net):
+    return Learner(DataLoaders(*[DataLoader(rows(6), bs=None) for _ in range(2)], device='cpu'), net,
+                   loss_func=CrossEntropyLossFlat(), lr=1e-2)
 
 def test_tied_weights_have_one_mask_that_opens():
     learn = row_learner(tied())
@@ -1055,13 +1060,16 @@ def test_tied_weights_have_one_mask_that_opens():
     assert len(masks(learn.model)) == 2 and sum(n_live(learn)) == 320-n_zeros(.8, 320)
     assert learn.model[2].weight is learn.model[0].weight and follows_masks(learn.model)
 
-@pytest.mark.parametrize('kwargs', [dict(granularity='row'), dict(context=partial(erdos_renyi_sparsity, fixed={'nope': .5}))], ids=['granularity', 'context'])
+@pytest.mark.parametrize('kwargs',
+                         [dict(granularity='row'), dict(context=partial(erdos_renyi_sparsity, fixed={'nope': .5}))],
+                         ids=['granularity', 'context'])
 def test_what_fails_when_masks_are_open_leaves_the_model_as_it_was(kwargs):
     learn = row_learner(tied())
     set_mask(learn.model[4], torch.rand(4,16) < .5)
     learn.model[0].weight.data[0,0] = 0
     before, was = snapshot(learn.model), masks(learn.model)
-    with pytest.raises(ValueError): fit(learn, 2, DynamicSparseTrainingCallback(sparsity=80, grow_score_f=random_score, **kwargs))
+    with pytest.raises(ValueError):
+        fit(learn, 2, DynamicSparseTrainingCallback(sparsity=80, grow_score_f=random_score, **kwargs))
     assert same(before, snapshot(learn.model)) and all_same(was, masks(learn.model))
 
 def test_the_last_update_comes_also_where_the_last_batches_take_no_step():
@@ -1088,5 +1096,6 @@ def test_an_update_by_epochs_comes_after_the_epoch_was_validated():
 
 @pytest.mark.parametrize('share', [torch.tensor(2.), 3, float('nan'), -1.])
 def test_what_a_layer_counts_is_a_number(share):
-    learn, cb = sparse_learner(), DynamicSparseTrainingCallback(redistribute=lambda p, live: share, batches_per_update=2)
+    learn = sparse_learner()
+    cb = DynamicSparseTrainingCallback(redistribute=lambda p, live: share, batches_per_update=2)
     with nullcontext() if share >= 0 else pytest.raises(ValueError, match='a number from 0'): fit(learn, 2, cb)

@@ -34,9 +34,11 @@ def check(p, s, n=2, m=4):
     c = s.shape[1]//m*m
     assert p.order.dtype == torch.int64 and p.order.sort().values.tolist() == list(range(s.shape[1]))
     assert p.order[c:].tolist() == list(range(c, s.shape[1]))
-    assert p.naive == pytest.approx(kept(s[:,:c], n, m), rel=1e-6) and p.kept == pytest.approx(kept(s[:,p.order[:c].numpy()], n, m), rel=1e-6)
+    assert p.naive == pytest.approx(kept(s[:,:c], n, m), rel=1e-6)
+    assert p.kept == pytest.approx(kept(s[:,p.order[:c].numpy()], n, m), rel=1e-6)
     rows = np.sort(s[:,:c], 1)[:,c-c//m*n:].sum() if c else 0
-    assert p.row_bound == pytest.approx(rows, rel=1e-5) and p.unstructured == pytest.approx(np.sort(s[:,:c].ravel())[c*len(s)-c//m*n*len(s):].sum(), rel=1e-5)
+    assert p.row_bound == pytest.approx(rows, rel=1e-5)
+    assert p.unstructured == pytest.approx(np.sort(s[:,:c].ravel())[c*len(s)-c//m*n*len(s):].sum(), rel=1e-5)
     assert p.naive*(1-1e-6) <= p.kept <= p.row_bound*(1+1e-6) <= p.unstructured*(1+2e-6)
 
 @each_backend
@@ -67,13 +69,16 @@ def best_in_groups(s, groups, n=2, m=4):
     return best
 
 @each_backend
-@pytest.mark.parametrize('groups', [[0,0,1,1,0,1,1,0], [0,1,-1,-1,0,1,1,0], [0,0,0,-1,0,0,-1,-1], [-1]*8, [0,1,2,3,4,5,6,7], [2,2,2,2,2,2,2,2], [0,0,0,0,1,1,1,1]])
+@pytest.mark.parametrize('groups',
+                         [[0,0,1,1,0,1,1,0], [0,1,-1,-1,0,1,1,0], [0,0,0,-1,0,0,-1,-1], [-1]*8, [0,1,2,3,4,5,6,7],
+                          [2,2,2,2,2,2,2,2], [0,0,0,0,1,1,1,1]])
 def test_columns_move_within_their_group(backend, groups):
     for seed in range(3):
         s = np.random.RandomState(seed).rand(9, 8)
         p = search_permutation(s, backend=backend, groups=groups)
         check(p, s)
-        assert (np.array(groups)[p.order.numpy()] == groups).all() and all(o == i for i,o in enumerate(p.order.tolist()) if groups[i] < 0)
+        assert (np.array(groups)[p.order.numpy()] == groups).all()
+        assert all(o == i for i,o in enumerate(p.order.tolist()) if groups[i] < 0)
         assert p.kept == pytest.approx(best_in_groups(s, groups), rel=1e-6)
 
 def test_groups_of_a_larger_matrix():
@@ -93,10 +98,12 @@ def test_columns_that_fill_no_stripe_stay(backend, columns):
     s = np.random.RandomState(columns).rand(12, columns)
     check(search_permutation(s, backend=backend), s)
 
-@pytest.mark.parametrize('kind', ['ties', 'zeros', 'one row', 'half zero', 'huge', 'tiny', 'heavy tail', 'all the same'])
+@pytest.mark.parametrize('kind',
+                         ['ties', 'zeros', 'one row', 'half zero', 'huge', 'tiny', 'heavy tail', 'all the same'])
 def test_odd_scores(kind):
     r = np.random.RandomState(0)
-    s = {'ties': r.randint(0, 3, (20,24)).astype(float), 'zeros': np.zeros((8,16)), 'one row': r.rand(1,40), 'half zero': r.rand(16,32)*(r.rand(16,32) < .5), 'huge': r.rand(9,24)*1e30,
+    s = {'ties': r.randint(0, 3, (20,24)).astype(float), 'zeros': np.zeros((8,16)), 'one row': r.rand(1,40),
+         'half zero': r.rand(16,32)*(r.rand(16,32) < .5), 'huge': r.rand(9,24)*1e30,
          'tiny': r.rand(9,24)*1e-30, 'heavy tail': r.pareto(1., (32,32)), 'all the same': np.ones((5,20))}[kind]
     for backend in BACKENDS: check(search_permutation(s, backend=backend), s)
 
@@ -133,7 +140,8 @@ def test_more_time_is_no_worse():
 
 def test_a_short_budget_is_kept():
     s = torch.rand(256, 512)
-    assert search_permutation(s, time_budget=.05, backend=BACKENDS[0]).seconds < 5   # by a wide margin: a step that has begun is ended
+    # by a wide margin: a step that has begun is ended
+    assert search_permutation(s, time_budget=.05, backend=BACKENDS[0]).seconds < 5
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64, torch.int64])
 def test_dtypes(dtype):
@@ -142,13 +150,17 @@ def test_dtypes(dtype):
 
 def test_inputs_of_other_kinds():
     s = torch.rand(8, 16)
-    orders = [search_permutation(x).order.tolist() for x in (s, s.numpy(), s.tolist(), s.T.contiguous().T, s.requires_grad_())]
+    orders = [search_permutation(x).order.tolist()
+              for x in (s, s.numpy(), s.tolist(), s.T.contiguous().T, s.requires_grad_())]
     assert all(o == orders[0] for o in orders)
 
 @pytest.mark.parametrize('kwargs,what', [
-    (dict(scores=torch.rand(8)), r'\(8,\)'), (dict(scores=torch.rand(2,2,4)), r'\(2, 2, 4\)'), (dict(scores=torch.rand(0,8)), r'\(0, 8\)'), (dict(scores=torch.tensor([[1., math.nan]])), '1 of 2'),
-    (dict(scores=torch.tensor([[1., math.inf]])), 'finite'), (dict(scores=torch.tensor([[1., -2.]])), '-2'), (dict(n=4), '4:4'), (dict(n=0), '0:4'), (dict(m=2.5), '2.5'), (dict(n=True), 'True:4'),
-    (dict(time_budget=0), 'not 0'), (dict(time_budget=-1.), '-1.0'), (dict(time_budget='1'), "'1'"), (dict(backend='gpu'), "'gpu'"), (dict(groups=[0]*15), r'16 columns'), (dict(groups=[.5]*16), 'float64')])
+    (dict(scores=torch.rand(8)), r'\(8,\)'), (dict(scores=torch.rand(2,2,4)), r'\(2, 2, 4\)'),
+    (dict(scores=torch.rand(0,8)), r'\(0, 8\)'), (dict(scores=torch.tensor([[1., math.nan]])), '1 of 2'),
+    (dict(scores=torch.tensor([[1., math.inf]])), 'finite'), (dict(scores=torch.tensor([[1., -2.]])), '-2'),
+    (dict(n=4), '4:4'), (dict(n=0), '0:4'), (dict(m=2.5), '2.5'), (dict(n=True), 'True:4'),
+    (dict(time_budget=0), 'not 0'), (dict(time_budget=-1.), '-1.0'), (dict(time_budget='1'), "'1'"),
+    (dict(backend='gpu'), "'gpu'"), (dict(groups=[0]*15), r'16 columns'), (dict(groups=[.5]*16), 'float64')])
 def test_what_is_refused(kwargs, what):
     with pytest.raises(ValueError, match=what): search_permutation(**{'scores': torch.rand(8,16), **kwargs})
 
@@ -160,14 +172,17 @@ def test_native_map_equals_its_twin(n, m):
     first, second = [e.refresh(order, np.arange(24//m)) for e in maps]
     assert first == pytest.approx(second, rel=1e-5) and np.allclose(maps[0].values, maps[1].values.numpy(), rtol=1e-5)
     (a, which), (b, other) = (e.swaps(order, np.array([0, 2])) for e in maps)
-    assert np.allclose(a, b, rtol=1e-5) and all((which == other)[i,j] for i in range(2) for j in range(24//m) if j != (0, 2)[i])
+    assert np.allclose(a, b, rtol=1e-5)
+    assert all((which == other)[i,j] for i in range(2) for j in range(24//m) if j != (0, 2)[i])
     holes = np.arange(0, 24, m)
     assert np.allclose(*(e.exchange(order, holes) for e in maps), rtol=1e-5)
 
 @pytest.mark.skipif('native' not in BACKENDS, reason='no compiled library')
-@pytest.mark.parametrize('a,b,k', [(1,1,16), (3,5,16), (4,4,32), (7,130,48), (64,9,1024), (97,130,1024)])   # the last for several threads
+# the last for several threads
+@pytest.mark.parametrize('a,b,k', [(1,1,16), (3,5,16), (4,4,32), (7,130,48), (64,9,1024), (97,130,1024)])
 def test_instruction_sets_agree(a, b, k):
-    h, x = np.random.RandomState(0).rand(a, k).astype(np.float32), np.random.RandomState(1).rand(b, k).astype(np.float32)
+    h = np.random.RandomState(0).rand(a, k).astype(np.float32)
+    x = np.random.RandomState(1).rand(b, k).astype(np.float32)
     want = np.maximum(h[:,None].astype(np.float64), x).sum(-1)
     for i in range(len(instruction_sets())):
         for threads in (1, 2, 5): assert np.allclose(sum_max(h, x, i, threads), want, rtol=1e-5)

@@ -13,7 +13,7 @@ from callback_helpers import (
 from cases import in_a_loop
 from fasterai_sparse.train.keep_masks import KeepMasks
 from fasterai_sparse.train.updates import bake_masks, MaskUpdates
-from kinds import check_end, end_of, exportable, KINDS, kinds, n_zero, quiet, ready, state, unchanged, values
+from kinds import check_end, end_of, KINDS, kinds, n_zero, quiet, ready, state, unchanged, values
 
 pytestmark = quiet
 

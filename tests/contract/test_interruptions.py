@@ -12,7 +12,7 @@ from fastai.basics import (
 from callback_helpers import all_same, at, collect, fit, follows_masks, held, masks, raising, same, snapshot
 from cases import in_a_loop
 from fasterai_sparse.train.keep_masks import KeepMasks
-from kinds import check_end, exportable, kinds, n_masked, n_zero, of_each_class, quiet, ready
+from kinds import check_end, kinds, n_masked, n_zero, of_each_class, quiet, ready
 
 pytestmark = quiet
 

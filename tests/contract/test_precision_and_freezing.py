@@ -7,7 +7,7 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from callback_helpers import all_same, at, at_batch, collect, fit, follows_masks, held, masks, raising, said
 from cases import in_a_loop
 from fasterai_sparse.train.keep_masks import KeepMasks
-from kinds import changing, check_end, kinds, LAYERS, n_zero, OnCPU, quiet, randomly_masked, ready, split, values
+from kinds import changing, check_end, kinds, LAYERS, n_zero, quiet, randomly_masked, ready, values
 
 pytestmark = quiet
 

@@ -2,12 +2,11 @@
 from functools import partial
 
 import pytest, torch
-from fastai.basics import L, noop
-from fastai.callback.fp16 import MixedPrecision
+from fastai.basics import noop
 from torch import nn
 
 from callback_helpers import (
-    all_same, fit, follows_masks, held, images, learner, loaders, masks, N, same, snapshot, sparse)
+    all_same, fit, follows_masks, held, learner, masks, N, same, snapshot, sparse)
 from fasterai_sparse.core.criteria import grad_crit, large_final, movement
 from fasterai_sparse.core.masks import masked_params
 from fasterai_sparse.core.schedules import iterative, one_shot
@@ -98,18 +97,6 @@ def check_end(kind, learn, n_start=None):
     if kind.n_end == 'start': assert n_zero(learn) == n_start or n_start is None
     elif kind.n_end is not None: assert n_zero(learn) == kind.n_end
 
-class OnCPU(MixedPrecision):
-    "`MixedPrecision` with its autocast and its scaler on the CPU; notes the batches whose gradients overflowed"
-    def __init__(self, amp_mode='fp16', scale=8.):
-        super().__init__(amp_mode)
-        self.scale, self.overflows, self.skipped = scale, [], False
-    def before_fit(self):
-        half = self.amp_mode.value == 'fp16'
-        self.autocast, self.scales = torch.autocast('cpu', torch.float16 if half else torch.bfloat16), L()
-        self.learn.scaler = torch.amp.GradScaler('cpu', init_scale=self.scale, enabled=half)
-    def after_batch(self):
-        if self.skipped and self.training: self.overflows.append(self.learn.epoch*self.n_iter + self.iter)
-
 kinds = pytest.mark.parametrize('name', KINDS)
 changing = pytest.mark.parametrize('name', [n for n,k in KINDS.items() if k.changes])
 with_column = pytest.mark.parametrize('name', [n for n,k in KINDS.items() if k.columns])
@@ -118,12 +105,6 @@ of_each_class = pytest.mark.parametrize('name', ['gradual', 'gradient', 'lottery
 quiet = [pytest.mark.filterwarnings(f'ignore:{w}') for w in
          ('numpy.core is deprecated', 'load_learner', 'RB sparsity', 'The loaded weights', '.*Callback has', '.*frozen',
           '.*CUDA is not available', '.*GradScaler is enabled', '.*masks will not change')]
-
-class Images(list):
-    "A dataset whose loaders can be exported"
-    def new_empty(self): return Images()
-
-def exportable(n=6): return loaders(n, lambda n: Images(images(n)))
 
 def ready(name, n=6, **kwargs):
     "The kind, a learner for it with its number of zeros, and a callback"
@@ -143,5 +124,3 @@ def end_of(name, *cbs, n_epoch=2, change=noop, **kwargs):
     return state(learn)
 
 def values(learn): return [m.weight.detach().clone() for m in learn.model.modules() if isinstance(m, LAYERS)]
-
-def split(model): return [[p for m in part for p in m.parameters()] for part in (model[:3], model[3:6], model[6:])]

@@ -7,7 +7,6 @@ import pytest, torch.nn.functional as F
 from fastai.basics import (Adam, CancelBackwardException, CancelBatchException, CancelEpochException,
                            CancelFitException, CancelStepException,
                            CancelTrainException, L, Lookahead, OptimWrapper, SGD, load_learner, params)
-from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import sched_no
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
@@ -16,11 +15,11 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from callback_helpers import (
-    all_same, at, collect, convnet, copied_by, fit, follows_masks, images, kept, learner, loaders, masks, N, raising,
-    said, same, snapshot, sparse, weights, zeros)
+    all_same, at, collect, convnet, copied_by, exportable, fit, follows_masks, images, kept, learner, loaders, masks, N,
+    OnCPU, optimizer_state, raising, said, same, snapshot, sparse, split, weights, zeros)
 from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, nn, partial, set_seed, torch
 from cases import in_a_loop
-from kinds import Stirred
+from kinds import LAYERS as ALL, N_ALL, n_zero, Stirred
 from fasterai_sparse.core.allocation import erdos_renyi_sparsity
 from fasterai_sparse.core.criteria import large_final
 from fasterai_sparse.core.from_zeros import masks_from_zeros
@@ -42,15 +41,10 @@ from fasterai_sparse.nncf.magnitude import MagnitudeSparsityCallback, weight_imp
 from fasterai_sparse.nncf.rb import RBSparsityCallback
 from fasterai_sparse.nncf.soft_masks import CONV_AND_LINEAR
 
-ALL = (nn.Conv2d, nn.Linear)
-N_ALL = N + 64   # with the linear layer's
-
 pytestmark = [pytest.mark.filterwarnings(f'ignore:{w}')
               for w in ('numpy.core is deprecated', 'load_learner', 'RB sparsity', 'The loaded weights are',
                         'You are shadowing')]
-
-@pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
+pytestmark.append(pytest.mark.usefixtures('in_tmp'))
 
 def defect(why): return pytest.mark.xfail(strict=True, reason=why)
 
@@ -59,8 +53,6 @@ both = pytest.mark.parametrize('kind', CLASSES)
 
 def soft(kind, sparsity=70, schedule=None, **kwargs):
     return CLASSES[kind](None if isinstance(schedule, EpochSchedule) else sparsity, schedule, **kwargs)
-
-def n_zero(learn): return zeros(learn.model, ALL)
 
 def masks_of(cb):
     "The masks of now, soft or hard, by name"
@@ -80,12 +72,6 @@ def check_sparse(learn):
     assert len(masks(learn.model)) >= 1 and follows_masks(learn.model) and not has_hooks(learn.model)
     assert any(isinstance(cb, KeepMasks) for cb in learn.cbs)
 
-class Everywhere(Callback):
-    "Calls `f(event, learn)` last of all at every event"
-    order = 90
-    def __init__(self, f): self.f = f
-    def __call__(self, event_name): self.f(event_name, self.learn)
-
 # --- 1. what holds at every step
 
 RAW = {'before_train', 'after_backward', 'before_step', 'after_step', 'after_batch'}
@@ -94,8 +80,11 @@ OPTIMIZERS = dict(adam=Adam, lookahead=lambda ps, **kw: Lookahead(SGD(ps, mom=.9
                   fused=partial(OptimWrapper, opt=torch.optim.AdamW, fused=True))
 WAYS = dict(pct=None, epoch=Polynomial(.2, .7, 3, 2))
 
-class Watch(Everywhere):
-    "What must hold at each event of a fit with `cb`; `seen` counts what was dropped by (raw, frozen, training)"
+class Watch(Callback):
+    """Checks at each event of a fit with `cb`, after all other callbacks, that weights are masked or raw as they should be.
+
+    `seen`: (raw, frozen, training) -> number of masked weights, over all events."""
+    order = 90
     def __init__(self, cb): self.cb, self.seen = cb, {}
     def __call__(self, event):
         learn, cb, first = self.learn, self.cb, not self.seen and event in ('before_fit', 'before_epoch')
@@ -106,8 +95,8 @@ class Watch(Everywhere):
         if first or not (now := masks_of(cb) if cb.started else {}): return
         raw = learn.training and event in RAW and not cb.frozen
         for n,p in cb.params.items(): assert p.all() if raw else torch.equal(p == 0, ~now[n]), (event, n)
-        self.seen[raw, cb.frozen, learn.training] = self.seen.get((raw, cb.frozen, learn.training), 0) + sum(int((~m).sum())
-            for m in now.values())
+        key = raw, cb.frozen, learn.training
+        self.seen[key] = self.seen.get(key, 0) + sum(int((~m).sum()) for m in now.values())
 
 @pytest.mark.parametrize('way', WAYS)
 @pytest.mark.parametrize('opt', OPTIMIZERS)
@@ -144,8 +133,8 @@ def plain_sgd(): return learner(opt_func=SGD)
 @both
 def test_weights_survive_below_the_mask(kind, schedule):
     "What the mask drops does not move in a step, and comes back with its value"
-    learn, cb, (before, was), drawn, back = plain_sgd(), soft(kind, schedule=schedule, freeze_pct=1), collect('before_batch',
-        lambda l: copies(cb.params), 0), [], []
+    learn, cb, drawn, back = plain_sgd(), soft(kind, schedule=schedule, freeze_pct=1), [], []
+    before, was = collect('before_batch', lambda l: copies(cb.params), 0)
     look = at('before_backward', lambda l: drawn.append(copies(masks_of(cb))))
     after = at('after_batch', lambda l: back.append(copies(cb.params)))
     fit(learn, 4, [cb, before, look, after])
@@ -255,8 +244,6 @@ def test_one_object_and_two_models():
     other = fit(learner(), 1, cb)
     assert column(other) == column(fit(learner(), 1, RBSparsityCallback(70, mask_lr=.3)))
 
-def split(model): return [params(model[:3]), params(model[3:6]), params(model[6:])]
-
 @both
 def test_fine_tune(kind):
     "The head by itself at first, then all"
@@ -324,13 +311,6 @@ def test_an_optimizer_that_is_made_anew(kind, when):
     check_sparse(learn)
     if kind == 'magnitude': assert n_zero(learn) == n_zeros(.7, N_ALL)
 
-def past(opt, p):
-    "Tensors of the shape of `p` that `opt` keeps, with those of the optimizer that it wraps"
-    slow, inner = getattr(opt, 'slow_weights', None) or [], opt.__dict__.get('opt')
-    own = [t for pg,ps in zip(slow, opt.param_lists) for t,q in zip(pg, ps) if q is p]
-    if isinstance(inner, OptimWrapper) or hasattr(inner, 'param_lists'): return own + past(inner, p)
-    return own + [v for v in (inner or opt).state[p].values() if torch.is_tensor(v) and v.shape == p.shape]
-
 @pytest.mark.parametrize('opt', OPTIMIZERS)
 @both
 def test_the_past_of_what_is_baked_is_forgotten(kind, opt):
@@ -338,24 +318,12 @@ def test_the_past_of_what_is_baked_is_forgotten(kind, opt):
     learn, cb = learner(4, opt_func=OPTIMIZERS[opt]), soft(kind, freeze_pct=1)
     fit(learn, 2, cb)
     for *_,p,mask in masked_params(learn.model):
-        kept = past(learn.opt, p)
+        kept = optimizer_state(learn.opt, p)
         assert kept and not any(t[~mask].any() for t in kept) and any(t[mask].any() for t in kept)
     fit(learn, 3)
     check_sparse(learn)
 
 # --- 3. mixed precision
-
-class OnCPU(MixedPrecision):
-    "`MixedPrecision` with its scaler on the CPU, and autocast to `dtype`"
-    def __init__(self, scale=8., dtype=torch.float16):
-        super().__init__()
-        self.scale, self.dtype, self.overflows, self.skipped = scale, dtype, [], False
-    def before_fit(self):
-        self.autocast, self.scales = torch.autocast('cpu', self.dtype or torch.bfloat16,
-                                                    enabled=self.dtype is not None), L()
-        self.learn.scaler = torch.amp.GradScaler('cpu', init_scale=self.scale, enabled=self.dtype is not torch.bfloat16)
-    def after_batch(self):
-        if self.training: self.overflows.append(self.skipped)
 
 def logits_after(cbs=(), n_epoch=3, **kwargs):
     cb = soft('rb', freeze_pct=1, **kwargs)
@@ -365,14 +333,14 @@ def logits_after(cbs=(), n_epoch=3, **kwargs):
 @pytest.mark.parametrize('scale', [1., 1024., 2.**-6])
 def test_a_scale_makes_no_difference(scale):
     "The gradients of logits are unscaled, those of their level were never scaled"
-    for a,b in zip(logits_after(), logits_after([OnCPU(scale, None)])): assert same(a, b)
+    for a,b in zip(logits_after(), logits_after([OnCPU(scale=scale, autocast=False)])): assert same(a, b)
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('mode,dtype', [('fp16', torch.float16), ('bf16', torch.bfloat16)])
 @both
-def test_half_precision(kind, dtype):
+def test_half_precision(kind, mode, dtype):
     learn, cb, dtypes = learner(4), soft(kind), set()
     learn.model[3].register_forward_hook(lambda m, x, out: dtypes.add(out.dtype))
-    fit(learn, 4, [cb, OnCPU(dtype=dtype)])
+    fit(learn, 4, [cb, OnCPU(mode)])
     assert dtypes == {dtype} and all(w.dtype == torch.float32 for w in weights(learn.model, ALL))
     assert all(s.dtype == torch.float32 for s in getattr(cb.soft, 'logits', {}).values())
     check_sparse(learn)
@@ -392,7 +360,7 @@ def test_logits_rest_while_gradients_overflow(skipped, acc):
     for i,(a,b) in enumerate(zip(was, now)):
         rests = i//2 in spoiled or i % 2 == 0 if acc else i in spoiled
         assert same(a, b) == rests and all(t.isfinite().all() for t in b.values()), i
-    if not acc: assert {i for i,o in enumerate(amp.overflows) if o} == skipped
+    if not acc: assert set(amp.overflows) == skipped
     assert not any(s.grad.any() for s in cb.soft.logits.values())
 
 # --- 4. gradients, by autograd and torch's own optimizers
@@ -706,16 +674,10 @@ def test_a_target_that_was_reached_is_not():
 
 # --- 7. copies, files, fits that break off, and looks
 
-def exportable(n=5): return dict(dls=loaders(n, lambda n: Images(images(n))))
-
-class Images(list):
-    "A dataset whose loaders can be exported"
-    def new_empty(self): return Images()
-
 @pytest.mark.parametrize('when', ['after_epoch', 'after'])
 @both
 def test_export_and_load(kind, when):
-    learn, cb = learner(**exportable()), soft(kind)
+    learn, cb = learner(dls=exportable(5)), soft(kind)
     learn.add_cb(cb)
     take = at('after_epoch',
               lambda l: copied_by(take, lambda l: l.export('l.pkl')) if l.epoch == 1 and when == 'after_epoch'
@@ -768,7 +730,7 @@ STOPS = ['before_epoch', 'before_train', 'before_batch', 'after_pred', 'after_lo
 
 def broken_off(kind, event, exc=RuntimeError('stop'), beside=()):
     "A learner whose second epoch broke off at `event`, its callback, and the masks of that moment"
-    learn, cb, then = learner(**exportable()), soft(kind), {}
+    learn, cb, then = learner(dls=exportable(5)), soft(kind), {}
     def stop(learn):
         if cb.n_epochs != 1 or learn.training and event in STOPS[2:10] and learn.iter != 4: return
         then.update(copies(masks_of(cb)))
@@ -1070,12 +1032,12 @@ def test_constant_zeros(beside, first, request):
     assert n_zero(learn) == n
 
 def test_constant_zeros_of_some_layers():
-    for kwargs,kept in ((dict(layers=['0']), [0]), (dict(layer_type=nn.Linear), [8]), (dict(layer_type=ALL), [0, 3, 8]),
+    for kwargs,want in ((dict(layers=['0']), [0]), (dict(layer_type=nn.Linear), [8]), (dict(layer_type=ALL), [0, 3, 8]),
                         (dict(layer_type=nn.Conv2d, layers='3'), [3])):
         learn, zero = half_empty()
         fit(learn, 1, ConstSparsityCallback(**kwargs))
-        assert [i for i,z in zip((0, 3, 8), zero) if not learn.model[i].weight[z].any()] == [i
-            for i in (0, 3, 8) if get_mask(learn.model[i]) is not None] == kept
+        still_zero = [i for i,z in zip((0, 3, 8), zero) if not learn.model[i].weight[z].any()]
+        assert still_zero == [i for i in (0, 3, 8) if get_mask(learn.model[i]) is not None] == want
 
 def test_the_column_is_of_the_layers_that_are_meant():
     learn, zero = half_empty()
@@ -1110,8 +1072,8 @@ class Twice(nn.Module):
     "A net that calls one layer twice, and whose last two share a weight"
     def __init__(self):
         super().__init__()
-        self.conv, self.bn, self.mid, self.lin, self.out = nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2), nn.Linear(72,
-            72), nn.Linear(72, 72), nn.Linear(72, 4)
+        self.conv, self.bn = nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2)
+        self.mid, self.lin, self.out = nn.Linear(72, 72), nn.Linear(72, 72), nn.Linear(72, 4)
         self.lin.weight = self.mid.weight
     def forward(self, x):
         return self.out(self.lin(self.mid(self.bn(self.conv(self.conv(x))).relu().flatten(1)).relu()).relu())

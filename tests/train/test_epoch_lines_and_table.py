@@ -18,10 +18,8 @@ from fasterai_sparse.core.criteria import large_final
 from fasterai_sparse.core.schedules import agp, cos, dsd, iterative, lin, one_cycle, one_shot, Schedule
 from fasterai_sparse.train.sparsify_callback import SparsifyCallback
 
-pytestmark = pytest.mark.filterwarnings('ignore:numpy.core is deprecated')   # fastai's load_model
-
-@pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
+pytestmark = [pytest.mark.usefixtures('in_tmp'),
+              pytest.mark.filterwarnings('ignore:numpy.core is deprecated')]   # of fastai's load_model
 
 golden = json.loads((Path(__file__).parent.parent/'golden'/'schedules.json').read_text())
 

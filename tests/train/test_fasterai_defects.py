@@ -19,10 +19,8 @@ from fasterai_sparse.core.select import n_zeros
 from fasterai_sparse.train.keep_masks import copy_masks
 from fasterai_sparse.train.updates import bake_masks
 
-pytestmark = [pytest.mark.filterwarnings(f'ignore:{w}') for w in ('numpy.core is deprecated', 'The loaded weights')]
-
-@pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
+pytestmark = [pytest.mark.usefixtures('in_tmp'),
+              *(pytest.mark.filterwarnings(f'ignore:{w}') for w in ('numpy.core is deprecated', 'The loaded weights'))]
 
 TARGET = n_zeros(.9, N)
 

@@ -23,10 +23,8 @@ from fasterai_sparse.core.sparsifier import Sparsifier
 from fasterai_sparse.train.keep_masks import KeepMasks
 from fasterai_sparse.train.lottery import RewindPoint, takes_steps
 
-pytestmark = pytest.mark.filterwarnings('ignore:numpy.core is deprecated')   # fastai's load_model
-
-@pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
+pytestmark = [pytest.mark.usefixtures('in_tmp'),
+              pytest.mark.filterwarnings('ignore:numpy.core is deprecated')]   # of fastai's load_model
 
 STEPS = dict(one_shot=(one_shot, [11]), iterative=(iterative, [4,11,17]),
              five_steps=(partial(iterative, n_steps=5), [4,8,12,16,20]),

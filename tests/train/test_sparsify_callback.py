@@ -11,7 +11,8 @@ from sklearn.datasets import load_digits
 
 from callback_helpers import (
     all_same, at, at_batch, collect, convnet, dead_filters, fit, follows_masks, held_tensors, kept, learner, loaders,
-    masks, N, raising, said, same, snapshot, sparse, Spy, weights, zeros)
+    masks, N, optimizer_state, raising, said, same, snapshot, sparse, Spy, weights,
+    zeros)
 from fastai.basics import Callback, DataLoader, DataLoaders, nn, partial, torch
 from cases import in_a_loop
 from fasterai_sparse.core.criteria import (
@@ -31,10 +32,8 @@ OPTIMIZERS = dict(adam=Adam, momentum=partial(SGD, mom=.9), radam=RAdam, ranger=
                   lookahead=lambda ps, **kw: Lookahead(SGD(ps, mom=.9, **kw), k=3),
                   adamw=partial(OptimWrapper, opt=torch.optim.AdamW))
 
-pytestmark = pytest.mark.filterwarnings('ignore:numpy.core is deprecated')   # fastai's load_model
-
-@pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
+pytestmark = [pytest.mark.usefixtures('in_tmp'),
+              pytest.mark.filterwarnings('ignore:numpy.core is deprecated')]   # of fastai's load_model
 
 # --- the target
 
@@ -219,14 +218,6 @@ def test_a_higher_target_starts_from_what_is_there():
 
 # --- the optimizer
 
-def state_of(opt, p):
-    "Tensors of `p`'s shape that the optimizer keeps, Lookahead's slow weights included"
-    inner = opt
-    while hasattr(inner, '__dict__') and 'opt' in inner.__dict__: inner = inner.opt
-    slow_lists = zip(getattr(opt, 'slow_weights', None) or [], opt.param_lists)
-    slow = [s for pg,ps in slow_lists for s,q in zip(pg, ps) if q is p]
-    return [v for v in inner.state[p].values() if torch.is_tensor(v) and v.shape==p.shape] + slow
-
 @pytest.mark.parametrize('schedule', [lin, dsd])
 @pytest.mark.parametrize('opt', OPTIMIZERS)
 def test_what_changes_loses_its_past(opt, schedule):
@@ -235,7 +226,8 @@ def test_what_changes_loses_its_past(opt, schedule):
     def check(learn):
         for (p, was), now in zip(old, masks(learn.model)):
             n_changed.append(int((was != now).sum()))
-            assert state_of(learn.opt, p) and all(not s[was != now].any() for s in state_of(learn.opt, p))
+            kept = optimizer_state(learn.opt, p)
+            assert kept and not any(s[was != now].any() for s in kept)
         old.clear()
     Look = type('Look', (Spy,), dict(look=staticmethod(before)))
     fit(learner(9, opt_func=OPTIMIZERS[opt]), 2, [sparse(schedule=schedule, sparsifier=Look), at('after_batch', check)])
@@ -243,7 +235,8 @@ def test_what_changes_loses_its_past(opt, schedule):
 
 def test_live_weights_keep_their_past():
     learn = learner()
-    def alive(learn): return [bool(s[m].all()) for *_,p,m in masked_params(learn.model) for s in state_of(learn.opt, p)]
+    def alive(learn):
+        return [bool(s[m].all()) for *_,p,m in masked_params(learn.model) for s in optimizer_state(learn.opt, p)]
     watch, seen = collect('after_batch', alive)
     fit(learn, 1, [sparse(50), watch])
     assert sum(map(len, seen)) > 0 and all(map(all, seen))
@@ -721,8 +714,8 @@ BAD = [(ValueError, dict(sparsity=101)), (ValueError, dict(sparsity=-1)), (Value
        (ValueError, dict(criteria=lambda p, foo: p)), (ValueError, dict(model=convnet()))]
 
 def shown(kwargs):
-    return ' '.join(f'{k}={getattr(v, "__name__", v)}' for k,v in kwargs.items())[:40] if isinstance(kwargs,
-        dict) else ''
+    if not isinstance(kwargs, dict): return ''
+    return ' '.join(f'{k}={getattr(v, "__name__", v)}' for k,v in kwargs.items())[:40]
 
 @pytest.mark.parametrize('error,kwargs', BAD, ids=shown)
 def test_bad_arguments_raise_before_training(error, kwargs):

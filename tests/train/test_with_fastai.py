@@ -10,7 +10,6 @@ from fastai.basics import (CancelBackwardException, CancelBatchException, Cancel
 from fastai.callback.core import FetchPredsCallback
 from fastai.callback.data import CollectDataCallback
 from fastai.callback.channelslast import ChannelsLast
-from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.hook import ActivationStats
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import CSVLogger
@@ -33,7 +32,7 @@ from torchvision.models import resnet18
 
 from callback_helpers import (
     all_same, at, at_batch, collect, convnet, dead_filters, fit, follows_masks, held, learner, loaders, masks,
-    N, raising, said, same, snapshot, sparse, weights, zeros)
+    N, OnCPU, optimizer_state, raising, said, same, snapshot, sparse, split, weights, zeros)
 from fastai.basics import (
     accuracy, Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, nn, partial, set_seed, torch)
 from fasterai_sparse.core.criteria import grad_crit, large_final, movement, updating_movement, wanda
@@ -54,9 +53,7 @@ OPTIMIZERS = dict(ranger=ranger, lamb=Lamb, larc=Larc, radam=RAdam,
 pytestmark = [pytest.mark.filterwarnings(f'ignore:{w}') for w in
               ('numpy.core is deprecated', 'load_learner', '__array__ implementation', 'You are shadowing an attribute',
                '`torch.nn.utils.weight_norm` is deprecated', 'The given NumPy array is not writable')]
-
-@pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
+pytestmark.append(pytest.mark.usefixtures('in_tmp'))
 
 def watching(event='after_batch'): return collect(event, lambda learn: zeros(learn.model))
 
@@ -152,17 +149,6 @@ def test_recorder_plots():
 
 # --- mixed precision
 
-class OnCPU(MixedPrecision):
-    "`MixedPrecision` with its autocast and its scaler on the CPU"
-    def __init__(self, amp_mode='fp16', scale=8.): super().__init__(amp_mode); self.scale = scale
-    def before_fit(self):
-        half = self.amp_mode.value == 'fp16'
-        self.autocast, self.scales = torch.autocast('cpu', torch.float16 if half else torch.bfloat16), L()
-        self.learn.scaler = torch.amp.GradScaler('cpu', init_scale=self.scale, enabled=half)
-    def after_fit(self):
-        self.n_steps = len(self.scales)
-        super().after_fit()
-
 @pytest.mark.parametrize('criteria', [large_final, grad_crit])
 def test_a_scale_that_overflows_at_first(criteria):
     amp = OnCPU(scale=2.**22)
@@ -194,13 +180,6 @@ def test_an_optimizer_that_is_built_already():
     fit(learn, 2, steps)
     assert zeros(net) == n_zeros(.9, N) and all(seen) and len(seen) == 24
 
-def state_of(opt, p):
-    "Tensors of `p`'s shape that `opt` keeps, with those of what it wraps"
-    slow, inner = getattr(opt, 'slow_weights', None) or [], opt.__dict__.get('opt')
-    own = [s for pg,ps in zip(slow, opt.param_lists) for s,q in zip(pg, ps) if q is p]
-    if isinstance(inner, (Optimizer, OptimWrapper)): return own + state_of(inner, p)
-    return own + [v for v in (inner or opt).state[p].values() if torch.is_tensor(v) and v.shape==p.shape]
-
 @pytest.mark.parametrize('schedule', [lin, dsd])
 @pytest.mark.parametrize('opt', OPTIMIZERS)
 def test_the_past_of_what_changes_is_zero_right_after(opt, schedule):
@@ -208,7 +187,7 @@ def test_the_past_of_what_changes_is_zero_right_after(opt, schedule):
     def before(learn): old.update((m, mask.clone()) for m,_,_,mask in masked_params(learn.model))
     def check(learn):
         for m,_,p,mask in masked_params(learn.model):
-            changed, past = mask != old.get(m, True), state_of(learn.opt, p)
+            changed, past = mask != old.get(m, True), optimizer_state(learn.opt, p)
             n.append(int(changed.sum()))
             assert past and not any(s[changed].any() for s in past) and all(s.any() for s in past)
     fit(learn, 2, [sparse(50, schedule), at('before_step', before), at('after_step', check)])
@@ -270,8 +249,6 @@ def test_loaders_that_change_between_the_epochs_of_a_fit():
     assert len(seen) == 17 and seen == sorted(seen) and at_ends == [n_zeros(.9*i/4, N) for i in (1,2,3,4)]
 
 # --- freezing
-
-def split(model): return [params(model[:3]), params(model[3:6]), params(model[6:])]
 
 @pytest.mark.parametrize('context', ['local', 'global'])
 def test_a_frozen_body_and_then_all(context):

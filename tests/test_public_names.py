@@ -38,7 +38,8 @@ def test_no_name_is_exported_by_two_modules():
 # --- the names
 
 def test_the_star_import_brings_the_list_and_nothing_of_fastais():
-    names = json.loads(python('import json; d = {}; exec("from fasterai_sparse.all import *", d); print(json.dumps(list(d)))'))
+    code = 'import json; d = {}; exec("from fasterai_sparse.all import *", d); print(json.dumps(list(d)))'
+    names = json.loads(python(code))
     assert sorted(set(names)-{'__builtins__'}) == sorted(public.__all__)
     assert len(set(public.__all__)) == len(public.__all__) <= 90
 
@@ -49,9 +50,9 @@ def test_a_public_name_is_ours(name):
     if isinstance(o, dict): assert name.endswith('_presets')
     else: assert (o.__module__ if hasattr(o, '__module__') else type(o).__module__).startswith('fasterai_sparse.')
 
-SEEDS = '''Sparsifier SparsifyCallback Criteria Schedule Granularities magnitude large_final one_shot iterative agp one_cycle
-    cos lin dsd sparse_mask sparse_mask_like maybe_float sparse_params apply_masks is_sparseable_module sparseable_modules
-    uniform_sparsity first_layer_dense_uniform erdos_renyi_sparsity sparsify_model random_score weight_magnitude
+SEEDS = '''Sparsifier SparsifyCallback Criteria Schedule Granularities magnitude large_final one_shot iterative agp
+    one_cycle cos lin dsd sparse_mask sparse_mask_like maybe_float sparse_params apply_masks is_sparseable_module
+    sparseable_modules uniform_sparsity first_layer_dense_uniform erdos_renyi_sparsity sparsify_model random_score weight_magnitude
     gradient_magnitude gradient_momentum top_k_mask DynamicSparseTrainingCallback SET_presets SNFS_presets RigL_presets
     RBSparsityCallback MagnitudeSparsityCallback ConstSparsityCallback SparsityConfig callbacks_from_config'''.split()
 

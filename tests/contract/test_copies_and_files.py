@@ -9,7 +9,7 @@ from fastai.basics import Datasets, load_learner, Metric, nn, partial
 from fastai.callback.tracker import SaveModelCallback
 
 from callback_helpers import (
-    all_same, at, at_batch, copied_by, fit, follows_masks, held, learner, loaders, masks, same, snapshot)
+    all_same, at, at_batch, copied_by, exportable, fit, follows_masks, held, learner, loaders, masks, same, snapshot)
 from cases import in_a_loop
 from fasterai_sparse.train.keep_masks import KeepMasks
 from fasterai_sparse.train.updates import bake_masks, MaskUpdates

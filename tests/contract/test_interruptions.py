@@ -9,7 +9,8 @@ from fastai.basics import (
     CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
     CancelTrainException, CancelValidException)
 
-from callback_helpers import all_same, at, collect, fit, follows_masks, held, masks, raising, same, snapshot
+from callback_helpers import (
+    all_same, at, collect, exportable, fit, follows_masks, held, masks, raising, same, snapshot)
 from cases import in_a_loop
 from fasterai_sparse.train.keep_masks import KeepMasks
 from kinds import check_end, kinds, n_masked, n_zero, of_each_class, quiet, ready

@@ -4,7 +4,8 @@ Each test runs for all of `kinds.KINDS`; what is particular to one callback is t
 import pytest, torch
 from fastai.callback.training import GradientAccumulation, GradientClip
 
-from callback_helpers import all_same, at, at_batch, collect, fit, follows_masks, held, masks, raising, said
+from callback_helpers import (
+    all_same, at, at_batch, collect, fit, follows_masks, held, masks, OnCPU, raising, said, split)
 from cases import in_a_loop
 from fasterai_sparse.train.keep_masks import KeepMasks
 from kinds import changing, check_end, kinds, LAYERS, n_zero, quiet, randomly_masked, ready, values

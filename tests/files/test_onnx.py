@@ -17,7 +17,8 @@ class Mixed(nn.Module):
     def __init__(self):
         super().__init__()
         self.emb, self.a, self.b = nn.Embedding(20,16), nn.Linear(16,32), nn.Linear(32,16,bias=False)
-        self.att, self.rnn, self.c = nn.MultiheadAttention(16,2,batch_first=True), nn.LSTM(16,8,batch_first=True), nn.Linear(8,16)
+        self.att, self.rnn = nn.MultiheadAttention(16,2,batch_first=True), nn.LSTM(16,8,batch_first=True)
+        self.c = nn.Linear(8,16)
         self.out, self.t, self.unused = nn.Linear(16,20), nn.ConvTranspose1d(20,8,3), nn.Linear(16,32)
         self.out.weight = self.emb.weight
     def forward(self, x, scale):

@@ -27,7 +27,10 @@ DTYPES = list(sf._torch_dtypes.values())
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 def raw(t):
-    return torch.cat([t.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg().reshape(-1)]).view(torch.uint8).numpy().tobytes()
+    "The bytes of `t`, in the order of its elements"
+    flat = torch.cat([t.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg().reshape(-1)])
+    return flat.view(torch.uint8).numpy().tobytes()
+
 def same(a, b): return a.dtype == b.dtype and a.shape == b.shape and raw(a) == raw(b)
 
 class Holder(nn.Module):
@@ -261,9 +264,8 @@ def test_attention_lstm_and_transposed_layers(path):
                          [lambda: nn.Linear(32,6), lambda: nn.Conv2d(32,6,3), lambda: nn.ConvTranspose1d(32,6,3)])
 def test_patterns(path, layer, n, m, kind, dtype):
     model = nn.Sequential(layer())
-    Sparsifier(model, 'weight', 'local', large_final, nm=(n, m)).sparsify_model(100*(m-n)/m) if isinstance(model[0],
-        nn.Conv2d) else \
-        Sparsifier(model, 'weight', 'local', large_final, nm=(n, m), layer_type=type(model[0])).sparsify_model(100*(m-n)/m)
+    s = Sparsifier(model, 'weight', 'local', large_final, nm=(n, m), layer_type=type(model[0]))
+    s.sparsify_model(100*(m-n)/m)
     model.to(dtype)
     df = round_trip(model, path)
     w = model[0].weight
@@ -332,7 +334,8 @@ def test_contents(path):
     df = save_sparse(model, path)
     report = sparsity_report(model)
     assert abs(df.attrs['sparsity_pct'] - 100*report.zeros.sum()/report.params.sum()) < 1e-9
-    assert df[df.layer != ''].set_index('layer').sparsity_pct.to_dict() == pytest.approx(report.set_index('layer').sparsity_pct.to_dict())
+    of_layers = df[df.layer != ''].set_index('layer').sparsity_pct
+    assert of_layers.to_dict() == pytest.approx(report.set_index('layer').sparsity_pct.to_dict())
     again = sparse_contents(path)
     assert again.equals(df) and again.attrs == df.attrs
     n = int.from_bytes(path.read_bytes()[:8], 'little')
@@ -375,8 +378,8 @@ def peak(f):
 def test_memory_of_one_tensor(path, nm):
     layers = [nn.Linear(1024,1024,bias=False) for _ in range(6)]
     model, size = nn.Sequential(*layers), 1024*1024*4
-    Sparsifier(model, 'weight', 'local', large_final, layer_type=None, nm=nm).sparsify_model({'0': 50, '1': 50, '2': 50}
-        if nm else {'0': 50, '1': 90, '2': 60, '3': 30})
+    targets = {'0': 50, '1': 50, '2': 50} if nm else {'0': 50, '1': 90, '2': 60, '3': 30}
+    Sparsifier(model, 'weight', 'local', large_final, layer_type=None, nm=nm).sparsify_model(targets)
     assert peak(lambda: save_sparse(model, path)) < size/2   # the rest is for a copy of what is not contiguous
     assert peak(lambda: load_sparse(path, model)) < size/2   # beside the tensor itself, which torch allocates
 
@@ -496,18 +499,15 @@ def entry(tensor, **kw):
     return edit
 
 @pytest.mark.parametrize('edit', [*(entry('3.weight', **kw) for kw in (
-    dict(shape=[16,16,3,4]), dict(shape=[-32,-16,3,3]), dict(shape='x'), dict(shape=[1.5]), dict(zeros=-1),
-    dict(zeros=10**9), dict(zeros=7),
-    dict(kind='dense'), dict(kind='2:4'), dict(kind='7:9'), dict(kind=None), dict(dtype='F128'), dict(dtype='F16'),
-    dict(axis=9), dict(signs=True),
-    dict(same_as='nothing'), dict(same_as='3.weight'), dict(name='3.bias'), dict(evil=1), dict(name=[1]), dict(name={}),
-    dict(name=5), dict(layer=5), dict(layer=[1]),
-    dict(crc32=5), dict(signs=[]), dict(same_as=[1]), dict(dtype=[]), dict(axis=True), dict(axis=-1),
-    dict(shape=[True,True]), dict(shape=None))),
+    dict(shape=[16,16,3,4]), dict(shape=[-32,-16,3,3]), dict(shape='x'), dict(shape=[1.5]), dict(shape=[True,True]),
+    dict(shape=None), dict(zeros=-1), dict(zeros=10**9), dict(zeros=7), dict(kind='dense'), dict(kind='2:4'),
+    dict(kind='7:9'), dict(kind=None), dict(dtype='F128'), dict(dtype='F16'), dict(dtype=[]), dict(axis=9),
+    dict(axis=True), dict(axis=-1), dict(signs=True), dict(signs=[]), dict(same_as='nothing'), dict(same_as='3.weight'),
+    dict(same_as=[1]), dict(name='3.bias'), dict(name=[1]), dict(name={}), dict(name=5), dict(layer=5), dict(layer=[1]),
+    dict(evil=1), dict(crc32=5))),
     lambda h, d: h['__metadata__']['tensors'].pop(), lambda h, d: h['__metadata__']['tensors'].clear(),
-    lambda h, d: h['3.bias'].update(shape=[31]),
-    lambda h, d: h['3.bias'].update(data_offsets=[0, 128]), lambda h, d: h.pop('3.bias'),
-    lambda h, d: h.update(more=h['3.bias']),
+    lambda h, d: h['3.bias'].update(shape=[31]), lambda h, d: h['3.bias'].update(data_offsets=[0, 128]),
+    lambda h, d: h.pop('3.bias'), lambda h, d: h.update(more=h['3.bias']),
     lambda h, d: h['3.bias'].update(dtype='I32')])
 def test_headers_that_make_no_sense(path, edit):
     save_sparse(sparse_net(), path)
@@ -528,9 +528,8 @@ def test_a_header_that_is_not_what_was_written(path):
 
 def test_a_name_that_is_there_twice(path):
     save_sparse(sparse_net(), path)
-    changed(path,
-            lambda header, data: header['__metadata__']['tensors'].append(dict(name='3.bias', shape=[32], dtype='F32',
-                                                                              same_as='3.bias')))
+    twice = dict(name='3.bias', shape=[32], dtype='F32', same_as='3.bias')
+    changed(path, lambda header, data: header['__metadata__']['tensors'].append(twice))
     refuses(path, 'contradicts itself')
 
 def test_a_tied_tensor_of_another_shape(path):
@@ -589,8 +588,8 @@ class Extra(nn.Linear):
 @pytest.mark.parametrize('model,word',
                          [(lambda: nn.LazyLinear(3), 'lazy'), (lambda: nn.Linear(3,3,device='meta'), 'meta'),
                           (lambda: Extra(2,2), '_extra_state is a dict, not a tensor'),
-                                        (lambda: Holder(a=torch.ones(3,3).to_sparse()), 'sparse_coo'),
-                                        (lambda: Holder(a=torch.ones(3, dtype=torch.complex128)), 'complex128')])
+                          (lambda: Holder(a=torch.ones(3,3).to_sparse()), 'sparse_coo'),
+                          (lambda: Holder(a=torch.ones(3, dtype=torch.complex128)), 'complex128')])
 def test_what_cannot_be_stored(path, model, word):
     path.write_bytes(b'old')
     model = nn.ModuleDict({'layer': model()})
@@ -692,9 +691,8 @@ def test_on_a_gpu(path):
 def test_learner(tmp_path):
     learn = learner(model=net())
     learn.path = tmp_path/'new'
-    fit(learn,
-        cbs=SparsifyCallback(80, granularity='weight', context='local', criteria=large_final, schedule=one_shot,
-                             layer_type=(nn.Conv2d, nn.Linear)))
+    fit(learn, cbs=SparsifyCallback(80, granularity='weight', context='local', criteria=large_final, schedule=one_shot,
+                                    layer_type=(nn.Conv2d, nn.Linear)))
     df = learn.export_sparse()
     assert round(df.attrs['sparsity_pct']) == 80 and sum(1 for _ in masked_params(learn.model))
     for k,t in load_sparse(tmp_path/'new'/'model.safetensors').items(): assert same(t, learn.model.state_dict()[k])
@@ -709,3 +707,4 @@ def test_learner(tmp_path):
     os.environ['RANK'] = '1'
     try: assert learn.export_sparse() is None
     finally: del os.environ['RANK']
+    assert (tmp_path/'new'/'model.safetensors').read_bytes() == before

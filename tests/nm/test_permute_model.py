@@ -44,9 +44,9 @@ MOVE = {
                                    nn.ReLU(), nn.Dropout(.5), nn.Linear(16,3)), image, ['4', '7']),
     'flat': (lambda: nn.Sequential(conv(4,8), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(72,16), nn.Tanh(),
                                    nn.Linear(16,2)), image, ['5']),
-    'squeeze and excite': (lambda: Net(lambda s, x: s.d((y := s.a(x))
-                                                        * torch.sigmoid(s.c(F.relu(s.b(F.adaptive_avg_pool2d(y, 1)))))),
-                                       a=conv(4,16), b=conv(16,8), c=conv(8,16), d=conv(16,4)), image, ['b', 'c', 'd']),
+    'squeeze and excite': (lambda: Net(
+        lambda s, x: s.d((y := s.a(x)) * torch.sigmoid(s.c(F.relu(s.b(F.adaptive_avg_pool2d(y, 1)))))),
+        a=conv(4,16), b=conv(16,8), c=conv(8,16), d=conv(16,4)), image, ['b', 'c', 'd']),
     'mlp': (lambda: nn.Sequential(nn.Linear(12,32), nn.GELU(), nn.BatchNorm1d(32), nn.Linear(32,16), nn.ReLU(),
                                   nn.Linear(16,2)), row, ['3', '5']),
     'layer norm': (lambda: nn.Sequential(nn.Linear(16,32), nn.LayerNorm(32), nn.SiLU(), nn.Linear(32,8)), tokens,
@@ -70,10 +70,10 @@ MOVE = {
                                  b=conv(16,16), c=conv(16,8)), image, ['b', 'c']),
     'by its norm': (lambda: Net(lambda s, x: s.b(F.normalize(s.a(x), dim=1)), a=conv(4,16), b=conv(16,8)), image,
                     ['b']),
-    'position embedding': (lambda: Net(lambda s, x: s.b(s.ln(torch.cat([s.cls.weight[None].expand(len(x),-1,-1),
-                                                                        s.a(x)], 1) + s.pos.weight)),
-                                       a=nn.Linear(16,32), cls=nn.Embedding(1,32), pos=nn.Embedding(6,32),
-                                       ln=nn.LayerNorm(32), b=nn.Linear(32,4)), tokens, ['b']),
+    'position embedding': (lambda: Net(
+        lambda s, x: s.b(s.ln(torch.cat([s.cls.weight[None].expand(len(x),-1,-1), s.a(x)], 1) + s.pos.weight)),
+        a=nn.Linear(16,32), cls=nn.Embedding(1,32), pos=nn.Embedding(6,32), ln=nn.LayerNorm(32), b=nn.Linear(32,4)),
+        tokens, ['b']),
     'scale': (lambda: Net(lambda s, x: s.b(s.a(x)*s.gamma.weight.view(1,-1,1,1)), a=conv(4,16), b=conv(16,8),
                           gamma=nn.BatchNorm1d(16)), image, None),
     'attention': (lambda: Net(lambda s, x: s.d(s.attn(y := s.ln(s.a(x)), y, y, need_weights=False)[0]),
@@ -102,7 +102,8 @@ STAY = {
     'a constant': lambda s, x: s.c(s.a(x) + torch.arange(16.).view(1,16,1,1).to(x)),
     'group norm as a function': lambda s, x: s.c(F.group_norm(s.a(x), 4, torch.ones(16).to(x))),
     'sorted': lambda s, x: s.c(s.a(x).sort(1).values),
-    'multiplied as a matrix': lambda s, x: s.c((s.a(x).flatten(2).transpose(1,2) @ torch.ones(16,16).to(x).tril()).transpose(1,2).view(2,16,6,6)),
+    'multiplied as a matrix': lambda s, x: s.c(
+        (s.a(x).flatten(2).transpose(1,2) @ torch.ones(16,16).to(x).tril()).transpose(1,2).view(2,16,6,6)),
 }
 
 def heads(s, x):
@@ -114,7 +115,8 @@ def stirred(model):
     "`model` with BatchNorm that has seen something"
     for m in model.modules():
         if isinstance(m, BatchNorm):
-            m.running_mean.normal_(), m.running_var.uniform_(.5, 2), m.weight.data.uniform_(.5, 2), m.bias.data.normal_()
+            m.running_mean.normal_(), m.running_var.uniform_(.5, 2)
+            m.weight.data.uniform_(.5, 2), m.bias.data.normal_()
     return model.eval()
 
 def outputs(model, x): return [t for outs in outputs_of(model, x)[0] for t in outs]

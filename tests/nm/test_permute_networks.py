@@ -103,8 +103,8 @@ def small_unet(**kwargs):
 class Recurrent(nn.Module):
     def __init__(self, kind):
         super().__init__()
-        self.e, self.r, self.o = nn.Embedding(30, 16, padding_idx=0), kind(16, 16, 2, batch_first=True, dropout=.1,
-                                                                           bidirectional=True), nn.Linear(64, 4)
+        self.e, self.o = nn.Embedding(30, 16, padding_idx=0), nn.Linear(64, 4)
+        self.r = kind(16, 16, 2, batch_first=True, dropout=.1, bidirectional=True)
     def forward(self, x):
         h = self.r(self.e(x))[0]
         return self.o(torch.cat([h.amax(1), h[:,-1]], 1))
@@ -114,11 +114,12 @@ NETWORKS = {   # name -> what makes it, its input, the least share of its weight
     'resnext': (lambda: small_resnet(groups=8, width_per_group=8), image, 1),
     'mobilenet_v2': (lambda: tv.mobilenet_v2(num_classes=10, width_mult=.5), image, 1),
     'mobilenet_v3': (lambda: tv.mobilenet_v3_small(num_classes=10), image, 1),
-    'efficientnet': (lambda: tv.EfficientNet((c := tv.efficientnet._efficientnet_conf('efficientnet_b0', width_mult=.5,
-                                                  depth_mult=.7))[0], .2, last_channel=c[1], num_classes=10), image, 1),
-    'regnet': (lambda: tv.RegNet(tv.regnet.BlockParams.from_init_params(depth=4, w_0=24, w_a=24., w_m=2.5,
-                                                                        group_width=8, se_ratio=.25), num_classes=10),
-               image, 1),
+    'efficientnet': (lambda: tv.EfficientNet(
+        (c := tv.efficientnet._efficientnet_conf('efficientnet_b0', width_mult=.5, depth_mult=.7))[0],
+        .2, last_channel=c[1], num_classes=10), image, 1),
+    'regnet': (lambda: tv.RegNet(
+        tv.regnet.BlockParams.from_init_params(depth=4, w_0=24, w_a=24., w_m=2.5, group_width=8, se_ratio=.25),
+        num_classes=10), image, 1),
     'convnext': (lambda: tv.ConvNeXt([tv.convnext.CNBlockConfig(16,32,1), tv.convnext.CNBlockConfig(32,64,1),
                                       tv.convnext.CNBlockConfig(64,None,1)], num_classes=10), image, 1),
     'densenet': (lambda: tv.DenseNet(8, (2,2,2), 16, num_classes=10), image, 1),
@@ -152,7 +153,9 @@ def test_networks(name, rules_alone):
     assert abs(df.attrs['share'] - can.searched.sum()/can.weights.sum()) < 1e-9
 
 def between(f, i=16, o=16, make=conv, /, **mods):
-    "The function `f` of a hidden value; the layers before and behind have channels of their own, which must move whatever `f` is"
+    """A network that computes `f` between two hidden layers.
+
+    The layers around them have channels of their own, which must move whatever `f` is."""
     return Net(lambda s, x: s.m5(torch.relu(s.m4(s.m3(f(s, s.m2(s.m1(x))))))), m1=make(4 if make is conv else 16,12),
                m2=make(12,i), m3=make(o,12), m4=make(12,16), m5=make(16,4), **mods)
 def between_tokens(f, i=16, o=16, /, **mods): return between(f, i, o, lin, **mods)
@@ -162,6 +165,14 @@ def heads(s, x, h=4, einsum=False):
     if einsum:
         return s.o(torch.einsum('bhqk,bkhd->bqhd', torch.einsum('bqhd,bkhd->bhqk', q, k).softmax(-1), v).flatten(2))
     return s.o(((q.transpose(1,2) @ k.transpose(1,2).mT/2).softmax(-1) @ v.transpose(1,2)).transpose(1,2).flatten(2))
+def causal_attention(s, x):
+    qkv = [l(x).unflatten(-1, (4,4)).transpose(1,2) for l in (s.q, s.k, s.v)]
+    return s.o(F.scaled_dot_product_attention(*qkv, is_causal=True).transpose(1,2).flatten(2))
+def each_step(s, x):
+    "The states of the recurrent cell `s.n`, stacked"
+    states = [s.n(x[:,0], None)]
+    for t in range(1, 6): states.append(s.n(x[:,t], states[-1]))
+    return torch.stack(states, 1)
 attention = lambda: dict(q=lin(16,16), k=lin(16,16), v=lin(16,16), o=lin(16,16))
 
 def written(x, at, f):
@@ -193,9 +204,9 @@ ODD = {
                      small),
     'one by all': (lambda: between(lambda s, x: x*x[:,5].mean()), small),
     'one in a product': (lambda: between(lambda s, x: x + (x[:,5] @ torch.ones(6,6).to(x).triu())[:,None]), small),
-    'places of pairs': (lambda: between(lambda s, x: torch.cat([F.adaptive_max_pool2d(x, 6)[:,8:],
-                                                                F.avg_pool2d(x, 3, 1, 1), x.sigmoid()[:,:8]], 1), 16,
-                                        32), small),
+    'places of pairs': (lambda: between(
+        lambda s, x: torch.cat([F.adaptive_max_pool2d(x, 6)[:,8:], F.avg_pool2d(x, 3, 1, 1), x.sigmoid()[:,:8]], 1),
+        16, 32), small),
     'mean over an axis': (lambda: Net(lambda s, x: s.c((h := s.a(x)).mean(axis=(2,3))) + s.b(h).mean((2,3)),
                                       a=conv(4,16), b=conv(16,8), c=lin(16,8)), small),
     'written in part': (lambda: between(lambda s, x: written(x, slice(8), lambda p: p.mul_(2.))), small),
@@ -205,48 +216,41 @@ ODD = {
                           small),
     'added to zeros': (lambda: between(lambda s, x: ((y := torch.zeros_like(x))[:,:8].add_(x[:,8:]), s.n(x) + y)[1],
                                        n=conv(16,16)), small),
-    'unpacked': (lambda: between_tokens(lambda s, x: (lambda q, k, v: (q @ k.mT).softmax(-1) @ v)(*s.qkv(x).unflatten(-1,
-                                                (3,16)).movedim(2,0)), qkv=lin(16,48)), tokens),
+    'unpacked': (lambda: between_tokens(
+        lambda s, x: (lambda q, k, v: (q @ k.mT).softmax(-1) @ v)(*s.qkv(x).unflatten(-1, (3,16)).movedim(2,0)),
+        qkv=lin(16,48)), tokens),
     'out=': (lambda: between(lambda s, x: torch.add(x, 1., out=torch.empty_like(x))), small),
     # weights that are not parameters of their layer, or of several
     'weight_norm': (lambda: between(lambda s, x: s.n(x), n=nn.utils.parametrizations.weight_norm(conv(16,16,3))),
                     small),
     'spectral_norm': (lambda: between(lambda s, x: s.n(x), n=parametrizations.spectral_norm(conv(16,16,3))), small),
     'orthogonal': (lambda: between_tokens(lambda s, x: s.n(x), n=parametrizations.orthogonal(lin(16,16))), tokens),
-    'norm of an attention': (lambda: between_tokens(lambda s, x: s.n(x, x[...,:12], x)[0],
-                                                    n=parametrizations.weight_norm(nn.MultiheadAttention(16,2,kdim=12,batch_first=True),
-                                                        'k_proj_weight')), tokens),
-    'weight standardization': (lambda: between(lambda s, x: F.conv2d(x,
-                                                                     (w := s.n.weight) - w.mean((1,2,3), keepdim=True),
-                                                                     s.n.bias), n=conv(16,16)), small),
+    'norm of an attention': (lambda: between_tokens(
+        lambda s, x: s.n(x, x[...,:12], x)[0],
+        n=parametrizations.weight_norm(nn.MultiheadAttention(16,2,kdim=12,batch_first=True), 'k_proj_weight')), tokens),
+    'weight standardization': (lambda: between(
+        lambda s, x: F.conv2d(x, (w := s.n.weight) - w.mean((1,2,3), keepdim=True), s.n.bias), n=conv(16,16)), small),
     'weight by hand': (lambda: between_tokens(lambda s, x: x @ s.n.weight.t() + s.n.bias, n=lin(16,16)), tokens),
     'computed bias': (lambda: between_tokens(lambda s, x: F.linear(x, s.n.weight, s.n.bias*2), n=lin(16,16)), tokens),
     'tied linears': (lambda: between_tokens(lambda s, x: F.linear(torch.relu(s.n(x)), s.n.weight.t()), n=lin(16,32)),
                      tokens),
-    'clipped in the forward': (lambda: between_tokens(lambda s, x: (setattr(s.n.weight, 'data',
-                                                                            torch.renorm(s.n.weight.data, 2, 0, 1.)),
-                                                                    s.n(x))[1], n=lin(16,16)), tokens),
+    'clipped in the forward': (lambda: between_tokens(
+        lambda s, x: (setattr(s.n.weight, 'data', torch.renorm(s.n.weight.data, 2, 0, 1.)), s.n(x))[1], n=lin(16,16)),
+        tokens),
     # attention
     'einsum attention': (lambda: between_tokens(lambda s, x: heads(s, x, einsum=True), **attention()), tokens),
-    'functional attention': (lambda: between_tokens(lambda s, x: s.o(F.scaled_dot_product_attention(*(l(x).unflatten(-1,
-                                                                                 (4,4)).transpose(1,2)
-                                                                             for l in (s.q, s.k, s.v)),
-                                                                         is_causal=True).transpose(1,2).flatten(2)),
-                                                    **attention()), tokens),
-    'encoder': (lambda: between_tokens(lambda s, x: s.t(x),
-                                       t=nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True,
-                                                                   norm_first=True), 2)), tokens),
-    'encoder, batch second': (lambda: between_tokens(lambda s, x: s.t(x, src_key_padding_mask=torch.zeros(6,2).bool()),
-                                                     t=nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32,
-                                                                                 activation='gelu'), 2)), tokens),
-    'cross attention': (lambda: between_tokens(lambda s, x: s.t(x, s.e(x.sigmoid()),
-                                                                tgt_mask=nn.Transformer.generate_square_subsequent_mask(6,
-                                                                    dtype=torch.double)), e=lin(16,16),
-                                               t=nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 4, 32,
-                                                                           batch_first=True), 2)), tokens),
-    'other keys and values': (lambda: between_tokens(lambda s, x: s.t(x, s.e(x), s.f(x))[0], e=lin(16,12), f=lin(16,20),
-                                                     t=nn.MultiheadAttention(16,4,kdim=12,vdim=20,batch_first=True,add_zero_attn=True)),
-                              tokens),
+    'functional attention': (lambda: between_tokens(causal_attention, **attention()), tokens),
+    'encoder': (lambda: between_tokens(lambda s, x: s.t(x), t=nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, norm_first=True), 2)), tokens),
+    'encoder, batch second': (lambda: between_tokens(
+        lambda s, x: s.t(x, src_key_padding_mask=torch.zeros(6,2).bool()),
+        t=nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, activation='gelu'), 2)), tokens),
+    'cross attention': (lambda: between_tokens(
+        lambda s, x: s.t(x, s.e(x.sigmoid()), tgt_mask=torch.full((6,6), -torch.inf, dtype=torch.double).triu(1)),
+        e=lin(16,16), t=nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 4, 32, batch_first=True), 2)), tokens),
+    'other keys and values': (lambda: between_tokens(
+        lambda s, x: s.t(x, s.e(x), s.f(x))[0], e=lin(16,12), f=lin(16,20),
+        t=nn.MultiheadAttention(16,4,kdim=12,vdim=20,batch_first=True,add_zero_attn=True)), tokens),
     'given out attention': (lambda: Net(lambda s, x: s.t(y := s.a(x), y, y, average_attn_weights=False), a=lin(16,16),
                                         t=nn.MultiheadAttention(16,4,batch_first=True)), tokens),
     # layers
@@ -285,16 +289,16 @@ ODD = {
                                     g=nn.Parameter(1e-6*torch.ones(16))), small),
     'position embedding': (lambda: between_tokens(lambda s, x: x + s.g[:,:x.shape[1]],
                                                   g=nn.Parameter(torch.randn(1,9,16))), tokens),
-    'two concatenations': (lambda: between(lambda s, x: torch.cat([s.b(torch.cat([e := s.e(x), x], 1)), e,
-                                                                   s.b(torch.cat([x[:,:8], e, x[:,8:]], 1))], 1), 16,
-                                           28, e=conv(16,12), b=conv(28,8)), small),
+    'two concatenations': (lambda: between(
+        lambda s, x: torch.cat([s.b(torch.cat([e := s.e(x), x], 1)), e, s.b(torch.cat([x[:,:8], e, x[:,8:]], 1))], 1),
+        16, 28, e=conv(16,12), b=conv(28,8)), small),
     'cumulated': (lambda: between(lambda s, x: x.cumsum(1)), small),
     'by noise': (lambda: between(lambda s, x: x*torch.rand_like(x)), small),
     'shifted in part': (lambda: between(lambda s, x: torch.cat([x[:,:4].roll(1, 2), x[:,4:8].roll(-1, 3), x[:,8:]], 1)),
                         small),
     'space to depth': (lambda: between(lambda s, x: F.pixel_unshuffle(x, 2), 16, 64), small),
-    'channels last weights': (lambda: between(lambda s, x: s.n(x), n=conv(16,16,3)).to(memory_format=torch.channels_last),
-                              small),
+    'channels last weights': (
+        lambda: between(lambda s, x: s.n(x), n=conv(16,16,3)).to(memory_format=torch.channels_last), small),
     'bfloat16': (lambda: between(lambda s, x: s.n(x), n=nn.BatchNorm2d(16)).bfloat16(), lambda: small().bfloat16()),
     # states and embeddings
     'lstm': (lambda: between_tokens(lambda s, x: s.n(x)[0], n=nn.LSTM(16,16,2,batch_first=True,dropout=.5)), tokens),
@@ -305,8 +309,7 @@ ODD = {
                                                         h=nn.Parameter(torch.randn(1,1,16))), tokens),
     'rnn from another': (lambda: between_tokens(lambda s, x: s.n(x, s.o(x)[1])[0], n=nn.RNN(16,16,batch_first=True),
                                                 o=nn.RNN(16,16,batch_first=True)), tokens),
-    'cell': (lambda: between_tokens(lambda s, x: torch.stack([(h := s.n(x[:,t], h if t else None)) for t in range(6)],
-                                                             1), n=nn.GRUCell(16,16)), tokens),
+    'cell': (lambda: between_tokens(each_step, n=nn.GRUCell(16,16)), tokens),
     'tied decoder': (lambda: Net(lambda s, x: F.linear(s.b(F.gelu(s.a(s.e(x)))), s.e.weight),
                                  e=nn.Embedding(20,16,padding_idx=0), a=lin(16,32), b=lin(32,16)), ids),
     # what goes in and out
@@ -343,8 +346,9 @@ REFUSABLE = {   # may be refused, with a reason and before anything has changed
                                               lin(16,8)), row),
     'language model': (lambda: get_language_model(AWD_LSTM, 30, {**text, 'tie_weights': True, 'out_bias': True}), ids),
     'text classifier': (lambda: get_text_classifier(AWD_LSTM, 30, 3, seq_len=6, config=text, max_len=12), ids),
-    'packed': (lambda: Net(lambda s, x: s.b(s.n(nn.utils.rnn.pack_padded_sequence(s.a(x), [6,4], batch_first=True))[1][0]),
-                           a=lin(16,12), n=nn.GRU(12,16,batch_first=True), b=lin(16,4)), tokens),
+    'packed': (lambda: Net(
+        lambda s, x: s.b(s.n(nn.utils.rnn.pack_padded_sequence(s.a(x), [6,4], batch_first=True))[1][0]),
+        a=lin(16,12), n=nn.GRU(12,16,batch_first=True), b=lin(16,4)), tokens),
     'a mask to look at': (lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 1),
                           lambda: (tokens(), torch.zeros(6,6))),
 }
@@ -468,8 +472,8 @@ def test_where_the_check_sees_nothing(name):
     assert all(difference(outputs(twin, z, t), outputs(model, z, t)) < 1e-10 for t in (False, True))
 
 def test_statistics_in_float32():
-    model = stirred(between_tokens(lambda s, x: (x*x.float().square().mean(-1, keepdim=True).add(1e-6).rsqrt()).to(x.dtype)*s.g,
-                                   g=nn.Parameter(torch.rand(16))))
+    def rms_norm(s, x): return (x*x.float().square().mean(-1, keepdim=True).add(1e-6).rsqrt()).to(x.dtype)*s.g
+    model = stirred(between_tokens(rms_norm, g=nn.Parameter(torch.rand(16))))
     df = permute_model(model, tokens(), time_budget=.01)
     assert not df.note.str.contains('would change').any()
 

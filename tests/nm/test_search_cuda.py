@@ -45,12 +45,14 @@ def test_without_nvrtc(monkeypatch):
 def test_nvrtc_is_found_without_torchs_help():
     files = [f for f in _nvrtc_files()[1:] if '/nvidia/' in f or '/torch/' in f]
     if not files: pytest.skip('NVRTC is not in a wheel here')
-    code = f'import ctypes; lib = ctypes.CDLL({files[0]!r}); n = ctypes.c_int(); assert lib.nvrtcGetNumSupportedArchs(ctypes.byref(n)) == 0 and n.value > 5'
+    code = (f'import ctypes; lib = ctypes.CDLL({files[0]!r}); n = ctypes.c_int(); '
+            'assert lib.nvrtcGetNumSupportedArchs(ctypes.byref(n)) == 0 and n.value > 5')
     subprocess.run([sys.executable, '-c', code], check=True, timeout=60)
 
 def test_importing_touches_no_device_and_says_nothing():
-    code = ('import sys, torch, fasterai_sparse.nm.search_cuda as p; assert not torch.cuda.is_initialized() and "permutation_search_cuda" not in sys.modules; '
-            'assert p.nvrtc_library.cache_info().currsize == p.compile_cubin.cache_info().currsize == p._driver.cache_info().currsize == 0')
+    code = """import sys, torch, fasterai_sparse.nm.search_cuda as p
+assert not torch.cuda.is_initialized() and 'permutation_search_cuda' not in sys.modules
+assert all(f.cache_info().currsize == 0 for f in (p.nvrtc_library, p.compile_cubin, p._driver))"""
     out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=120)
     assert (out.returncode, out.stdout, out.stderr) == (0, '', '')
 
@@ -80,7 +82,8 @@ static void __syncthreads() { swapcontext(&threads[now], &scheduler); }
 static void (*body)(void**);
 static void** arguments;
 static void one_thread() { body(arguments); ended[now] = true; }
-template<class... A, size_t... I> static void call(void (*f)(A...), void** a, std::index_sequence<I...>) { f(*(A*)a[I]...); }
+template<class... A, size_t... I>
+static void call(void (*f)(A...), void** a, std::index_sequence<I...>) { f(*(A*)a[I]...); }
 template<class... A> static void call(void (*f)(A...), void** a) { call(f, a, std::index_sequence_for<A...>{}); }
 static void block(bool backwards) {
     static std::vector<char> stacks(1024*65536);
@@ -101,7 +104,9 @@ static void block(bool backwards) {
 }
 static void run(void (*f)(void**), int x, int y, int z, int n, int backwards, void** a) {
     body = f, arguments = a, blockDim = {(unsigned)n, 1, 1}, gridDim = {(unsigned)x, (unsigned)y, (unsigned)z};
-    for (blockIdx.z = 0; blockIdx.z < gridDim.z; blockIdx.z++) for (blockIdx.y = 0; blockIdx.y < gridDim.y; blockIdx.y++) for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x++) block(backwards);
+    for (blockIdx.z = 0; blockIdx.z < gridDim.z; blockIdx.z++)
+        for (blockIdx.y = 0; blockIdx.y < gridDim.y; blockIdx.y++)
+            for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x++) block(backwards);
 }
 '''
 
@@ -115,12 +120,16 @@ int cuInit(unsigned flags) { return flags; }
 int cuDeviceGet(int* device, int i) { *device = i+7; return 0; }
 int cuDevicePrimaryCtxRetain(void** c, int device) { *c = &context; return device != 7; }
 int cuCtxSetCurrent(void* c) { current = c; return 0; }
-int cuModuleLoadData(void** m, const char* cubin) { *m = &module_; return current != &context || memcmp(cubin, "\x7f" "ELF", 4); }
+int cuModuleLoadData(void** m, const char* cubin) {
+    *m = &module_;
+    return current != &context || memcmp(cubin, "\x7f" "ELF", 4);
+}
 int cuModuleGetFunction(void** f, void* m, const char* name) {
     for (auto& k : kernels) if (m == &module_ && !strcmp(name, k.name)) { *f = (void*)k.run; return 0; }
     return 500;
 }
-int cuLaunchKernel(void* f, unsigned x, unsigned y, unsigned z, unsigned n, unsigned ny, unsigned nz, unsigned shared, void* stream, void** a, void** extra) {
+int cuLaunchKernel(void* f, unsigned x, unsigned y, unsigned z, unsigned n, unsigned ny, unsigned nz, unsigned shared,
+                   void* stream, void** a, void** extra) {
     if (current != &context || stream != (void*)0x123456789abc || ny != 1 || nz != 1 || shared || extra) return 1;
     ((Run)f)(x, y, z, n, 0, a);
     return 0;
@@ -136,8 +145,10 @@ def cpu_kernels(tmp_path_factory):
     folder = tmp_path_factory.mktemp('kernels')
     names = re.findall(r'^extern "C".* (\w+)\(', _kernel_source(), re.M)
     assert len(names) == 7
-    starts = [f'extern "C" void run_{n}(int x, int y, int z, int threads, int backwards, void** a) {{ run([](void** a) {{ call({n}, a); }}, x, y, z, threads, backwards, a); }}\n'
-              for n in names]
+    starts = [f'''extern "C" void run_{n}(int x, int y, int z, int threads, int backwards, void** a) {{
+    run([](void** a) {{ call({n}, a); }}, x, y, z, threads, backwards, a);
+}}
+''' for n in names]
     (folder/'permutation.cu').write_text(_kernel_source())
     driver = DRIVER.replace('KERNELS', ', '.join(f'{{"{n}", run_{n}}}' for n in names))
     (folder/'kernels.cpp').write_text(CPU.replace('SOURCE', '"permutation.cu"') + ''.join(starts) + driver)
@@ -264,7 +275,9 @@ def kept(x): return np.sort(np.abs(np.asarray(x, np.float64)).reshape(len(x), -1
 def columns_of(stripes): return np.concatenate([np.arange(4*s, 4*s+4) for s in stripes])
 
 class Fake(types.ModuleType):
-    "Apex's module as far as its arguments go: what it is called with is checked as compiled code would have it, and computed by the twin"
+    """A stand-in for Apex's compiled module.
+
+    It checks types and sizes of its arguments as strictly as the compiled code, and computes with numpy."""
     def __init__(self):
         super().__init__('permutation_search_cuda')
         self.calls, self.twin, self.uploaded = [], permutation_cuda._NumpyKernels(), None
@@ -324,9 +337,9 @@ def kernels(request):
 def device_(request, monkeypatch):
     if torch.cuda.is_available(): return 'cuda'
     lib = request.getfixturevalue('cpu_kernels')
-    monkeypatch.setattr(permutation_cuda, '_launch',
-                        lambda name, grid, block, *args: getattr(lib, f'run_{name}')(*(*grid, 1, 1)[:3], block, 0,
-                            _arguments(args)[1]))
+    def launch(name, grid, block, *args):
+        getattr(lib, f'run_{name}')(*(*grid, 1, 1)[:3], block, 0, _arguments(args)[1])
+    monkeypatch.setattr(permutation_cuda, '_launch', launch)
     return 'cpu'
 
 @pytest.mark.parametrize('rows,cols', [(1,4), (7,12), (130,20), (64,40)])

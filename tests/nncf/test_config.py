@@ -23,9 +23,8 @@ golden = json.loads((Path(__file__).parent.parent/'golden'/'nncf.json').read_tex
 ids = lambda c: f"{c['kind']}-{'-'.join(map(str, c['params'].values()))}"
 
 def make(case):
-    return epoch_schedules[case['kind']](**{n: v
-                                            for n,v in case['params'].items()
-                                            if n in {f for f in epoch_schedules[case['kind']].__dataclass_fields__}})
+    kind = epoch_schedules[case['kind']]
+    return kind(**{n: v for n,v in case['params'].items() if n in kind.__dataclass_fields__})
 
 @pytest.mark.parametrize('case', [c for c in golden['schedulers'] if 'error' not in c], ids=ids)
 def test_levels(case):
@@ -153,8 +152,10 @@ def test_magnitude_weights_return():
 
 def magnitude_net():
     shapes = {n: w['shape'] for n,w in mag['weights'].items()}
-    net = nn.ModuleDict({n.split('.')[0]: nn.Conv2d(s[1], s[0], s[2:], bias=False) if len(s) == 4
-                         else nn.Linear(s[1], s[0], bias=False) for n,s in shapes.items()})
+    def layer(shape):
+        o, i, *size = shape
+        return nn.Conv2d(i, o, size, bias=False) if size else nn.Linear(i, o, bias=False)
+    net = nn.ModuleDict({n.split('.')[0]: layer(s) for n,s in shapes.items()})
     for n,w in mag['weights'].items(): net[n.split('.')[0]].weight.data = torch.tensor(w['flat']).view(w['shape'])
     return net
 
@@ -185,7 +186,7 @@ SEED = (Path(__file__).parent.parent/'golden'/'nncf_blocks.txt').read_text().spl
 def test_the_seeds_blocks_load_as_they_stand(block, tmp_path):
     a, = SparsityConfig.from_json(block).algorithms
     (tmp_path/'c.json').write_text(block)
-    assert SparsityConfig.from_json(tmp_path/'c.json') == SparsityConfig.from_json(str(tmp_path/'c.json')) == SparsityConfig((a,))
+    for path in (tmp_path/'c.json', str(tmp_path/'c.json')): assert SparsityConfig.from_json(path) == SparsityConfig((a,))
     assert a.target_scopes is None and a.ignored_scopes == ()
     if a.algorithm == 'const_sparsity': return
     assert [a.schedule.level(e) for e in (0, 9, 10, 19, 20, 49)] == [.2, .2, .5, .5, .7, .7]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest, torch.nn.functional as F
 from fastai.basics import (Adam, CancelBackwardException, CancelBatchException, CancelEpochException,
-                           CancelFitException, CancelStepException,
-                           CancelTrainException, L, Lookahead, OptimWrapper, SGD, load_learner, params)
+                           CancelFitException, CancelStepException, CancelTrainException, Lookahead, OptimWrapper, SGD,
+                           load_learner)
 from fastai.callback.schedule import sched_no
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
@@ -15,8 +15,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from callback_helpers import (
-    all_same, at, collect, convnet, copied_by, exportable, fit, follows_masks, images, kept, learner, loaders, masks, N,
-    OnCPU, optimizer_state, raising, said, same, snapshot, sparse, split, weights, zeros)
+    all_same, at, collect, convnet, copied_by, exportable, fit, follows_masks, images, kept, learner, loaders, masks, OnCPU, optimizer_state, raising, said, same, snapshot, sparse, split, weights, zeros)
 from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, nn, partial, set_seed, torch
 from cases import in_a_loop
 from kinds import LAYERS as ALL, N_ALL, n_zero, Stirred
@@ -150,10 +149,10 @@ def test_weights_survive_below_the_mask(kind, schedule):
 @pytest.mark.parametrize('exc,event',
                          [(None, 'before_batch'), (CancelBatchException, 'after_pred'),
                           (CancelBatchException, 'after_backward'), (CancelStepException, 'before_step'),
-                          (CancelBackwardException, 'before_backward'),
-                                       (CancelTrainException, 'after_pred'), (CancelTrainException, 'after_backward'),
-                                       (CancelEpochException, 'after_loss'), (CancelEpochException, 'after_step')],
-                                       ids=lambda o: o.__name__[6:-9] if isinstance(o, type) else o)
+                          (CancelBackwardException, 'before_backward'), (CancelTrainException, 'after_pred'),
+                          (CancelTrainException, 'after_backward'), (CancelEpochException, 'after_loss'),
+                          (CancelEpochException, 'after_step')],
+                         ids=lambda o: o.__name__[6:-9] if isinstance(o, type) else o)
 @both
 def test_weights_survive_whatever_is_cancelled(kind, exc, event):
     "With a learning rate of 0 they are to the bit what they were, whenever they are raw"
@@ -230,10 +229,8 @@ def test_hard_masks_that_were_changed_in_between_stay(kind):
     learn, cb = learner(4), soft(kind, 50)
     fit(learn, 3, cb)
     fit(learn, 2, sparse(90, layer_type=ALL))
-    dropped, (watch, seen) = [~m for m in masks(learn.model)], collect('before_backward',
-                                                                       lambda l: not any(w[d].any()
-                                                                           for w,d in zip(weights(l.model, ALL),
-                                                                               dropped)))
+    dropped = [~m for m in masks(learn.model)]
+    watch, seen = collect('before_backward', lambda l: stays_zero(l, dropped))
     fit(learn, 3, [cb, watch])
     assert len(seen) == 12 and all(seen) and min(column(learn)) >= 89.9 and cb.level >= .899
     check_sparse(learn)
@@ -392,8 +389,8 @@ def by_hand(net, logits, noise, batches, level, local, n_acc, clip, adam, lr=1e-
         (F.cross_entropy(functional_call(net, ws, x), y)*(len(x)/n_acc if n_acc else 1)).backward()
         if n_acc and (i+1)*len(x) % n_acc: continue
         density = {n: through((t > 0).float(), t.sigmoid()) for n,t in s.items()}
-        shares = [d.mean() for d in density.values()] if local else [torch.cat([d.flatten()
-                                                                             for d in density.values()]).mean()]
+        whole = torch.cat([d.flatten() for d in density.values()])
+        shares = [d.mean() for d in density.values()] if local else [whole.mean()]
         sum((d - (1-level))**2 for d in shares).div(p**2).backward()
         if clip: nn.utils.clip_grad_norm_(net.parameters(), clip)
         for o in (opt, mask_opt): o.step(), o.zero_grad()
@@ -661,8 +658,8 @@ def test_rb_lands_on_its_target(context, schedule):
                          [(partial(RBSparsityCallback, 70, mask_lr=1e-3), 'reached 0.00 % of 70.00 %.*mask_lr'),
                           (partial(MagnitudeSparsityCallback, schedule=Polynomial(.1, .7, 9, 4, power=1.)),
                            'reached 25.00 % of 70.00 %.*the fit ended'),
-                                    (partial(MagnitudeSparsityCallback, schedule=Polynomial(.1, .7, 1, 4)),
-                                     'reached 10.00 % of 70.00 %.*frozen')])
+                          (partial(MagnitudeSparsityCallback, schedule=Polynomial(.1, .7, 1, 4)),
+                           'reached 10.00 % of 70.00 %.*frozen')])
 def test_a_target_that_was_not_reached_is_warned_about(cb, why):
     with pytest.warns(UserWarning, match=f'{cb.func.__name__} has {why}'): fit(learner(), 2, cb())
 
@@ -679,9 +676,9 @@ def test_a_target_that_was_reached_is_not():
 def test_export_and_load(kind, when):
     learn, cb = learner(dls=exportable(5)), soft(kind)
     learn.add_cb(cb)
-    take = at('after_epoch',
-              lambda l: copied_by(take, lambda l: l.export('l.pkl')) if l.epoch == 1 and when == 'after_epoch'
-              else None)
+    def export(learn):
+        if learn.epoch == 1 and when == 'after_epoch': copied_by(take, lambda l: l.export('l.pkl'))
+    take = at('after_epoch', export)
     zero = collect('after_epoch', lambda l: [w == 0 for w in weights(l.model, ALL)])
     fit(learn, 4, [take, zero[0]])
     if when == 'after': learn.export('l.pkl')
@@ -706,8 +703,7 @@ def test_what_is_saved_after_each_epoch(kind):
     validated, seen = collect('before_validate', lambda l: snapshot(l.model))
     fit(learn, 5, [cb, own, validated, SaveModelCallback(every_epoch=True)])
     for e,c in enumerate(column(learn)):
-        assert round(100*zeros_of(f'models/model_{e}.pth')/N_ALL, 2) == round(100*zeros_of(f'own_{e}.pth')/N_ALL,
-                                                                              2) == c > 0
+        for f in (f'models/model_{e}.pth', f'own_{e}.pth'): assert round(100*zeros_of(f)/N_ALL, 2) == c > 0
         saved = torch.load(f'models/model_{e}.pth')
         assert list(saved) == keys and all(torch.equal(saved[k], v) for k,v in seen[e].items() if 'running' not in k)
 
@@ -769,8 +765,9 @@ def test_fits_after_one_that_broke_off(kind, event):
         fit(learn, 3,
             new or at('before_step', lambda l: [check_some(p.grad, ~then[n]) for n,p in cb.params.items()], 0))
         if new: check_sparse(learn)
-        else: assert masks(learn.model) == [] and n_zero(learn) == 0 and not any(torch.equal(before[n], p)
-            for n,p in cb.params.items())
+        else:
+            assert masks(learn.model) == [] and n_zero(learn) == 0
+            assert not any(torch.equal(before[n], p) for n,p in cb.params.items())
         if kind == 'magnitude' and new: assert n_zero(learn) == n_zeros(.7, N_ALL)
 
 def check_some(t, at): assert t[at].any()
@@ -798,8 +795,8 @@ def test_what_is_saved_of_an_epoch_that_was_cancelled(kind, event, order):
 
 @in_a_loop('event,order,level',
            [('before_epoch', 0, 2/3), ('before_epoch', 66, 2/3), ('before_train', 0, 2/3), ('after_epoch', 66, 2/3),
-                                 ('before_train', 66, 1), ('after_loss', 66, 1), ('after_step', 66, 1),
-                                 ('after_validate', 66, 1), ('after_epoch', 0, 1)])
+            ('before_train', 66, 1), ('after_loss', 66, 1), ('after_step', 66, 1), ('after_validate', 66, 1),
+            ('after_epoch', 0, 1)])
 def test_a_fit_that_is_cancelled_ends_at_the_level_of_that_moment(event, order, level):
     learn, cb = learner(4), soft('magnitude')
     def stop(learn):
@@ -829,11 +826,12 @@ def test_looking_after_a_fit_changes_nothing(kind, look):
 @both
 def test_validation_is_of_masked_weights(kind):
     learn, cb, seen = learner(), soft(kind), []
+    def look(m, args, name):
+        if learn.model.training: return
+        zero = m.weight == 0
+        seen.append(torch.equal(zero, ~masks_of(cb)[name]) and bool(zero.any()))
     for n,m in learn.model.named_modules():
-        if isinstance(m, ALL):
-            m.register_forward_pre_hook(lambda m, args, n=n: seen.append(torch.equal(m.weight == 0, ~masks_of(cb)[n])
-                                                                         and bool((m.weight == 0).any()))
-                                        if not learn.model.training else None)
+        if isinstance(m, ALL): m.register_forward_pre_hook(partial(look, name=n))
     fit(learn, 4, cb)
     assert len(seen) == 4*2*3 and all(seen)
 
@@ -901,7 +899,7 @@ def test_what_was_dropped_before_stays_dropped_in_a_second_fit(kind):
     fit(learn, 2, cb)
     assert not any(w[d].any() for w,d in zip(weights(learn.model, ALL), dropped))
     watch, seen = collect('before_backward',
-                          lambda l: not any(w[d].any() for w,d in zip(weights(l.model, ALL), dropped)))
+                          lambda l: stays_zero(l, dropped))
     fit(learn, 3, [cb, watch])
     assert all(seen)
 
@@ -915,8 +913,9 @@ def test_a_layer_that_is_sparser_than_the_level(kind, context):
     _, ends = ends_of(learn, cb, 4)
     assert not (kept(learn.model[0]) & ~was).any() and all(level >= n_zeros(.9, 144)/N_ALL for level,*_ in ends)
     if kind == 'magnitude':
-        assert sum(ends[-1][1]) == n_zeros(.3, N_ALL) if context == 'global' else ends[-1][1][1:] == [n_zeros(.3, 1152),
-            n_zeros(.3, 64)]
+        zs = ends[-1][1]
+        if context == 'global': assert sum(zs) == n_zeros(.3, N_ALL)
+        else: assert zs[1:] == [n_zeros(.3, 1152), n_zeros(.3, 64)]
     check_sparse(learn)
 
 @pytest.mark.parametrize('context', ['local', 'global'])
@@ -1119,8 +1118,9 @@ MODELS = dict(tied_and_twice=Twice, mlp=mlp, turned=turned,
               channels_last=lambda: convnet().to(memory_format=torch.channels_last),
               pointwise=lambda: nn.Sequential(nn.Conv2d(2, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1),
                                               nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-              pointwise_last=lambda: nn.Sequential(nn.Conv2d(2, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1),
-                                                   nn.AdaptiveAvgPool2d(1), nn.Flatten()).to(memory_format=torch.channels_last),
+              pointwise_last=lambda: nn.Sequential(
+                  nn.Conv2d(2, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1),
+                  nn.Flatten()).to(memory_format=torch.channels_last),
               grouped=lambda: around(nn.Conv2d(2, 8, 3, groups=2), 128),
               transposed=lambda: around(nn.ConvTranspose2d(2, 4, 3), 256),
               doubles=(lambda: convnet().double(), doubles),
@@ -1143,8 +1143,8 @@ def test_models_of_all_kinds(kind, model):
     assert all(params[n] is p for n,p in learn.model.named_parameters())
     assert [n for n,*_ in maskable_weights(learn.model)] == list(cb.params) == list(cb.report().layer)
     n = sum(p.numel() for p in cb.params.values())
-    assert model == 'one_weight' or sum(int((p == 0).sum()) for p in cb.params.values()) == (n_zeros(.7, n)
-        if kind == 'magnitude' else round(column(learn)[-1]*n/100)) > 0
+    want = n_zeros(.7, n) if kind == 'magnitude' else round(column(learn)[-1]*n/100)
+    assert model == 'one_weight' or sum(int((p == 0).sum()) for p in cb.params.values()) == want > 0
     if model == 'tied_and_twice': assert learn.model.lin.weight is learn.model.mid.weight and n == 36 + 72*72 + 288
     check_sparse(learn)
     fit(learn, 1)

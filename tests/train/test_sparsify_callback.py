@@ -428,7 +428,7 @@ def quiet_validate(learn):
 @pytest.mark.parametrize('event', ['before_epoch', 'after_train', 'after_validate', 'after_epoch'])
 def test_validate_inside_a_fit_does_not_restart_the_schedule(event):
     watch, seen = collect('after_epoch', lambda learn: zeros(learn.model))
-    learn = fit(learner(), 4, [sparse(), at(event, quiet_validate, order=5), watch])
+    fit(learner(), 4, [sparse(), at(event, quiet_validate, order=5), watch])
     assert seen == [n_zeros(.9*i/4, N) for i in (1,2,3,4)]
 
 def validate_and_return(learn):

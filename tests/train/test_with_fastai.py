@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd, pytest
 from fastai.basics import (CancelBackwardException, CancelBatchException, CancelEpochException,
                            CancelFitException, CancelStepException, CancelTrainException, L, Lamb, Larc, Lookahead,
-                           OptimWrapper, Optimizer, RAdam, Recorder, TrainEvalCallback, load_learner, params, ranger)
+                           OptimWrapper, RAdam, Recorder, TrainEvalCallback, load_learner, params, ranger)
 from fastai.callback.core import FetchPredsCallback
 from fastai.callback.data import CollectDataCallback
 from fastai.callback.channelslast import ChannelsLast

@@ -1,4 +1,4 @@
-"""Run the tests of the compiled kernels over builds that watch their memory and threads; Linux, with g++:
+"""Run the tests of the compiled kernels with the address and thread sanitizers; Linux, with g++:
 `python tests/sanitize.py [address] [thread]`, both by default"""
 import ctypes, os, shutil, subprocess, sys, tempfile
 from pathlib import Path

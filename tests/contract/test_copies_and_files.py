@@ -1,6 +1,6 @@
-"""What every callback promises of copies, saved files, and models that are wrapped.
+"""All callbacks: copies of model, learner and callback, saved files, and wrapped models.
 
-Each test runs for all of `kinds.KINDS`; what is particular to one callback is tested in its own folder."""
+Each test runs for all of `kinds.KINDS`; what only one callback does is tested in its own folder."""
 import pickle, subprocess, sys
 from copy import deepcopy
 
@@ -24,7 +24,7 @@ COPIES = dict(deepcopy=deepcopy, pickle=lambda o: pickle.loads(pickle.dumps(o)))
 @kinds
 @pytest.mark.parametrize('how', COPIES)
 def test_a_copy_of_the_model_in_a_fit(name, how):
-    "Is what the model was at that moment, and does not change with it"
+    "A copy taken in a fit has the weights of that moment, and keeps them while the fit goes on"
     kind, learn, n, cb = ready(name)
     seen = []
     def take(learn): seen.append((COPIES[how](learn.model), state(learn)))
@@ -43,7 +43,7 @@ def test_a_copy_of_the_model_in_a_fit(name, how):
 @pytest.mark.parametrize('how', COPIES)
 @in_a_loop('event', ['before_batch', 'after_batch', 'after_epoch'])
 def test_a_copy_of_the_learner_in_a_fit(name, how, event):
-    "Goes its own way; the fit that goes on ends as one without a copy"
+    "The copy trains on its own; the original fit ends as it would without a copy"
     if event == 'before_batch' and KINDS[name].soft: event = 'before_backward'
     results, copies = [], []
     for copied in (False, True):
@@ -64,7 +64,7 @@ def test_a_copy_of_the_learner_in_a_fit(name, how, event):
 @kinds
 @in_a_loop('how', COPIES)
 def test_a_copy_of_the_callback(name, how):
-    "Before its first fit and after it"
+    "A copy works before the first fit of the original, and after it"
     kind = KINDS[name]
     used = kind.make()
     fit(kind.learner(), 2, used)
@@ -135,7 +135,7 @@ class AtEpoch(Metric):
 @pytest.mark.parametrize('with_opt', [False, True])
 @in_a_loop('best', [0, 1, 2])
 def test_the_best_epoch_is_loaded_at_the_end(name, with_opt, best):
-    "Its zeros are the masks then, which later fits keep; its file has the keys of a dense model"
+    "The masks are the zeros of that epoch, and later fits keep them; the saved file has the keys of a dense model"
     kind, learn, n, cb = ready(name, 4)
     learn.metrics, keys = [AtEpoch(best)], list(learn.model.state_dict())
     ends = []

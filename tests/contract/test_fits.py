@@ -1,6 +1,6 @@
-"""What every callback promises of whole fits, of its columns in the epoch table, and of what only looks at a learner.
+"""All callbacks: whole fits, columns of the epoch table, and calls like `validate` that must change nothing.
 
-Each test runs for all of `kinds.KINDS`; what is particular to one callback is tested in its own folder."""
+Each test runs for all of `kinds.KINDS`; what only one callback does is tested in its own folder."""
 import warnings
 
 import matplotlib.pyplot as plt, pytest
@@ -51,7 +51,7 @@ def test_a_fit_of_no_epochs_changes_nothing(name):
 
 @pytest.mark.parametrize('name', [n for n in KINDS if n != 'lottery'])
 def test_a_fit_that_starts_at_a_later_epoch(name):
-    "A lottery refuses: the weights to go back to are not there"
+    "The lottery is left out: it has no weights to reset to, and raises"
     kind, learn, n, cb = ready(name)
     fit(learn, 4, cb, start_epoch=2)
     check_end(kind, learn, n)
@@ -111,7 +111,7 @@ def test_columns_stand_between_the_validation_loss_and_the_metrics(name, metrics
     fit(learn, 1)
     assert not set(kind.columns) & set(learn.recorder.metric_names)
 
-# --- what only looks at a learner
+# --- calls that change nothing
 
 def looked(learn, look):
     with learn.no_bar(), learn.no_logging(), warnings.catch_warnings():
@@ -130,7 +130,7 @@ def log_of(cb): return cb.log.to_csv() if hasattr(cb, 'log') else ''
 @kinds
 @in_a_loop('look', LOOKS)
 def test_looking_changes_nothing(name, look):
-    "Neither before a fit nor after it"
+    "Calls that only look change nothing before a fit, and nothing after it"
     kind, learn, n, cb = ready(name, 4)
     if name == 'adapt_batchnorm' and look == 'no_epochs': return   # which is a fit
     learn.add_cb(cb)

@@ -1,4 +1,4 @@
-"How a sparsity is shared among layers: against the closed form, on real shapes, and through all that takes an allocation"
+"Allocations: sparsity per layer against the closed form, on shapes of real networks, and wherever one is accepted"
 from functools import cache
 
 import pytest
@@ -19,7 +19,7 @@ NETS = dict(resnet50=resnet50, mobilenet_v2=mobilenet_v2)
 
 @cache
 def layers(name):
-    "Names and weights of all convolutions and the head, on no device"
+    "Names and weights of all convolutions and the head, on the meta device"
     with torch.device('meta'): net = NETS[name]()
     return {n: m.weight for n,m in net.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
 
@@ -30,7 +30,7 @@ def raw(w, kernel, power):
     return (sum(dims)/n)**power
 
 def closed_form(ws, sparsity, kernel, power):
-    "Densities min(1, ε·p): ε by bisection, so that the whole is as dense as asked"
+    "Densities min(1, ε·p), with ε found by bisection so that the mean density is as asked"
     ps, ns = [raw(w, kernel, power) for w in ws], [w.numel() for w in ws]
     lo, hi = 0., 1/min(ps)
     for _ in range(200):
@@ -50,7 +50,7 @@ def test_closed_form(net, kernel, power, sparsity):
     assert power or got == pytest.approx([1-sparsity]*len(ws))
 
 def test_dense_layers_of_resnet50():
-    "At 90 % ERK wants more than all of some layers: they are the ones with the largest (Σ dims)/(Π dims), and stay dense"
+    "Layers with the largest (Σ dims)/(Π dims), for which ERK at 90 % asks for a density above 1, stay dense"
     ws = list(layers('resnet50').values())
     got, ps = erdos_renyi_sparsity(ws, .9), [raw(w, True, 1.) for w in ws]
     dense = [p for s,p in zip(got, ps) if s == 0]
@@ -69,7 +69,7 @@ def test_by_hand():
     eps = (.1*(864+36864+589824+5120) - 864 - 5120)/(166+646)
     assert erdos_renyi_sparsity(ws, .9) == pytest.approx([0, 1-eps*166/36864, 1-eps*646/589824, 0])
 
-# --- wherever an allocation goes
+# --- where allocations are accepted
 
 def small():
     return nn.Sequential(nn.Conv2d(2,8,3,padding=1), nn.ReLU(), nn.Conv2d(8,16,3,padding=1), nn.AdaptiveAvgPool2d(1),

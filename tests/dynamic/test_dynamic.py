@@ -1,4 +1,4 @@
-"What must hold while DynamicSparseTrainingCallback lets masks change, and beside the rest of fastai"
+"DynamicSparseTrainingCallback: updates, weights and optimizer state in real fits, and together with the rest of fastai"
 import math, pickle, random, warnings
 from contextlib import nullcontext
 from copy import deepcopy
@@ -48,7 +48,7 @@ def dst(method='RigL', every=2, **kwargs):
 # --- models
 
 class Rows(nn.Module):
-    "A classifier of images that takes their rows in order, by a recurrent layer or attention"
+    "A classifier that reads the rows of an image as a sequence, with a recurrent layer or attention"
     def __init__(self, mid):
         super().__init__()
         self.inp, self.mid, self.out = nn.Linear(12, 8), mid, nn.Linear(8, 4)
@@ -58,7 +58,7 @@ class Rows(nn.Module):
         return self.out(x.mean(1))
 
 def smooth(seed=0):
-    "A random convolutional net without dead units: all its gradients are different"
+    "A random convolutional net without dead units, so that all gradients differ"
     rng = random.Random(seed)
     c, d, k = rng.randint(4, 9), rng.randint(6, 16), rng.choice([1, 3])
     return nn.Sequential(nn.Conv2d(2, c, k, padding=k//2), nn.BatchNorm2d(c), nn.SiLU(), nn.Conv2d(c, d, 3, padding=1),
@@ -78,28 +78,28 @@ def sparse_learner(model=None, sparsity=.75, sparse_f=uniform_sparsity, seed=0, 
     return learn
 
 def for_method(method, model, **kwargs):
-    "A learner whose model is as sparse as the method wants it at first"
+    "A learner whose model has the initial sparsity that the method expects"
     return sparse_learner(model, .5 if method=='GraNet' else .75, **kwargs)
 
-# --- what happens in a fit
+# --- recording a fit
 
 class Layer:
-    "A weight with its mask and all that belongs to it, at one moment"
+    "Copy of a weight, its mask and its optimizer state"
     def __init__(self, learn, p, mask):
         self.w, self.mask = p.detach().clone(), mask.bool().clone()
         self.past = [s.clone() for s in optimizer_state(learn.opt, p)]
 
 class Update:
-    "Before and after an update, layer by layer, with the gradients that it saw; `n` batches are over when its own is"
+    "An update after batch `n`: layers before and after it, and the gradients it used"
     def __init__(self, n, grads, was, now): self.n, self.grads, self.was, self.now = n, grads, was, now
     def __iter__(self): return zip(self.grads, self.was, self.now)
 
 def n_batches(learn):
-    "Training batches of the fit that are over when this one is"
+    "Number of training batches of the fit up to this one"
     return learn.epoch*learn.n_iter + learn.iter + 1
 
 class Watch(Callback):
-    "Notes the updates of `cb`"
+    "Records the updates of `cb`"
     order, run_valid = 10.4, False   # right before the updates
     def __init__(self, cb): self.cb, self.updates = cb, []
     def _layers(self): return [Layer(self.learn, p, mask) for *_,p,mask in masked_params(self.learn.model)]
@@ -114,7 +114,7 @@ class Watch(Callback):
         self.updates.append(Update(n_batches(self.learn), self.grads, self.was, self._layers()))
 
 class Everywhere(Callback):
-    "Collects what `f(learn)` returns, last of all at every event"
+    "Collects what `f(learn)` returns at every event, after all other callbacks"
     order = 90
     def __init__(self, f): self.f, self.seen = f, []
     def __call__(self, event_name): self.seen.append(self.f(self.learn))
@@ -122,15 +122,15 @@ class Everywhere(Callback):
 def n_live(learn): return [int(mask.sum()) for *_,mask in masked_params(learn.model)]
 
 def watched(learn, cb, n_epoch=2, cbs=(), **kwargs):
-    "The updates of a fit"
+    "The updates that `cb` makes in a fit"
     watch = Watch(cb)
     fit(learn, n_epoch, [watch, cb, *L(cbs)], **kwargs)
     return watch.updates
 
-# --- at every step
+# --- weights and optimizer state at every step
 
 def check_changes(u):
-    "The newborn are as good as zero and have no past, the dropped are zero, all others are to the bit what they were"
+    "Grown weights are almost zero and without optimizer state, dropped weights are zero, all others are unchanged"
     for _,was,now in u:
         born, dropped, stay = now.mask & ~was.mask, was.mask & ~now.mask, was.mask & now.mask
         assert now.w[born].all() and (now.w[born].abs() <= TINY).all() and not now.w[~now.mask].any()
@@ -186,7 +186,7 @@ def test_gradients_are_zero_at_the_start_of_each_batch(method):
 @pytest.mark.parametrize('replace', [True, False])
 @pytest.mark.parametrize('method', ['SET', 'SNFS', 'RigL'])
 def test_an_update_in_place_of_the_step(method, replace):
-    "Whether anything that has no mask moves shows whether the step is taken"
+    "Parameters without a mask show whether the optimizer has stepped"
     bias = lambda learn: learn.model[0].bias.detach().clone()
     before, was = collect('before_step', bias, 5)
     after, now = collect('after_batch', bias)
@@ -203,7 +203,7 @@ def test_the_same_seed_the_same_masks(method):
     a, b, c = [final_masks(method, seed=s) for s in (0, 0, 1)]
     assert all_same(a, b) and (method in ('SNFS', 'RigL')) == all_same(a, c)
 
-# --- what goes and what comes
+# --- which weights are dropped and grown
 
 def best(scores, among, n):
     "Mask of the `n` highest of `scores` where `among` is True, by a sort"
@@ -217,7 +217,7 @@ def share(t, a0, stop, start=0.): return .5*a0*(1+math.cos(math.pi*(t-start)/(st
 def n_left(live, share): return int(live.sum()) - math.floor(Fraction(str(share))*int(live.sum()) + Fraction(1, 2))
 
 def check_rigl(updates, cb, total):
-    "Each layer keeps its largest live weights, and grows where the gradient is largest among all others"
+    "Each layer keeps its largest live weights, and grows those with the largest gradients among the others"
     regrown = 0
     for u in updates:
         for g,was,now in u:
@@ -260,7 +260,7 @@ def test_a_score_that_is_the_gradient_itself(beside):
 @pytest.mark.parametrize('beside', ['nothing', 'clip'])
 @pytest.mark.parametrize('method,lam', [('SET', 0), ('MEST', .01), ('MEST', 1.)])
 def test_the_weakest_go_where_chance_grows(method, lam, beside):
-    "Clipping changes nothing: the gradient is what it was before"
+    "Clipping does not matter: scores use the gradient from before it"
     cb = dst(method, stop_pct=1., **(dict(keep_score_f=partial(magnitude_and_gradient, lam=1.)) if lam == 1 else {}))
     updates = watched(sparse_learner(), cb, cbs=BESIDE[beside]())
     for u in updates:
@@ -280,7 +280,7 @@ def test_what_chance_grows_is_spread_over_all_free_places(sparsity):
     assert min(counts) > .7*max(counts) > 0 and grown.max() < 12
 
 def shared(total, weights, caps):
-    "`total` in the proportion of `weights`, none above its cap"
+    "Shares of `total` in proportion to `weights`, none above its cap"
     res, left, free = [0.]*len(caps), total, set(range(len(caps)))
     while True:
         part = {i: left*weights[i]/sum(weights[j] for j in free) for i in free}
@@ -318,10 +318,10 @@ def test_snfs_shares_out_by_the_average_of_the_dense_gradient(sparsity, opt, bes
         full += sum(g == f for g,f in zip(n_grow, n_free))
     assert moved and (full or sparsity == .8)
 
-# --- when
+# --- when updates come
 
 def due(every, total, start=0., stop=1., skipped=()):
-    "Batches after which an update comes, where no step is taken in some"
+    "Batches after which an update is due; the optimizer does not step in those of `skipped`"
     res, waiting = [], False
     for n in range(1, total+1):
         waiting = waiting or n % every == 0
@@ -363,7 +363,7 @@ def test_an_update_waits_while_gradients_overflow(method, skipped):
 
 @pytest.mark.parametrize('method', PRESETS)
 def test_an_update_waits_while_the_loss_is_not_a_number(method):
-    "Without mixed precision, and with a callback that spares the weights such a step"
+    "Without mixed precision, where another callback cancels the step"
     skipped = {1, 5, 6, 7, 12}
     def spoil(learn):
         if n_batches(learn) in skipped: learn.loss_grad = learn.loss_grad*math.nan
@@ -404,7 +404,7 @@ def at_epoch(n, f): return at('after_epoch', lambda learn: f(learn) if learn.epo
 @pytest.mark.parametrize('opt,every', [('adam', 3), ('torch_sgd', 3), ('adam', 5)])
 @pytest.mark.parametrize('method', ['SET', 'RigL', 'MEST', 'SNFS', 'GraNet'])
 def test_a_fit_that_goes_on_from_a_checkpoint(method, opt, every):
-    "With updates every 3 batches one comes right before the checkpoint is taken"
+    "With `every=3` an update comes right before the checkpoint"
     saved, make = [], lambda seed: for_method(method, smooth(), opt_func=OPTIMIZERS[opt], seed=seed)
     def save(learn): learn.save('half', with_opt=True); saved.extend(masks(learn.model))
     cb, watch = dst(method, every), Everywhere(n_live)
@@ -443,7 +443,7 @@ def test_a_copy_of_the_learner_taken_while_it_trains(method, how):
     assert {sum(n) for n in counts.seen} == {sum(n_live(learn))}
     assert all_same(was, masks(learn.model)) and cb.log.equals(log)
 
-# --- fits that break off, and objects that are used again
+# --- interrupted fits, and callbacks that are used again
 
 def helpers(learn): return [cb for cb in learn.cbs if type(cb).__module__ == 'fasterai_sparse.dynamic.callback']
 
@@ -505,7 +505,7 @@ def test_two_callbacks_on_different_layers():
 
 @pytest.mark.parametrize('method', PRESETS)
 def test_fine_tune(method):
-    "Only the head's masks change in the first fit; those of the body follow in the second"
+    "Masks of the head change in the first fit, those of the body in the second"
     learn, cb, body = for_method(method, smooth(), splitter=split), dst(method), []
     n = n_live(learn)
     look = at('before_fit', lambda learn: body.append(masks(learn.model)), 70)
@@ -523,7 +523,7 @@ def test_where_all_is_frozen_it_warns_and_waits(method):
     with pytest.warns(UserWarning, match='frozen'): fit(learn, 2, cb)
     assert all_same(was, masks(learn.model)) and all_same(before, weights(learn.model)) and len(cb.log) == 0
     for m in sparseable_modules(learn.model): m.weight.requires_grad_(True)
-    learn.opt = None   # fastai's knows only what trained when it was made
+    learn.opt = None   # fastai's has only the parameters that were trainable when it was made
     fit(learn, 2, cb)
     assert batches(cb)[:2] == [2, 4] and not any(torch.equal(a, b) for a,b in zip(was, masks(learn.model)))
 
@@ -545,7 +545,7 @@ def test_a_layer_that_is_frozen_while_others_change():
     assert list(cb.layer_sparsities) == ['0', '8'] and cb.log.live.nunique() == 1
 
 class Unused(nn.Module):
-    "A net with a head that nothing calls"
+    "A network with a head that is never called"
     def __init__(self): super().__init__(); self.net, self.head = smooth(), nn.Linear(8, 8)
     def forward(self, x): return self.net(x)
 
@@ -559,7 +559,7 @@ def test_a_layer_that_no_gradient_reaches_is_left_alone(method):
     assert not any(torch.equal(a, b) for a,b in zip(was, masks(learn.model.net)))
 
 def some_inputs(n):
-    "Images of which only the first of 72 inputs are not zero"
+    "Batches of images in which only the first 12 of 72 inputs are not zero"
     x = torch.randn(n, 8, 72)
     x[:,:,12:] = 0
     return list(zip(x.view(n, 8, 2, 6, 6), torch.randint(4, (n, 8))))
@@ -607,7 +607,7 @@ def test_a_fit_in_which_no_update_can_come_says_so():
 # --- layers of all kinds, and masks of the user's own
 
 class Own(nn.Module):
-    "A linear layer that calls its weight `kernel`, with a mask as its author registers it"
+    "A linear layer whose weight is called `kernel`, with a mask registered by its author"
     def __init__(self, i, o, dtype=torch.bool, share=.5):
         super().__init__()
         self.kernel = nn.Parameter(torch.randn(o, i)/i**.5)
@@ -617,7 +617,7 @@ class Own(nn.Module):
     def forward(self, x): return x @ self.kernel.t()
 
 def around(layer, n, *before):
-    "A classifier with `layer`, that gives `n` outputs for an image, in it"
+    "A classifier around `layer`, which has `n` outputs per image"
     return nn.Sequential(*before, layer, nn.Flatten(), nn.Tanh(), nn.Linear(n, 4))
 
 def own(*args): return around(Own(72, 20, *args), 20, nn.Flatten())
@@ -936,7 +936,7 @@ def test_shares_are_what_they_are_written_as(s, n):
     assert int((net.weight == 0).sum()) == n == int((~sparse_mask((10, 5), s)).sum())
 
 def sparse_weights(net):
-    "(module, name, weight) of all that `sparsify_model` should find"
+    "(module, name, weight) of all weights that `sparsify_model` should find"
     return [(m, n, p) for m in net.modules() for n,p in m._parameters.items() if p is not None and p.dim() > 1]
 
 @pytest.mark.parametrize('model', MODELS)
@@ -969,7 +969,7 @@ def test_the_largest_are_kept(f):
     assert max(w[~l].max() for w,l in zip(old, live)) < min(w[l].min() for w,l in zip(old, live))
 
 def holds(net, x):
-    "Whether the model enforces its masks when it is called"
+    "Does the model enforce its masks when it is called?"
     for *_,p,_ in masked_params(net): p.data.fill_(1)
     net(x)
     return follows_masks(net)
@@ -1013,7 +1013,7 @@ def test_hooks_and_a_fit_beside_each_other():
         ends.append(snapshot(fit(learn, 2, dst()).model))
     assert same(*ends)
 
-# --- what a review found
+# --- regressions
 
 def tied():
     net = nn.Sequential(nn.Linear(16,16), nn.ReLU(), nn.Linear(16,16), nn.Flatten(), nn.Linear(16,4))

@@ -1,4 +1,4 @@
-"Two ranks that train a network whose masks change keep the same masks: one start of torchrun for all presets"
+"Dynamic sparse training on two ranks keeps the same masks on both; torchrun starts once for all presets"
 import pytest
 
 from ranks import needs_gloo, on_two_ranks

@@ -1,4 +1,4 @@
-"The engine's operations against their twins in torch, whole networks against themselves, and what an accelerated model must not do"
+"The engine's operations against torch's, accelerated networks against the original, and copies, threads and refusals"
 import copy, pickle, random, re, threading
 
 import pytest, torch
@@ -18,7 +18,7 @@ from fasterai_sparse.engine.weights import conv_taps, Terms
 
 SETS = list(engine_sets().items())
 compiled = pytest.mark.skipif(not SETS, reason='no compiled library')
-Plan.timed.__defaults__ = (0.,)   # what comes out is asked here, not when
+Plan.timed.__defaults__ = (0.,)   # these tests check results, not times
 each_set = pytest.mark.parametrize('which', range(len(SETS)))
 
 def sparse(model, percent=80, granularity='weight', layer_type=nn.Conv2d):
@@ -40,7 +40,7 @@ def planned(model, x, which=0, threads=1, tune=True):
 
 # ---- operations
 def conv_op(x, c, floats, act=None, residual=None, size=1, parts=1):
-    "The operations of the convolution `c` of the images `x`, and the activation that they give"
+    "The operations that convolve the images `x` by `c`, and their output"
     with torch.no_grad(): out = c(x)
     (sy, sx) = ([s for _,s in conv_taps(k, s_, d, b)]
                 for k,s_,d,b in zip(c.kernel_size, c.stride, c.dilation, c.padding))
@@ -185,8 +185,8 @@ def test_networks(name, shape):
 
 def random_conv(rng, c):
     o, size = rng.choice([4, 8, 12]), rng.choice([1,3,5])
-    return nn.Conv2d(c, o, size, rng.choice([1,1,2]), rng.randint(0, size//2 + 1), rng.choice([1,1,2]) if size == 3 else 1,
-                     bias=rng.random() < .5)
+    stride, padding, dilation = rng.choice([1,1,2]), rng.randint(0, size//2 + 1), rng.choice([1,1,2])
+    return nn.Conv2d(c, o, size, stride, padding, dilation if size == 3 else 1, bias=rng.random() < .5)
 
 RANDOM_LAYERS = dict(   # kind -> a layer for `c` channels
     conv=random_conv,
@@ -234,7 +234,7 @@ def test_patterns(granularity):
     x = torch.randn(2,4,12,12)
     with torch.no_grad(): assert same(model(x), planned(model, x)[1])
 
-# ---- the model that comes back
+# ---- the accelerated model
 def small():
     return sparse(nn.Sequential(conv(3,16), nn.ReLU(), conv(16,16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                                 nn.Linear(16,4)), 90)
@@ -321,7 +321,7 @@ def test_what_can_not_be_accelerated_comes_back():
 
 @compiled
 def test_changes_in_place():
-    "A value that is changed in place while others read it too is not followed"
+    "A model that changes a value in place while other operations read it is returned unchanged"
     model = sparse(Net(lambda s, x: (y := s.a(x)) + s.b(F.relu(y, inplace=True)), a=conv(3,4), b=conv(4,4)))
     x = torch.randn(1,3,8,8)
     fast, df = accelerate(model, x)
@@ -329,7 +329,7 @@ def test_changes_in_place():
 
 @compiled
 def test_no_memory_beyond_is_read():
-    "The zeros around activations stay zeros"
+    "The zero padding around activations stays zero"
     model, x = sparse(NETS['pools']()), torch.randn(2,3,16,16)
     plan, _ = planned(model, x)
     for op in plan.ops:

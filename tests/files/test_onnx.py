@@ -1,4 +1,4 @@
-"ONNX, where its packages are installed: zeros and patterns in the file, what it computes, and what is refused"
+"ONNX export: zeros and patterns in the file, results in onnxruntime, and errors; needs the optional packages"
 from copy import deepcopy
 from importlib.util import find_spec
 

@@ -1,4 +1,4 @@
-"Sparse files: round trips to the bit, what is refused, sizes and memory"
+"Sparse safetensors files: exact round trips, refused files and models, sizes and memory"
 import json, os, struct, tracemalloc, zlib
 from copy import deepcopy
 
@@ -40,7 +40,7 @@ class Holder(nn.Module):
         for k,t in tensors.items(): self.register_buffer(k, t)
 
 def round_trip(model, path):
-    "Save and load; every tensor has to be the same to the bit"
+    "Save and load, and check that every tensor is the same to the bit"
     df, state = save_sparse(model, path), load_sparse(path)
     with masks_off(deepcopy(model)) as plain: want = plain.state_dict()
     assert list(state) == list(want)
@@ -367,7 +367,7 @@ def test_parts_are_aligned(path):
 # memory
 
 def peak(f):
-    "Most bytes that `f` allocates by numpy and Python"
+    "Peak of the bytes that `f` allocates through Python and numpy"
     tracemalloc.start()
     try:
         f()
@@ -410,7 +410,7 @@ def test_loading_lets_go_of_each_tensor(path, monkeypatch):
 # what is refused
 
 def changed(path, edit=lambda header, data: None, checksum=True):
-    "Rewrite the file with its header and data changed, and a header checksum that fits"
+    "Rewrite the file with `edit` applied to its header and data, and with a valid checksum of the header"
     blob = path.read_bytes()
     n = int.from_bytes(blob[:8], 'little')
     header, data = json.loads(blob[8:8+n]), bytearray(blob[8+n:])
@@ -425,7 +425,7 @@ def changed(path, edit=lambda header, data: None, checksum=True):
     path.write_bytes(struct.pack('<Q', len(text)) + text + data)
 
 def refuses(path, *words):
-    "Loading fails with all `words`, with and without a model, which stays as it was"
+    "Loading raises an error with all `words`, with and without a model; the model stays unchanged"
     for model in (None, sparse_net(40)):
         was = model and deepcopy(model.state_dict())
         with pytest.raises(ValueError) as e: load_sparse(path, model)

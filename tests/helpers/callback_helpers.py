@@ -1,4 +1,4 @@
-"Small learners, callbacks that look on, and what is asked of masks and weights"
+"Small learners, callbacks that record or act at an event, and checks of masks and weights"
 import io
 from contextlib import redirect_stdout
 from functools import partial
@@ -52,7 +52,7 @@ def sparse(sparsity=90, schedule=lin, granularity='weight', context='local', cri
     return SparsifyCallback(sparsity, granularity, context, criteria, schedule, **{'verbose': False, **kwargs})
 
 def at(event, f, order=66, always=False):
-    "A callback that calls `f(learn)` at `event`, last of all unless `order` says so; `always`: when validating too"
+    "A callback that calls `f(learn)` at `event`, by default after all others; `always`: when validating too"
     cb = Callback(**{event: lambda self: f(self.learn) if always or not self.learn.lock.locked() else None})
     cb.order, cb.run_valid = order, False
     return cb
@@ -71,7 +71,7 @@ def raising(exc):
     return f
 
 class Spy(Sparsifier):
-    "Remembers the targets it was asked for, and calls `look(self)` before each is applied"
+    "Records the targets in `asked`, and calls `look(self)` before each is applied"
     look = staticmethod(lambda s: None)
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -123,7 +123,7 @@ def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for 
 def follows_masks(model): return all(torch.equal(p!=0, mask) for *_,p,mask in masked_params(model))
 
 def held(learn):
-    "Whether all weights under masks are zero"
+    "Are all masked weights zero?"
     return not any(p[~mask.bool()].any() for *_,p,mask in masked_params(learn.model))
 
 def all_same(xs, ys): return len(xs) == len(ys) and all(torch.equal(x, y) for x,y in zip(xs, ys))
@@ -136,7 +136,7 @@ def said(f):
     return out.getvalue()
 
 def held_tensors(*roots):
-    "Storages of all tensors reachable from `roots`, a learner, its data and optimizer aside: pointer -> bytes"
+    "Memory of all tensors reachable from `roots`, except through a learner or its data: pointer -> bytes"
     seen, todo, found = set(), list(roots), {}
     while todo:
         o = todo.pop()
@@ -151,7 +151,7 @@ def held_tensors(*roots):
     return found
 
 def copied_by(cb, f):
-    "What `f` makes of the learner of the callback `cb`, without `cb` and the graph of the batch, which can't be copied"
+    "Result of `f(learn)` for the learner of `cb`, without `cb` and the batch's graph, which can't be copied"
     learn = cb.learn
     graph = {k: learn.__dict__.pop(k, None) for k in ('pred', 'loss', 'loss_grad')}
     learn.remove_cb(cb)

@@ -1,4 +1,4 @@
-"Run by contract/test_two_ranks.py on two ranks: prints what a fit with each callback leaves on both, as JSON"
+"Run on two ranks by contract/test_two_ranks.py: prints masks and weights of both after each fit, as JSON"
 from callback_helpers import collect, follows_masks, held, masks
 from ddp_worker import Accelerator, digest, finish, gathered, make, train
 from kinds import KINDS, n_zero

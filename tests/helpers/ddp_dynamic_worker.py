@@ -1,4 +1,4 @@
-"Run by test_dynamic_distributed.py on two ranks, with names of presets: prints what each fit left behind, as JSON"
+"Run on two ranks by test_dynamic_distributed.py with names of presets: prints the results of each fit as JSON"
 import sys
 
 from fastai.basics import Callback
@@ -11,7 +11,7 @@ from fasterai_sparse.dynamic.random_masks import sparsify_model
 
 
 class Noting(Callback):
-    "Notes the masks right after each update of `cb`"
+    "Records the masks after each update of `cb`"
     order, run_valid = 90, False
     def __init__(self, cb): self.cb, self.noted = cb, []
     def after_batch(self):
@@ -24,7 +24,7 @@ def preset(name):
     return {**getattr(dynamic, f'{name}_presets'), 'batches_per_update': 2, 'stop_pct': 1., **kwargs}
 
 def run_preset(name):
-    "A fit of 42 batches from masks that each rank has drawn for itself"
+    "A fit of 42 batches that starts from different random masks on each rank"
     learn, cb = make(), DynamicSparseTrainingCallback(**preset(name))
     sparsify_model(learn.model, .5)
     drawn, start, noting = digest(masks(learn.model)), n_kept(learn), Noting(cb)

@@ -1,4 +1,4 @@
-"The callbacks that are held to one contract: how to make each, what its model must be before, and what a fit leaves"
+"The callbacks of the contract tests: how to make each, how to prepare its model, and what a fit must leave behind"
 from functools import partial
 
 import pytest, torch
@@ -25,7 +25,7 @@ LAYERS = nn.Conv2d, nn.Linear
 N_ALL = N + 64   # with the linear layer's weights
 
 class Stirred(RBSparsityCallback):
-    "RB with logits that start anywhere, so that few steps show what takes many"
+    "RB with randomly initialized logits, so that masks change within few steps"
     def make_masks(self):
         soft, g = super().make_masks(), torch.Generator().manual_seed(0)
         for s in soft.logits.values():
@@ -44,13 +44,13 @@ def kept(learn):
 def randomly_masked(learn): sparsify_model(learn, .75, enforce_mask=False, seed=0)
 
 def half_empty(learn):
-    "Zeros in half of the weights, without masks"
+    "Set half of the weights to zero, without masks"
     g = torch.Generator().manual_seed(1)
     for m in learn.model.modules():
         if isinstance(m, LAYERS): m.weight.data[torch.rand(m.weight.shape, generator=g) < .5] = 0
 
 class Kind:
-    """A callback under contract.
+    """A callback and what the contract tests expect of it.
 
     `make()` gives one with the usual arguments, `prepare(learn)` is done to the learner before. `columns`: of the epoch
     table. `n_end`: zeros after a whole fit, None where chance decides, 'start' where there are as many as before.
@@ -91,7 +91,7 @@ def n_masked(learn): return sum(int((~mask.bool()).sum()) for *_,mask in masked_
 def n_zero(learn): return sum(int((m.weight == 0).sum()) for m in learn.model.modules() if isinstance(m, LAYERS))
 
 def check_end(kind, learn, n_start=None):
-    "What every whole fit leaves: masks, exactly what they drop is zero, and as many zeros as there should be"
+    "A complete fit leaves masks, exactly the masked weights are zero, and their number is as expected"
     assert follows_masks(learn.model) and held(learn) and n_masked(learn) == n_zero(learn) > 0
     assert sum(isinstance(cb, KeepMasks) for cb in learn.cbs) <= 1
     if kind.n_end == 'start': assert n_zero(learn) == n_start or n_start is None
@@ -107,7 +107,7 @@ quiet = [pytest.mark.filterwarnings(f'ignore:{w}') for w in
           '.*CUDA is not available', '.*GradScaler is enabled', '.*masks will not change')]
 
 def ready(name, n=6, **kwargs):
-    "The kind, a learner for it with its number of zeros, and a callback"
+    "The kind called `name`, a learner for it, its number of zeros, and a callback"
     kind = KINDS[name]
     learn = kind.learner(n, **kwargs)
     return kind, learn, n_zero(learn), kind.make()
@@ -117,7 +117,7 @@ def state(learn): return snapshot(learn.model), masks(learn.model)
 def unchanged(learn, before): return same(before[0], snapshot(learn.model)) and all_same(before[1], masks(learn.model))
 
 def end_of(name, *cbs, n_epoch=2, change=noop, **kwargs):
-    "State after a fit, from the same seed as all others"
+    "State after a fit; all calls start from the same seed"
     kind, learn, n, cb = ready(name, **kwargs)
     change(learn)
     fit(learn, n_epoch, [cb, *cbs])

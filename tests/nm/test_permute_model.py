@@ -1,4 +1,4 @@
-"permute_model: whatever the network, it computes the same afterwards, and what can move does"
+"permute_model on small networks: outputs stay the same, and all channels that can move do"
 from copy import deepcopy
 
 import pytest, torch
@@ -14,7 +14,7 @@ from fasterai_sparse.utils.compat import BatchNorm
 from fasterai_sparse.utils.operations import kind_of
 
 class Net(nn.Module):
-    "Modules `mods` by name, and a function of them and the input as `forward`"
+    "A module with the submodules `mods`; its forward is a function of itself and the input"
     def __init__(self, run, **mods):
         super().__init__()
         self.run = run
@@ -24,7 +24,7 @@ class Net(nn.Module):
 conv = lambda i, o, k=1, **kw: nn.Conv2d(i, o, k, padding=k//2, **kw)
 image, tokens, row = lambda: torch.randn(2,4,6,6), lambda: torch.randn(2,5,16), lambda: torch.randn(3,12)
 
-# name -> what makes the network, its input, and the layers whose inputs can move
+# name -> factory, input, and the layers whose inputs can move
 MOVE = {
     'chain': (lambda: nn.Sequential(conv(4,16,3), nn.BatchNorm2d(16), nn.ReLU(), conv(16,16,3,bias=False),
                                     nn.Hardswish(), conv(16,8)), image, ['3', '5']),
@@ -94,7 +94,7 @@ MOVE = {
     'chunked': (lambda: Net(lambda s, x: s.c(torch.cat(s.a(x).chunk(2, 1)[::-1], 1)), a=conv(4,16), c=conv(16,8)),
                 image, ['c']),
 }
-# the layer `c` must stay as it is: its inputs go through something that minds
+# inputs of the layer `c` can not move, as they go through an operation that depends on their order
 STAY = {
     'softmax over channels': lambda s, x: s.c(s.a(x).cumsum(1)),
     'added to the input': lambda s, x: s.c(s.a(x) + torch.cat([x]*4, 1)),
@@ -112,7 +112,7 @@ def heads(s, x):
     return s.e(s.o(((q @ k.transpose(-1,-2)/8**.5).softmax(-1) @ v).transpose(1, 2).flatten(2)))
 
 def stirred(model):
-    "`model` with BatchNorm that has seen something"
+    "`model` with random BatchNorm statistics and weights, in evaluation mode"
     for m in model.modules():
         if isinstance(m, BatchNorm):
             m.running_mean.normal_(), m.running_var.uniform_(.5, 2)
@@ -144,7 +144,7 @@ def test_channels_that_can_move_do(name):
     assert [l for l in layers if l not in gained] == [] and not any(df.set_index('layer').note[l] for l in layers)
 
 @pytest.mark.parametrize('name', STAY)
-def test_channels_that_something_minds_stay(name):
+def test_channels_that_can_not_move_stay(name):
     model = stirred(Net(STAY[name], a=conv(4,16), c=conv(16,8)))
     was = deepcopy(model.state_dict())
     df = permuted(model, image())
@@ -191,14 +191,14 @@ def test_what_decides_by_values_is_refused():
     assert all(torch.equal(was[k], v) for k,v in model.state_dict().items())
 
 def test_a_wrong_rule_moves_nothing(monkeypatch):
-    "What the rules say is not believed: channels that change the output go back, others stay moved"
+    "A wrong rule is found by its outputs: the channels it moved go back, others stay moved"
     monkeypatch.setattr(rules, 'kind_of', lambda name: 'elementwise' if name == 'cumsum' else kind_of(name))
     model = Net(lambda s, x: s.e(torch.relu(s.d(torch.cumsum(s.a(x), 1)))), a=conv(4,16), d=conv(16,32), e=conv(32,8))
     df = permuted(model, image()).set_index('layer')
     assert 'output would change' in df.note['d'] and df.kept['e'] > df.naive['e']
 
 def test_a_head_of_zeros_hides_nothing(monkeypatch):
-    "A wrong rule shows although the output is zero, as that of a new head can be"
+    "A wrong rule is found even if the output is zero, as that of a new head can be"
     monkeypatch.setattr(rules, 'kind_of', lambda name: 'elementwise' if name == 'cumsum' else kind_of(name))
     model = Net(lambda s, x: s.f(torch.relu(s.d(torch.cumsum(s.a(x), 1)))), a=conv(4,16), d=conv(16,32), f=conv(32,8))
     nn.init.zeros_(model.f.weight), nn.init.zeros_(model.f.bias)

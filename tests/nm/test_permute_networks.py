@@ -1,4 +1,4 @@
-"permute_model on real networks and odd ones: nothing that the library says of itself is believed here"
+"permute_model on real and unusual networks, checked without relying on the library's own report"
 import random
 from copy import deepcopy
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from fasterai_sparse.core.masks import get_mask, set_mask
 from fasterai_sparse.nm.permute_model import permute_model
 
 class Net(nn.Module):
-    "Modules `mods` by name, and a function of them and the inputs as `forward`"
+    "A module with the submodules `mods`; its forward is a function of itself and the inputs"
     def __init__(self, run, **mods):
         super().__init__()
         self.run = run
@@ -27,7 +27,7 @@ class Net(nn.Module):
     def forward(self, *args, **kwargs): return self.run(self, *args, **kwargs)
 
 def stirred(model):
-    "`model` with all that initialization leaves at a number filled with others, so that what goes wrong shows"
+    "`model` with random values in all constant tensors, so that wrong permutations change the output"
     with torch.no_grad():
         for n,t in [*model.named_parameters(), *model.named_buffers()]:
             if t.is_floating_point() and t.numel() > 1 and t.min() == t.max():
@@ -46,7 +46,7 @@ def doubled(x):
     return x.to(torch.float64, copy=True) if torch.is_tensor(x) and x.is_floating_point() else x
 
 def outputs(model, x, training):
-    "What a copy of `model` gives in float64, with dropout off"
+    "Outputs of a copy of `model` in float64, with dropout off"
     model = deepcopy(model).double().train(training)
     for m in model.modules():
         for a in ('p', 'dropout', 'weight_p', 'embed_p'):
@@ -64,7 +64,7 @@ def difference(a, b):
     return max(parts)
 
 def check(model, x, trains=True, **kwargs):
-    "Permute `model` and hold it against what it was; returns the report"
+    "Permute `model`, compare it with what it was before, and return the report"
     modes = [False, True][:1+trains]
     was, mode = [outputs(model, x, t) for t in modes], torch.is_grad_enabled()
     was_training = [m.training for m in model.modules()]
@@ -84,7 +84,7 @@ def check(model, x, trains=True, **kwargs):
 
 @pytest.fixture
 def rules_alone(monkeypatch):
-    "Nothing is taken back: what the rules say has to be right by itself"
+    "Switch off the check of outputs, so that the rules must be right by themselves"
     monkeypatch.setattr(module, '_differ', lambda *args: False)
 
 conv = lambda i, o, k=1, **kw: nn.Conv2d(i, o, k, padding=k//2, **kw)
@@ -109,7 +109,7 @@ class Recurrent(nn.Module):
         h = self.r(self.e(x))[0]
         return self.o(torch.cat([h.amax(1), h[:,-1]], 1))
 
-NETWORKS = {   # name -> what makes it, its input, the least share of its weights that has to move
+NETWORKS = {   # name -> factory, input, the smallest share of its weights that must move
     'resnet18': (lambda: tv.resnet18(num_classes=10), image, 1), 'resnet bottleneck': (small_resnet, image, 1),
     'resnext': (lambda: small_resnet(groups=8, width_per_group=8), image, 1),
     'mobilenet_v2': (lambda: tv.mobilenet_v2(num_classes=10, width_mult=.5), image, 1),
@@ -193,7 +193,7 @@ ODD = {
     'residual to the output': (lambda: Net(lambda s, x: s.y(torch.relu(s.c(h := s.a(x)))) + h, a=conv(4,16),
                                            c=conv(16,32), y=conv(32,16)), small),
     'some of the channels': (lambda: between_tokens(lambda s, x: x[...,:16], 32, 16), tokens),
-    # what is done to some of the channels only
+    # operations on some of the channels
     'relu of some': (lambda: between(lambda s, x: torch.cat([(p := parts(x))[0].relu(), p[1]], 1)), small),
     'sum of some': (lambda: between(lambda s, x: x + parts(x)[0].sum(1, keepdim=True)), small),
     'softmax of some': (lambda: between(lambda s, x: torch.cat([parts(x)[0].softmax(1), parts(x)[1]], 1)), small),
@@ -312,7 +312,7 @@ ODD = {
     'cell': (lambda: between_tokens(each_step, n=nn.GRUCell(16,16)), tokens),
     'tied decoder': (lambda: Net(lambda s, x: F.linear(s.b(F.gelu(s.a(s.e(x)))), s.e.weight),
                                  e=nn.Embedding(20,16,padding_idx=0), a=lin(16,32), b=lin(32,16)), ids),
-    # what goes in and out
+    # inputs and outputs
     'dict': (lambda: Net(lambda s, image, row: dict(a=s.b(torch.relu(s.a(image))), more=[s.c(row)]), a=conv(4,16),
                          b=conv(16,8), c=lin(12,4)), lambda: dict(image=small(), row=row())),
     'tuple': (lambda: Net(lambda s, x, y=None: (s.b(torch.relu(s.a(x) + s.c(y))), None), a=lin(12,16), b=lin(16,8),
@@ -332,7 +332,7 @@ def test_odd_networks(name, rules_alone):
     make, x = ODD[name]
     df = check(stirred(make()), x()).set_index('layer')
     if 'm5' in df.index:
-        # layers that have nothing to do with it
+        # layers outside of the operation
         assert df.kept['m5'] > df.naive['m5'] and df.kept['m4'] > df.naive['m4']
 
 @pytest.mark.parametrize('name', WRONG)
@@ -340,7 +340,7 @@ def test_what_the_rules_miss_is_taken_back(name): test_odd_networks(name, None)
 
 text = dict(emb_sz=16, n_hid=24, n_layers=2, pad_token=1, bidir=False, output_p=0., hidden_p=.1, input_p=.1, embed_p=.1,
             weight_p=.5)
-REFUSABLE = {   # may be refused, with a reason and before anything has changed
+REFUSABLE = {   # may be refused, with a reason and before anything changes
     'weight_norm': (lambda: nn.Sequential(nn.utils.weight_norm(lin(12,16)), nn.ReLU(), lin(16,8)), row),
     'pruned by torch': (lambda: nn.Sequential(prune.random_unstructured(lin(12,16), 'weight', .5), nn.ReLU(),
                                               lin(16,8)), row),
@@ -370,7 +370,7 @@ def test_the_same_or_refused(name, ran):
     [m.reset() for m in model.modules() if hasattr(m, 'reset')]
     assert not ran or all(torch.allclose(a, b, atol=1e-5) for a,b in zip(before, run(), strict=True))
 
-# what goes along
+# optimizers, copies and masks
 mlp = lambda: stirred(nn.Sequential(lin(12,32), nn.BatchNorm1d(32), nn.ReLU(), lin(32,16), nn.ReLU(), lin(16,8)))
 OPTIMIZERS = {
     'sgd': lambda ps: torch.optim.SGD(ps, .05, momentum=.9, weight_decay=.01),
@@ -440,14 +440,14 @@ def test_an_optimizer_of_other_parameters_is_refused():
     with pytest.raises(ValueError):
         permute_model(mlp(), row(), time_budget=.01, opt=torch.optim.Adam(mlp().parameters()))
 
-# where the check sees nothing
+# networks whose outputs do not show a wrong permutation
 def some(s, x): return s.o(torch.cat([(h := s.n(x))[...,:16].relu(), h[...,16:]], -1))
 pair = lambda: dict(n=lin(12,32), o=lin(32,12))
 def shared(model):
     model.b.weight = nn.Parameter(model.a.weight.data)
     return model
 gated = lambda: Net(lambda s, x, keep: s.o(s.n(x).relu()*keep), **pair())
-BLIND = {   # name -> what makes it, its input, another input, what training may do to it
+BLIND = {   # name -> factory, input, another input, a change that training may make
     'shared memory': (lambda: shared(Net(lambda s, x: s.c(torch.relu(s.b(torch.relu(s.a(x))))), a=lin(12,12),
                                          b=lin(12,12), c=lin(12,4))), row, row, None),
     'an object': (lambda: Net(lambda s, x: (s.o(h := s.n(x)), SimpleNamespace(hidden=h)), **pair()), row, row, None),
@@ -464,7 +464,7 @@ BLIND = {   # name -> what makes it, its input, another input, what training may
 }
 
 @pytest.mark.parametrize('name', BLIND)
-def test_where_the_check_sees_nothing(name):
+def test_outputs_for_other_inputs_where_the_check_is_blind(name):
     make, x, other_input, learned = BLIND[name]
     twin, x, z = deepcopy(model := make()), x(), other_input()
     permute_model(model, x, time_budget=.01)
@@ -477,7 +477,7 @@ def test_statistics_in_float32():
     df = permute_model(model, tokens(), time_budget=.01)
     assert not df.note.str.contains('would change').any()
 
-# what is left alone
+# state that must not change
 def test_what_is_used_in_training_only_is_said():
     model = stirred(Net(lambda s, x: (s.b(h := s.n(s.a(x)).relu()), s.c(h)) if s.training else s.b(s.n(s.a(x)).relu()),
                         a=lin(12,16), n=nn.BatchNorm1d(16), b=lin(16,8), c=lin(16,4)))

@@ -1,4 +1,4 @@
-"The permutation search against brute force and dynamic programming, its back ends against each other, and what it refuses"
+"The permutation search: against brute force and dynamic programming, its backends against each other, and wrong input"
 import itertools, math, random
 from itertools import combinations
 
@@ -8,13 +8,13 @@ from fasterai_sparse.utils.native import instruction_sets, sum_max
 from fasterai_sparse.core.patterns import NM
 from fasterai_sparse.nm.search import NumpyMap, permutation_backends, search_permutation, TorchMap
 
-BACKENDS = [b for b,why in permutation_backends().items() if not why and b != 'apex']   # which does less
+BACKENDS = [b for b,why in permutation_backends().items() if not why and b != 'apex']   # apex has only a part of it
 each_backend = pytest.mark.parametrize('backend', BACKENDS)
 
 def kept(s, n=2, m=4): return np.sort(np.asarray(s, np.float64).reshape(len(s), -1, m), -1)[...,m-n:].sum()
 
 def optimum(s, n=2, m=4):
-    "The most that n:m can keep of the columns of `s`, by dynamic programming over the sets of columns that are dealt already"
+    "Largest sum that n:m keeps of `s` in any order of columns, by dynamic programming over sets of placed columns"
     c = s.shape[1]
     of = {sum(1<<i for i in g): kept(s[:,list(g)], n, m) for g in combinations(range(c), m)}
     best = {0: 0.}
@@ -30,7 +30,7 @@ def optimum(s, n=2, m=4):
     return value
 
 def check(p, s, n=2, m=4):
-    "That `p` is an order of the columns of `s`, and what it says of itself"
+    "`p` is an order of the columns of `s`, and its figures are right"
     c = s.shape[1]//m*m
     assert p.order.dtype == torch.int64 and p.order.sort().values.tolist() == list(range(s.shape[1]))
     assert p.order[c:].tolist() == list(range(c, s.shape[1]))
@@ -58,7 +58,7 @@ def test_other_patterns_get_the_optimum(backend, n, m, c):
     assert p.kept == pytest.approx(optimum(s, n, m), rel=1e-6)
 
 def best_in_groups(s, groups, n=2, m=4):
-    "The most that n:m can keep where columns move within their group only: all ways to deal each group's columns into its places"
+    "Largest sum that n:m keeps where columns move only within their group, by trying all orders of each group"
     places = {g: [i for i in range(len(groups)) if groups[i] == g] for g in set(groups) if g >= 0}
     best = 0.
     for dealt in itertools.product(*(itertools.permutations(p) for p in places.values())):
@@ -108,13 +108,13 @@ def test_odd_scores(kind):
     for backend in BACKENDS: check(search_permutation(s, backend=backend), s)
 
 def test_a_bad_order_is_mended():
-    "Large columns side by side are what a permutation is there for"
+    "An order that puts all large columns into one group is improved"
     s = np.repeat([[10., 10, 10, 10, 1, 1, 1, 1]], 6, 0)
     p = search_permutation(s)
     assert p.naive == 6*22 and p.kept == 6*40 and p.efficacy == 100
 
 @pytest.mark.parametrize('n,m', [(2,4), (1,4), (2,8)])
-def test_what_it_says_is_what_the_pattern_keeps(n, m):
+def test_its_figures_are_what_the_pattern_keeps(n, m):
     w = torch.randn(24, 32)
     p = search_permutation(w.abs(), n, m)
     mask = NM(n, m).select(w[:,p.order].abs(), w.numel()*n//m)
@@ -142,7 +142,7 @@ def test_more_time_is_no_worse():
 
 def test_a_short_budget_is_kept():
     s = torch.rand(256, 512)
-    # by a wide margin: a step that has begun is ended
+    # a step that has begun is finished, so with a wide margin
     assert search_permutation(s, time_budget=.05, backend=BACKENDS[0]).seconds < 5
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64, torch.int64])
@@ -180,7 +180,7 @@ def test_native_map_equals_its_twin(n, m):
     assert np.allclose(*(e.exchange(order, holes) for e in maps), rtol=1e-5)
 
 @pytest.mark.skipif('native' not in BACKENDS, reason='no compiled library')
-# the last for several threads
+# the last is large enough for several threads
 @pytest.mark.parametrize('a,b,k', [(1,1,16), (3,5,16), (4,4,32), (7,130,48), (64,9,1024), (97,130,1024)])
 def test_instruction_sets_agree(a, b, k):
     h = np.random.RandomState(0).rand(a, k).astype(np.float32)

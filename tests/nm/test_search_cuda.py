@@ -1,4 +1,7 @@
-"The CUDA kernels and ASP's functions: compiled for devices that aren't here, run thread by thread on the CPU, and, marked `cuda`, on a device; each against numpy or torch"
+"""The CUDA kernels of the permutation search, and ASP's functions, against numpy or torch.
+
+They are compiled for devices that need not be here, run thread by thread on the CPU, and on a GPU by the tests marked
+`cuda`."""
 import ctypes, re, shutil, subprocess, sys, types
 from contextlib import nullcontext
 from itertools import combinations
@@ -140,7 +143,7 @@ int cuGetErrorString(int code, const char** text) { *text = "the stand-in is not
 
 @pytest.fixture(scope='module')
 def cpu_kernels(tmp_path_factory):
-    "The kernels as a library for this CPU"
+    "The kernels compiled for the CPU"
     if sys.platform != 'linux' or not shutil.which('g++'): pytest.skip('takes g++ on Linux')
     folder = tmp_path_factory.mktemp('kernels')
     names = re.findall(r'^extern "C".* (\w+)\(', _kernel_source(), re.M)
@@ -158,7 +161,7 @@ def cpu_kernels(tmp_path_factory):
 
 @pytest.fixture(params=['cpu', 'cpu backwards', pytest.param('cuda', marks=on_device)])
 def device(request, monkeypatch):
-    "Where kernels run; threads in either order must give the same"
+    "Device of the kernels; on the CPU, threads in either order must give the same"
     if request.param == 'cuda': return 'cuda'
     lib = request.getfixturevalue('cpu_kernels')
     def launch(name, grid, block, *args):
@@ -326,7 +329,7 @@ def apex(monkeypatch):
 
 @pytest.fixture(params=['numpy', 'apex', 'cuda'])
 def kernels(request):
-    "`ASPKernels`, each way"
+    "`ASPKernels` with each implementation"
     if request.param == 'apex': request.getfixturevalue('apex')
     if request.param != 'cuda': return ASPKernels(request.param)
     res = ASPKernels()
@@ -472,7 +475,7 @@ def test_sixteen_columns_by_all_their_deals():
     assert asp_search(s, escape_attempts=0).kept == pytest.approx(max(kept(s[:,d]) for d in _deals(8)), rel=1e-6)
 
 def test_wide_matrices_are_halved(monkeypatch):
-    "Groups of 12 above 512 columns: each half, the whole by 8, and the order is that of all three"
+    "Above 512 columns groups of 12 are searched in each half, then groups of 8 in the whole"
     called, rng = [], np.random.default_rng(0)
     def search(x, strategy, kernels, escapes, rng):
         called.append((x.copy(), strategy.deals.shape[1], escapes, rng.permutation(x.shape[1])))

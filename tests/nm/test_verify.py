@@ -1,9 +1,9 @@
-"From a trained model to a verified N:M pattern: verify_nm, prune_trained_model, and permute=True in Sparsifier and SparsifyCallback"
+"From a trained model to a verified N:M pattern: verify_nm, prune_trained_model, and `permute=True`"
 from copy import deepcopy
 
 import pytest, torch
 from fastai.vision.learner import vision_learner
-from torchvision.models import resnet18
+from torchvision.models.resnet import BasicBlock, ResNet
 from torch import nn
 
 from callback_helpers import at, fit, learner, loaders, sparse
@@ -24,7 +24,7 @@ def net():
                          nn.Linear(32,16), nn.ReLU(), nn.Linear(16,4))
 
 def broken(model, n=2, m=4):
-    "Groups with too many live weights, counted one by one"
+    "Number of N:M groups with too many live weights"
     count = 0
     for l in model.modules():
         if isinstance(l, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)) and l.weight.shape[1] % m == 0:
@@ -55,7 +55,7 @@ def test_each_broken_group_is_counted():
     assert (row.broken, row.pattern, row.note) == (2, 'no', '2 of 72 groups keep more than 2')
     assert verify_nm(model).attrs['share'] == 0
 
-def test_what_is_not_there_is_said():
+def test_layers_without_a_pattern_are_reported_with_the_reason():
     model = nn.Sequential(nn.Linear(6,4), nn.Linear(8,4), nn.LazyLinear(4),
                           nn.utils.parametrizations.weight_norm(nn.Linear(8,4)))
     df = verify_nm(model)
@@ -114,7 +114,7 @@ def test_criteria_and_their_snapshots_go_along(criterion):
     model, x = net(), torch.randn(8,2,6,6)
     s = Sparsifier(model, 'weight', 'local', criterion, nm=True, permute=True, layer_type=(nn.Conv2d, nn.Linear),
                    data=x)
-    if s.init:   # what they were, to be told from what they are
+    if s.init:   # initial weights that differ from the current ones
         was = {n: s.param(n).detach().clone() for n in s.layers}
         with torch.no_grad():
             for n in s.layers: s.param(n).mul_(2)
@@ -175,10 +175,11 @@ def test_a_fit_goes_on_in_its_order():
     assert broken(learn.model) == 0
 
 def test_a_vision_learner():
-    "A torchvision body with fastai's head: AdaptiveConcatPool, Flatten, BatchNorm1d"
+    "A torchvision body with fastai's head of AdaptiveConcatPool, Flatten and BatchNorm1d"
+    def small_resnet(pretrained=False): return ResNet(BasicBlock, [1,1,1,1])
     set_seed(0)
     dls = loaders(4, lambda n: list(zip(torch.randn(n, 8, 3, 32, 32), torch.randint(4, (n, 8)))))
-    learn = vision_learner(dls, resnet18, pretrained=False, n_out=4, normalize=False, loss_func=CrossEntropyLossFlat())
+    learn = vision_learner(dls, small_resnet, pretrained=False, n_out=4, normalize=False, loss_func=CrossEntropyLossFlat())
     learn.unfreeze()
     cb = sparse(50, one_shot, nm=True, permute=True, layer_type=(nn.Conv2d, nn.Linear))
     fit(learn, 1, cb)
@@ -186,7 +187,7 @@ def test_a_vision_learner():
     assert df.attrs['share'] == 1 and df.kept.sum() > 1.002*df.naive.sum() and broken(learn.model) == 0
     assert verify_nm(learn).pattern.tolist().count('dense') == 1   # the first reads three channels
     x = dls.one_batch()[0]
-    model = vision_learner(dls, resnet18, pretrained=False, n_out=4, normalize=False,
+    model = vision_learner(dls, small_resnet, pretrained=False, n_out=4, normalize=False,
                            loss_func=CrossEntropyLossFlat()).model.eval()
     was = model(x)
     s = Sparsifier(model, 'weight', 'local', large_final, nm=True, permute=True, layer_type=(nn.Conv2d, nn.Linear),

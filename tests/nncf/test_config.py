@@ -1,4 +1,4 @@
-"NNCF's numbers, produced by running it: tests/golden/nncf.json"
+"The same numbers as NNCF's, which a run of NNCF wrote into tests/golden/nncf.json"
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -86,7 +86,7 @@ rb = golden['rb']
 near = lambda t, want, rel: t.flatten().tolist() == pytest.approx(want, rel=rel, abs=1e-8)
 
 def rb_masks():
-    "Parameters, and the masks over them with the logits of the golden file"
+    "Parameters and their RB masks, with the logits of the golden file"
     params = {n: nn.Parameter(torch.tensor(l['weights']).view(l['shape'])) for n,l in rb['layers'].items()}
     soft = _LearnedMasks(params, 0)
     for n,s in soft.logits.items():
@@ -141,7 +141,7 @@ def test_rb_loss_at_the_start(case):
 mag = golden['magnitude']
 
 def test_magnitude_weights_return():
-    "The masks of each step are drawn from the weights below; after the freeze they stay"
+    "Masks are chosen by the unmasked weights at each step, and stay after the freeze"
     net = nn.Sequential(nn.Linear(8, 1, bias=False))
     s = Sparsifier(net, 'weight', 'local', weight_importances['abs'], layer_type=nn.Linear)
     for row in golden['magnitude_regrowth']['sequence']:
@@ -161,7 +161,7 @@ def magnitude_net():
 
 @pytest.mark.parametrize('case', mag['cases'], ids=lambda c: f"{c['importance']}-{c['mode']}-{c['level']}")
 def test_magnitude_masks(case):
-    "Ours have the exact count, and leave no layer empty; theirs, by a strict threshold, up to one zero more in each scope"
+    "Our counts are exact and leave no layer empty; NNCF has a strict threshold, so up to one zero more in each scope"
     s = Sparsifier(magnitude_net(), 'weight', case['mode'], weight_importances[case['importance']],
                    layer_type=CONV_AND_LINEAR)
     masks = dict(s.choose(as_ratio(case['level'])))
@@ -178,7 +178,7 @@ def test_magnitude_masks(case):
 # --- configuration
 
 silent = pytest.mark.filterwarnings('ignore:The schedule')
-# the blocks of seed 003, as they stand
+# the code of seed 003, unchanged
 SEED = (Path(__file__).parent.parent/'golden'/'nncf_blocks.txt').read_text().split('\n---\n')
 
 @silent
@@ -186,7 +186,8 @@ SEED = (Path(__file__).parent.parent/'golden'/'nncf_blocks.txt').read_text().spl
 def test_the_seeds_blocks_load_as_they_stand(block, tmp_path):
     a, = SparsityConfig.from_json(block).algorithms
     (tmp_path/'c.json').write_text(block)
-    for path in (tmp_path/'c.json', str(tmp_path/'c.json')): assert SparsityConfig.from_json(path) == SparsityConfig((a,))
+    for path in (tmp_path/'c.json', str(tmp_path/'c.json')):
+        assert SparsityConfig.from_json(path) == SparsityConfig((a,))
     assert a.target_scopes is None and a.ignored_scopes == ()
     if a.algorithm == 'const_sparsity': return
     assert [a.schedule.level(e) for e in (0, 9, 10, 19, 20, 49)] == [.2, .2, .5, .5, .7, .7]

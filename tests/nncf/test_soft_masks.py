@@ -1,4 +1,4 @@
-"Soft masks in a fit: what is masked when, what survives below, and how they get on with all else in a learner"
+"Soft masks in a fit: when weights are masked, that masked weights are kept, and together with the rest of fastai"
 import json, math, pickle, warnings
 from copy import deepcopy
 from pathlib import Path
@@ -15,7 +15,8 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from callback_helpers import (
-    all_same, at, collect, convnet, copied_by, exportable, fit, follows_masks, images, kept, learner, loaders, masks, OnCPU, optimizer_state, raising, said, same, snapshot, sparse, split, weights, zeros)
+    all_same, at, collect, convnet, copied_by, exportable, fit, follows_masks, images, kept, learner, loaders, masks,
+    OnCPU, optimizer_state, raising, said, same, snapshot, sparse, split, weights, zeros)
 from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, nn, partial, set_seed, torch
 from cases import in_a_loop
 from kinds import LAYERS as ALL, N_ALL, n_zero, Stirred
@@ -54,7 +55,7 @@ def soft(kind, sparsity=70, schedule=None, **kwargs):
     return CLASSES[kind](None if isinstance(schedule, EpochSchedule) else sparsity, schedule, **kwargs)
 
 def masks_of(cb):
-    "The masks of now, soft or hard, by name"
+    "Name -> current mask, soft or hard"
     return {n: cb.soft.masks[n] if cb.soft.masks else get_mask(*cb.owners[n])
             for n in cb.params if cb.soft.masks or cb.frozen}
 
@@ -67,11 +68,11 @@ def column(learn, name='sparsity'):
 def has_hooks(model): return any(p._backward_hooks for p in model.parameters())
 
 def check_sparse(learn):
-    "Masks are hard, and exactly what they drop is zero"
+    "Masks are hard, and exactly the masked weights are zero"
     assert len(masks(learn.model)) >= 1 and follows_masks(learn.model) and not has_hooks(learn.model)
     assert any(isinstance(cb, KeepMasks) for cb in learn.cbs)
 
-# --- 1. what holds at every step
+# --- 1. when weights are masked, and when raw
 
 RAW = {'before_train', 'after_backward', 'before_step', 'after_step', 'after_batch'}
 OPTIMIZERS = dict(adam=Adam, lookahead=lambda ps, **kw: Lookahead(SGD(ps, mom=.9, **kw), k=2),
@@ -80,7 +81,7 @@ OPTIMIZERS = dict(adam=Adam, lookahead=lambda ps, **kw: Lookahead(SGD(ps, mom=.9
 WAYS = dict(pct=None, epoch=Polynomial(.2, .7, 3, 2))
 
 class Watch(Callback):
-    """Checks at each event of a fit with `cb`, after all other callbacks, that weights are masked or raw as they should be.
+    """Checks at each event of a fit with `cb`, after all other callbacks, that weights are masked or raw as expected.
 
     `seen`: (raw, frozen, training) -> number of masked weights, over all events."""
     order = 90
@@ -101,7 +102,7 @@ class Watch(Callback):
 @pytest.mark.parametrize('opt', OPTIMIZERS)
 @both
 def test_what_is_masked_when(kind, opt, way):
-    "Masked in each forward and backward pass and for all that looks; raw while the optimizer steps; hard from the freeze on"
+    "Weights are masked in forward and backward passes and for other callbacks, raw while the optimizer steps"
     learn, cb = learner(4, opt_func=OPTIMIZERS[opt]), soft(kind, schedule=WAYS[way])
     watch, keys = Watch(cb), list(learn.model.state_dict())
     fit(learn, 5, [cb, watch], 'fit_one_cycle')
@@ -111,7 +112,7 @@ def test_what_is_masked_when(kind, opt, way):
 @pytest.mark.parametrize('beside', [[], [GradientAccumulation(24)]], ids=['alone', 'accumulating'])
 @both
 def test_no_gradient_for_what_the_mask_drops(kind, beside):
-    "The first callback of a step, and so the optimizer and what clips, sees none; what is accumulated was masked batch by batch"
+    "Gradients are masked before the first `before_step`; accumulated ones by the mask of each batch"
     learn, cb, seen, drawn = learner(), soft(kind, freeze_pct=1), [], []
     def look(learn):
         drawn.append(masks_of(cb))
@@ -131,7 +132,7 @@ def plain_sgd(): return learner(opt_func=SGD)
                          ids=['line', 'falls'])
 @both
 def test_weights_survive_below_the_mask(kind, schedule):
-    "What the mask drops does not move in a step, and comes back with its value"
+    "Masked weights do not move in a step, and come back with their value"
     learn, cb, drawn, back = plain_sgd(), soft(kind, schedule=schedule, freeze_pct=1), [], []
     before, was = collect('before_batch', lambda l: copies(cb.params), 0)
     look = at('before_backward', lambda l: drawn.append(copies(masks_of(cb))))
@@ -155,7 +156,7 @@ def test_weights_survive_below_the_mask(kind, schedule):
                          ids=lambda o: o.__name__[6:-9] if isinstance(o, type) else o)
 @both
 def test_weights_survive_whatever_is_cancelled(kind, exc, event):
-    "With a learning rate of 0 they are to the bit what they were, whenever they are raw"
+    "With a learning rate of 0, raw weights are those of the start to the bit"
     learn, cb = learner(4, opt_func=SGD), soft(kind, freeze_pct=1)
     dense, seen = copies(dict(learn.model.named_parameters())), []
     def stop(learn):
@@ -167,8 +168,8 @@ def test_weights_survive_whatever_is_cancelled(kind, exc, event):
 
 @pytest.mark.parametrize('acc', [False, True])
 @both
-def test_a_backward_pass_of_another(kind, acc):
-    "While the weights are raw nothing is masked, and nothing counts for the logits"
+def test_a_backward_pass_by_another_callback(kind, acc):
+    "Another callback's backward pass over raw weights is not masked, and adds no gradients of logits"
     learn, cb, n = learner(4), soft(kind, freeze_pct=1), []
     def extra(learn):
         grads = {k: s.grad.clone() for k,s in getattr(cb, 'logits', {}).items()}
@@ -203,12 +204,12 @@ def test_weights_stay_where_they_are_in_memory(kind):
     fit(learn, 1, [cb, begin])
     assert where() == at_first and all_same(left, begun[0])
 
-# --- 2. fits one after the other, frozen layers, optimizers that are made anew
+# --- 2. fits one after the other, frozen layers, new optimizers
 
 @pytest.mark.parametrize('how', ['fit', 'fit_one_cycle', 'fit_flat_cos'])
 @both
 def test_two_fits(kind, how):
-    "The second starts its schedule anew, with soft masks, from what the first has learned"
+    "The second fit starts its schedule anew, with soft masks, from the weights and logits of the first"
     learn, cb, begun = learner(4), soft(kind), []
     fit(learn, 4, cb, how)
     check_sparse(learn)
@@ -243,7 +244,7 @@ def test_one_object_and_two_models():
 
 @both
 def test_fine_tune(kind):
-    "The head by itself at first, then all"
+    "`fine_tune` trains the head alone at first, then all layers"
     learn, cb, ends = learner(4, splitter=split), soft(kind), []
     look = at('after_epoch', lambda l: ends.append([int((w == 0).sum()) for w in weights(l.model, ALL)]))
     fit(learn, 4, [cb, look], 'fine_tune', freeze_epochs=2, base_lr=1e-2)
@@ -310,8 +311,8 @@ def test_an_optimizer_that_is_made_anew(kind, when):
 
 @pytest.mark.parametrize('opt', OPTIMIZERS)
 @both
-def test_the_past_of_what_is_baked_is_forgotten(kind, opt):
-    "Momentum does not move what is zero, nor do slow weights bring it back"
+def test_optimizer_state_of_masked_weights_is_zero_after_the_fit(kind, opt):
+    "After the fit neither momentum nor slow weights move a masked weight"
     learn, cb = learner(4, opt_func=OPTIMIZERS[opt]), soft(kind, freeze_pct=1)
     fit(learn, 2, cb)
     for *_,p,mask in masked_params(learn.model):
@@ -329,7 +330,7 @@ def logits_after(cbs=(), n_epoch=3, **kwargs):
 
 @pytest.mark.parametrize('scale', [1., 1024., 2.**-6])
 def test_a_scale_makes_no_difference(scale):
-    "The gradients of logits are unscaled, those of their level were never scaled"
+    "The loss scale changes neither the task's gradients of logits nor those of their level"
     for a,b in zip(logits_after(), logits_after([OnCPU(scale=scale, autocast=False)])): assert same(a, b)
 
 @pytest.mark.parametrize('mode,dtype', [('fp16', torch.float16), ('bf16', torch.bfloat16)])
@@ -363,7 +364,7 @@ def test_logits_rest_while_gradients_overflow(skipped, acc):
 # --- 4. gradients, by autograd and torch's own optimizers
 
 def noted_noise(cb):
-    "Have what `cb` draws its masks from noted in a list"
+    "List to which `cb` appends the noise it draws masks from"
     noise, make = [], cb.make_masks
     def make_masks():
         soft = make()
@@ -377,7 +378,7 @@ def noted_noise(cb):
 def through(hard, smooth): return hard + smooth - smooth.detach()
 
 def by_hand(net, logits, noise, batches, level, local, n_acc, clip, adam, lr=1e-2, p=.05):
-    "Logits and weights of a training of RB as its formulas are written"
+    "Logits and weights after training by RB's formulas, written out"
     s, noise = {n: t.clone().requires_grad_() for n,t in logits.items()}, iter(noise)
     opt, mask_opt = torch.optim.SGD(net.parameters(), lr), torch.optim.Adam(s.values(), **adam)
     for i,(x,y) in enumerate(batches):
@@ -401,7 +402,7 @@ def by_hand(net, logits, noise, batches, level, local, n_acc, clip, adam, lr=1e-
 @pytest.mark.parametrize('clip', [None, .05])
 @pytest.mark.parametrize('n_acc', [None, 16, 24])
 def test_gradients_of_weights_and_logits(n_acc, clip, context):
-    "Each micro-batch counts under its own mask; clipping is of weights' gradients alone"
+    "Each micro-batch is computed with its own mask; clipping applies to gradients of weights only"
     learn, cb, start = plain_sgd(), soft('rb', 40, Schedule(sched_one_shot), context=context, freeze_pct=1), []
     net, noise = deepcopy(learn.model), noted_noise(cb)
     begin = at('before_train', lambda l: start.extend([copies(cb.soft.logits), cb.mask_opt.defaults]))
@@ -418,7 +419,7 @@ def test_gradients_of_weights_and_logits(n_acc, clip, context):
 
 @pytest.mark.parametrize('n_acc', [16, 24])
 def test_magnitude_accumulates(n_acc):
-    "As by hand, with the masks of the epoch"
+    "Accumulated gradients give the weights of a training by hand with the masks of the epoch"
     learn, cb = plain_sgd(), soft('magnitude', 50, Schedule(sched_one_shot), freeze_pct=1)
     net, epoch, raw = deepcopy(learn.model), [], []
     fit(learn, 1,
@@ -444,7 +445,7 @@ def test_noise_is_uniform(n):
 
 @pytest.mark.parametrize('n', [0, 72])
 def test_logits_stay_where_they_can_come_back(n):
-    learn, cb = learner(), RBSparsityCallback(0, mask_lr=20., freeze_pct=1)   # the task's gradients alone: up and down
+    learn, cb = learner(), RBSparsityCallback(0, mask_lr=20., freeze_pct=1)   # so that only the task moves the logits, up and down
     if n: Sparsifier(learn.model, 'weight', 'local', large_final).sparsify_layer(learn.model[0], 50)
     watch, seen = collect('after_batch', lambda l: torch.cat([s.flatten() for s in cb.logits.values()]))
     fit(learn, 3, [cb, watch])
@@ -453,7 +454,7 @@ def test_logits_stay_where_they_can_come_back(n):
 
 @pytest.mark.parametrize('loss', [math.nan, math.inf])
 def test_logits_rest_where_gradients_are_not_finite(loss):
-    "Also without mixed precision, where another callback spares the weights the step, or none does"
+    "Without mixed precision, and where another callback cancels the step"
     cb, n = soft('rb', freeze_pct=1), []
     before, was = collect('before_step', lambda l: copies(cb.logits), 0)
     after, now = collect('after_step', lambda l: copies(cb.logits))
@@ -467,7 +468,7 @@ def test_logits_rest_where_gradients_are_not_finite(loss):
     assert all(s.isfinite().all() for s in cb.logits.values())
 
 def test_the_same_seed_the_same_masks():
-    "And nothing is drawn from torch's own generator, which orders the data"
+    "The same seed gives the same masks, and torch's global generator is not used"
     a, b, c = [logits_after(seed=s)[0] for s in (0, 0, 1)]
     assert same(a, b) and not same(a, c)
     set_seed(0)
@@ -482,7 +483,7 @@ def test_the_same_seed_the_same_masks():
 # --- 5. the freeze
 
 def frozen_at(kind, n_epoch, **kwargs):
-    "Batch from which masks are hard, and what held from there on: masks, logits, weights, columns"
+    "Index of the first batch with hard masks, which must then stay; the learner; nonzero weights after each epoch"
     learn, cb, seen = learner(), soft(kind, **kwargs), []
     def look(learn):
         seen.append((cb.frozen, masks(learn.model), copies(getattr(cb.soft, 'logits', {})),
@@ -518,7 +519,7 @@ SCHEDULES = dict(polynomial=Polynomial(.1, .6, 3, 2), exponential=Exponential(.1
 @pytest.mark.parametrize('name', SCHEDULES)
 @both
 def test_frozen_from_an_epoch(kind, name):
-    "With the masks with which the epoch before it was validated"
+    "From the epoch of the freeze on, masks are those that the epoch before was validated with"
     first, learn, ends = frozen_at(kind, 5, schedule=SCHEDULES[name])
     assert first == 18 and all_same(ends[2], ends[-1]) and column(learn)[2] == column(learn)[4]
     if kind == 'rb': assert column(learn, 'rb_loss')[3:] == [0, 0] and all(column(learn, 'rb_loss')[:3])
@@ -534,8 +535,8 @@ def test_frozen_from_the_start(kind):
                          ids=['polynomial', 'adaptive', 'multistep'])
 @both
 def test_a_fit_that_starts_later(kind, s):
-    "The epochs before count as reached"
-    if kind == 'rb' and isinstance(s, Adaptive): return   # it has nothing to be measured yet
+    "Epochs before `start_epoch` count as reached"
+    if kind == 'rb' and isinstance(s, Adaptive): return   # RB has no sparsity to measure before it starts
     learn = learner()
     cb, (levels, seen) = soft(kind, schedule=s), collect('before_batch', lambda l: cb.level)
     fit(learn, 6, [cb, levels], start_epoch=3)
@@ -544,7 +545,7 @@ def test_a_fit_that_starts_later(kind, s):
 
 @both
 def test_a_fit_that_starts_after_the_freeze(kind):
-    "Masks are those that the weights have, at the level of the freeze"
+    "A fit that starts after the freeze takes the masks from the zeros of the weights"
     learn, cb, s = learner(), soft(kind, schedule=Polynomial(.1, .6, 3, 2)), Polynomial(.1, .6, 3, 2)
     fit(learn, 5, [cb, at('after_epoch', lambda l: l.save('m') if l.epoch == 3 else None)])
     other, again = learner(), soft(kind, schedule=s)
@@ -557,7 +558,7 @@ def test_a_fit_that_starts_after_the_freeze(kind):
 # --- 6. levels
 
 def ends_of(learn, cb, n_epoch, *cbs, **kwargs):
-    "Level, zeros by layer, and raw weights at the start, of each epoch"
+    "Raw weights at the start of each epoch; level, zeros by layer and weights at its end"
     raw, levels = [], []
     begin = at('before_train', lambda l: raw.append(copies(cb.params)))
     end = at('after_epoch',
@@ -568,7 +569,7 @@ def ends_of(learn, cb, n_epoch, *cbs, **kwargs):
 @pytest.mark.parametrize('importance', ['abs', 'normed_abs'])
 @pytest.mark.parametrize('context', ['global', 'local', erdos_renyi_sparsity])
 def test_the_least_important_are_dropped(context, importance):
-    "As many as the level says, in all or in each layer"
+    "As many weights as the level says are dropped, in all or in each layer, and they are the least important"
     s = Polynomial(.1, .8, 4, 3)
     learn, cb = learner(4), soft('magnitude', schedule=s, context=context, weight_importance=importance)
     with torch.no_grad(): learn.model[0].weight.mul_(4)
@@ -585,7 +586,7 @@ def test_the_least_important_are_dropped(context, importance):
     assert (max(shares)-min(shares) < .02) == (context == 'local')
 
 @both
-def test_the_column_is_what_is_measured(kind):
+def test_the_column_shows_the_measured_sparsity(kind):
     learn, cb = learner(4), soft(kind)
     _, ends = ends_of(learn, cb, 5)
     assert column(learn) == [round(100*sum(z)/N_ALL, 2) for _,z,_ in ends] and sum(ends[-1][1]) == n_zero(learn)
@@ -619,7 +620,7 @@ def test_a_level_for_each_batch(kind, steps):
 
 @pytest.mark.parametrize('start,rises', [(None, False), (-2., True)])
 def test_an_adaptive_level_waits_for_rb(start, rises):
-    "With all weights kept it is never reached, with nearly all dropped always"
+    "The level rises only once it is reached: never with all weights kept, always with nearly all dropped"
     learn, cb = learner(), RBSparsityCallback(schedule=Adaptive(.1, .5, step=.1), mask_lr=1e-6)
     if start:
         cb.load_state_dict({'logits': {n: torch.full_like(learn.model.get_parameter(f'{n}.weight'), start)
@@ -669,7 +670,7 @@ def test_a_target_that_was_reached_is_not():
         fit(learner(), 2, soft('magnitude'))
         fit(learner(), 2, soft('magnitude', schedule=lin))
 
-# --- 7. copies, files, fits that break off, and looks
+# --- 7. copies, files, interrupted fits, and calls that change nothing
 
 @pytest.mark.parametrize('when', ['after_epoch', 'after'])
 @both
@@ -696,7 +697,7 @@ def zeros_of(path):
 
 @both
 def test_what_is_saved_after_each_epoch(kind):
-    "Is masked, with the keys of the dense model, whoever saves it, and is what was validated"
+    "Files saved after an epoch hold the masked weights that were validated, with the keys of a dense model"
     learn, cb = learner(4), soft(kind)
     keys = list(learn.model.state_dict())
     own = at('after_epoch', lambda l: torch.save(l.model.state_dict(), f'own_{l.epoch}.pth'), 0)
@@ -710,7 +711,7 @@ def test_what_is_saved_after_each_epoch(kind):
 @pytest.mark.parametrize('event', ['after_epoch', 'before_epoch', 'after_validate'])
 @both
 def test_what_is_loaded_between_epochs_takes_effect(kind, event):
-    "All of it, also what lies below the mask"
+    "Weights loaded between epochs take effect, also the masked ones"
     learn, cb = learner(4), soft(kind, freeze_pct=1)
     learn.save('dense')
     dense = copies(dict(learn.model.named_parameters()))
@@ -725,7 +726,7 @@ STOPS = ['before_epoch', 'before_train', 'before_batch', 'after_pred', 'after_lo
          'after_train', 'before_validate', 'after_validate', 'after_epoch']
 
 def broken_off(kind, event, exc=RuntimeError('stop'), beside=()):
-    "A learner whose second epoch broke off at `event`, its callback, and the masks of that moment"
+    "A learner whose second epoch was interrupted at `event`, its callback, and the masks of that moment"
     learn, cb, then = learner(dls=exportable(5)), soft(kind), {}
     def stop(learn):
         if cb.n_epochs != 1 or learn.training and event in STOPS[2:10] and learn.iter != 4: return
@@ -737,14 +738,14 @@ def broken_off(kind, event, exc=RuntimeError('stop'), beside=()):
 
 @in_a_loop('event', STOPS)
 @both
-def test_what_a_fit_that_breaks_off_leaves(kind, event):
-    "Masked weights, but from the end of the backward pass to the end of the batch, and where no batch has begun"
+def test_weights_after_an_interrupted_fit(kind, event):
+    "An interrupted fit leaves masked weights, except between backward pass and end of batch, or before the first batch"
     learn, cb, then = broken_off(kind, event, KeyboardInterrupt())
     for n,p in cb.params.items(): assert p.all() if event in RAW else torch.equal(p == 0, ~then[n])
 
 @defect('the weights below the mask are still there while the next batch is loaded')
 @both
-def test_what_a_fit_leaves_that_breaks_off_while_it_loads(kind):
+def test_weights_after_a_fit_interrupted_while_loading(kind):
     class Broken(list):
         def __getitem__(self, i):
             if i == 4 and cb.n_epochs: raise KeyboardInterrupt
@@ -756,7 +757,7 @@ def test_what_a_fit_leaves_that_breaks_off_while_it_loads(kind):
 @pytest.mark.parametrize('event', ['before_epoch', 'after_pred', 'after_backward', 'after_step', 'after_train'])
 @both
 def test_fits_after_one_that_broke_off(kind, event):
-    "Plain, with the same callback, with another; and copies and exports"
+    "After an interrupted fit: plain fits, fits with the same callback or another, copies and exports"
     for again in (None, 'same', 'other'):
         learn, cb, then = broken_off(kind, event)
         if again is None: learn.export('l.pkl'), deepcopy(learn.model), deepcopy(cb), pickle.dumps(cb)
@@ -836,7 +837,7 @@ def test_validation_is_of_masked_weights(kind):
     assert len(seen) == 4*2*3 and all(seen)
 
 def test_logits_of_a_checkpoint():
-    "A new callback goes on from them; without, all start anew"
+    "A new callback continues from loaded logits, and starts anew without them"
     learn, cb, saved = learner(), soft('rb', freeze_pct=1), []
     assert cb.logits == {} == cb.state_dict()['logits']
     def save(learn):
@@ -855,7 +856,7 @@ def test_logits_of_a_checkpoint():
     again.load_state_dict({'logits': {'0': torch.zeros(3)}})
     with pytest.raises(ValueError, match="'0' of shape \\(3,\\)"): fit(learner(), 1, again)
 
-# --- 8. before and after other ways to be sparse
+# --- 8. before and after other ways to sparsify
 
 def by_callback(learn): fit(learn, 2, sparse(40, layer_type=ALL, context='global'))
 def at_once(learn): Sparsifier(learn.model, 'weight', 'local', large_final, layer_type=nn.Conv2d).sparsify_model(40)
@@ -872,7 +873,7 @@ def by_filters(learn): Sparsifier(learn.model, 'filter', 'local', large_final).s
 @pytest.mark.parametrize('before', [by_callback, at_once, dynamically, from_zeros, by_filters])
 @both
 def test_what_was_dropped_before_stays_dropped(kind, before, sparsity):
-    "And counts: the level is never below; live weights are never zero"
+    "Weights masked before the fit stay zero and count for the level"
     learn, cb = learner(), soft(kind, sparsity, freeze_pct=1)
     before(learn)
     had = {id(p): ~mask for *_,p,mask in masked_params(learn.model)}
@@ -906,7 +907,7 @@ def test_what_was_dropped_before_stays_dropped_in_a_second_fit(kind):
 @pytest.mark.parametrize('context', ['global', 'local'])
 @both
 def test_a_layer_that_is_sparser_than_the_level(kind, context):
-    "Stays so, and the rest is shared by the others"
+    "A layer sparser than the level stays so; the other layers share the rest"
     learn, cb = learner(4), soft(kind, 30, context=context, freeze_pct=1)
     Sparsifier(learn.model, 'weight', 'local', large_final, layer_type=None).sparsify_layer('0', 90)
     was = kept(learn.model[0])
@@ -920,8 +921,8 @@ def test_a_layer_that_is_sparser_than_the_level(kind, context):
 
 @pytest.mark.parametrize('context', ['local', 'global'])
 @both
-def test_sparsified_further(kind, context):
-    "From what the soft masks left on: none of that comes back"
+def test_sparsify_callback_after_soft_masks(kind, context):
+    "SparsifyCallback continues from the sparsity that soft masks have reached; no dropped weight comes back"
     learn = fit(learner(4), 3, soft(kind))
     dropped, n = [~m for m in masks(learn.model)], n_zero(learn)
     watch, seen = collect('after_batch',
@@ -932,8 +933,8 @@ def test_sparsified_further(kind, context):
     assert all(h for _,h in seen)
 
 @both
-def test_kept_by_others(kind):
-    "By a plain fit, by constant sparsity, dynamically, and baked"
+def test_masks_in_later_fits_of_other_kinds(kind):
+    "Masks are kept by a plain fit and by constant sparsity, changed by dynamic training, and removed by a bake"
     learn = fit(learner(4), 3, soft(kind, 50))
     n, was = n_zero(learn), masks(learn.model)
     watch, seen = collect('after_step', lambda l: follows_masks(l.model))
@@ -953,7 +954,7 @@ def test_kept_by_others(kind):
 
 @both
 def test_soft_masks_after_a_bake(kind):
-    "Its zeros are weights like others, and may come back"
+    "Zeros of baked masks are ordinary weights, and may come back"
     learn, cb = learner(4), soft(kind)
     fit(learn, 3, cb)
     bake_masks(learn)
@@ -985,7 +986,7 @@ def test_two_callbacks_on_one_layer_are_refused(kind):
 @pytest.mark.parametrize('first', [True, False])
 @both
 def test_beside_a_sparsifying_callback(kind, first):
-    "What that one drops stays dropped, and counts"
+    "Weights that SparsifyCallback drops in the same fit stay dropped and count for the level"
     learn, cb, other = learner(4), soft(kind, 30, freeze_pct=1), sparse(70, layer_type=ALL, update_every=1)
     watch, seen = collect('after_batch', lambda l: mask_sparsity(l.model))
     fit(learn, 4, [cb, other, watch] if first else [other, cb, watch])
@@ -1014,7 +1015,7 @@ FITS = dict(plain=lambda: [], rewritten=lambda: [at('after_step', rewrites, 5)],
 @pytest.mark.parametrize('first', [True, False], ids=['first', 'last'])
 @pytest.mark.parametrize('beside', FITS)
 def test_constant_zeros(beside, first, request):
-    "Stay, in validation too, whatever else goes on; the weights that live are trained"
+    "Zeros stay in training and validation, whatever else is in the fit; live weights are trained"
     if beside == 'little': request.applymarker(defect('a target below what is zero takes the masks back to it'))
     learn, zero = half_empty()
     cb, others, before = ConstSparsityCallback(), FITS[beside](), snapshot(learn.model)
@@ -1068,7 +1069,7 @@ def test_constant_zeros_twice_and_copied():
 # --- 9. models of all kinds
 
 class Twice(nn.Module):
-    "A net that calls one layer twice, and whose last two share a weight"
+    "A network that calls one layer twice, and two of whose layers share a weight"
     def __init__(self):
         super().__init__()
         self.conv, self.bn = nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2)
@@ -1177,7 +1178,7 @@ def test_a_model_that_is_wrapped(kind, wrap):
     assert same(*ends) and list(cb.params) == ['0', '3', '8'] and follows_masks(learn.model)
 
 class SameNoise(Stirred):
-    "Draws the same for all weights, in whatever order they lie in memory"
+    "Draws noise that does not depend on the memory format of the weights"
     def make_masks(self):
         soft = super().make_masks()
         soft._uniform = lambda s: torch.full_like(s, float(soft.rng.random_raw(1)[0] % 97 + 1)/99)
@@ -1287,7 +1288,7 @@ def golden_learner():
 
 @pytest.mark.parametrize('name', GOLDEN)
 def test_statistics(name):
-    "As NNCF has them, but for a tie at the threshold, of which it drops both"
+    "NNCF's statistics, except that NNCF drops both weights of a tie at the threshold"
     case, learn = GOLDEN[name], golden_learner()
     cb = callbacks_from_config(SparsityConfig.from_json(case['config']), learn)[0]
     fit(learn, 1, cb, lr=0.)
@@ -1314,7 +1315,7 @@ def test_shares_are_of_what_is_sparsified(name):
                                                             for l in case['model_statistics']['layers']])
 
 def test_the_loss_along_a_schedule():
-    "With logits that rest: what is lacking to the level, in parts of 5 %, squared"
+    "With constant logits the loss is the squared difference to the level, in units of 5 %"
     rows = json.loads((Path(__file__).parent.parent/'golden'/'nncf.json').read_text())['rb_schedule_to_loss']['rows']
     learn = learner()
     fit(learn, 4, RBSparsityCallback(schedule=Polynomial(.2, .6, 3, 2, power=1.), mask_lr=1e-9))
@@ -1348,7 +1349,7 @@ def test_the_report(kind, context):
 
 @both
 def test_the_log(kind):
-    "A row for each drawing of masks, of RB for each batch until the freeze; anew in each fit"
+    "One row for each new mask (RB: for each batch until the freeze); each fit starts a new log"
     learn, cb = learner(), soft(kind)
     assert list(cb.log) == ['epoch', 'asked_pct', 'sparsity_pct'] and len(cb.log) == 0
     watch, seen = collect('before_backward',
@@ -1383,7 +1384,7 @@ def test_the_log_by_batch(kind):
 @pytest.mark.parametrize('importance', ['abs', 'normed_abs'])
 @pytest.mark.parametrize('context', ['global', 'local'])
 def test_thresholds(context, importance):
-    "The greatest importance that is masked"
+    "The threshold is the largest importance of a masked weight"
     learn = learner(opt_func=SGD)
     cb = soft('magnitude', context=context, weight_importance=importance, schedule=Schedule(sched_one_shot))
     raw, ends = ends_of(learn, cb, 1, lr=0.)
@@ -1404,7 +1405,7 @@ def test_weights_are_back_where_the_adaptation_fails():
 
 @pytest.mark.parametrize('n', [8, 30])
 def test_batchnorm_is_adapted_to_the_first_masks(n):
-    "With as many batches as hold the samples, of which the fit sees none less; raw weights are back then"
+    "Adaptation uses as many batches as hold the samples and restores raw weights; the fit still sees all batches"
     s, learn = Polynomial(.4, .7, 3, 2), learner()
     net, dense = deepcopy(learn.model), snapshot(learn.model)
     raw, seen = collect('before_train', lambda l: snapshot(l.model))
@@ -1420,7 +1421,7 @@ def test_batchnorm_is_adapted_to_the_first_masks(n):
 @pytest.mark.filterwarnings('ignore:The schedule')
 @pytest.mark.parametrize('first', ['const', 'soft'])
 def test_a_configuration_with_two_algorithms(first):
-    "Zeros that were there stay; the rest goes by its schedule"
+    "With const and magnitude sparsity, initial zeros stay and the rest follows the schedule"
     (learn, zero), const = half_empty(.2), {'algorithm': 'const_sparsity'}
     mag = {'algorithm': 'magnitude_sparsity', 'sparsity_init': .05,
            'params': {'schedule': 'multistep', 'multistep_steps': [1], 'multistep_sparsity_levels': [.1, .6],

@@ -1,4 +1,4 @@
-"Two ranks that train under soft masks end with the same: one start of torchrun for all fits"
+"Training with soft masks on two ranks gives both the same masks and weights; torchrun starts once for all fits"
 import pytest
 
 from ranks import needs_gloo, on_two_ranks
@@ -16,7 +16,7 @@ def fits(tmp_path_factory): return on_two_ranks('ddp_soft_worker.py', FITS, tmp_
 
 @pytest.mark.parametrize('name', FITS)
 def test_both_ranks_take_the_same_steps(fits, name):
-    "Weights and logits, at the end the masks, and what the table shows"
+    "Both ranks have the same weights and logits after each step, and the same masks and columns at the end"
     fit = fits[name]
     for what in ('steps', 'ends', 'masks', 'weights', 'zeros', 'column'): assert fit[what][0] == fit[what][1], what
     assert len(fit['steps'][0]) == 24 and len(set(fit['steps'][0])) == (13 if name == 'rb_accumulates' else 24)

@@ -1,4 +1,4 @@
-"The callback's examples of seeds 002 and 004 as written there, on made-up images; and its column in the table"
+"The examples of seeds 002 and 004, unchanged but on generated images, and the column of the epoch table"
 import csv, json
 from functools import cache
 from pathlib import Path
@@ -37,7 +37,7 @@ per_layer_sparsity = {
     '0.6.0.conv1': 70, '0.6.0.conv2': 70, '0.6.1.conv1': 70, '0.6.1.conv2': 70,
     '0.7.0.conv1': 80, '0.7.0.conv2': 80, '0.7.1.conv1': 80, '0.7.1.conv2': 80}
 
-# what is trained, how, and the values that the seed prints
+# arguments, method and length of the fit, and name of the values that the seed prints
 EXAMPLES = dict(
     one_cycle=(dict(sparsity=50, schedule=one_cycle), ('fit_one_cycle', 5), 'one_cycle_50_5'),
     per_layer=(dict(sparsity=per_layer_sparsity, schedule=cos), ('fit_one_cycle', 5), 'cos_mean_57_5_5'),
@@ -52,7 +52,7 @@ def pets():
 
 @cache
 def example(name):
-    "What one of the examples prints, line by line, and the model it leaves"
+    "Lines that the example prints, its model, and the last row of its table"
     kwargs, (how, n_epoch), _ = EXAMPLES[name]
     set_seed(0)
     learn = vision_learner(pets(), resnet18, metrics=accuracy, pretrained=False, n_out=2,
@@ -64,7 +64,7 @@ def example(name):
     return SimpleNamespace(lines=out.splitlines(), zeros=zeros, row=list(learn.recorder.values[-1]))
 
 def target(name, layer):
-    "Percent that the example asks of the layer"
+    "Sparsity in percent that the example asks of the layer"
     sparsity = EXAMPLES[name][0]['sparsity']
     return sparsity.get(layer, 0) if isinstance(sparsity, dict) else sparsity
 
@@ -119,7 +119,7 @@ def test_every_golden_series_has_its_example(): assert {v for *_,v in EXAMPLES.v
 # --- the seeds' other words for a schedule
 
 class Wide(nn.Module):
-    "Enough weights for two decimals"
+    "A network with enough weights to tell two decimals of a percentage apart"
     def __init__(self):
         super().__init__()
         self.inner, self.out = nn.Linear(72, 1000), nn.Linear(1000, 100)
@@ -133,7 +133,7 @@ def linears(sparsity=90, schedule=None, **kwargs):
     return SparsifyCallback(sparsity, 'weight', 'local', large_final, schedule, layer_type=nn.Linear, **kwargs)
 
 def epoch_values(learn, n_epoch, cbs):
-    "Percentages that are printed at the ends of epochs"
+    "Percentages printed at the ends of epochs"
     out = said(lambda: fit(learn, n_epoch, cbs))
     return [float(l.split()[-1].removeprefix('avg=')[:-1]) for l in out.splitlines() if 'end of epoch' in l]
 
@@ -199,7 +199,7 @@ def test_both_lines_of_the_seeds_banner_where_weights_are_saved():
 # --- the table
 
 def record(learn):
-    "Name -> value of the last row"
+    "Name -> value in the last row of the epoch table"
     names, values = list(learn.recorder.metric_names), list(learn.recorder.values[-1])
     assert len(names) == len(values) + 2   # epoch and time
     return dict(zip(names[1:], values))
@@ -255,7 +255,7 @@ def test_the_column_of_a_dict_is_the_mean_of_its_layers():
     assert record(learn)['sparsity'] == 40
 
 def logged(learn, n_epoch, cbs):
-    "Rows that the learner logs, the time left out"
+    "Rows that the learner logs, without the time"
     rows = []
     learn.logger = rows.append
     with learn.no_bar(): learn.fit(n_epoch, cbs=cbs)
@@ -295,7 +295,7 @@ def test_early_stopping_by_sparsity():
 # --- SaveModelCallback takes an epoch before the end
 
 def best_is(epoch, sparsity, learn):
-    "What is said of a fit that ends with the weights of `epoch`"
+    "Message of a fit that ends with the weights of `epoch`"
     learn.metrics = L(ValueMetric(lambda: float(learn.epoch == epoch), 'pick'))
     return said(lambda: fit(learn, 10, [linears(sparsity, iterative), SaveModelCallback(monitor='pick')])).splitlines()
 

@@ -108,7 +108,7 @@ def test_round_to_and_nm():
     assert torch.equal((learn.model[3].weight==0).unflatten(1, (2,4)).sum(2), torch.full((16,2,3,3), 2))
     assert not (learn.model[0].weight==0).any()
 
-# --- along the way
+# --- during the fit
 
 EPOCH_ENDS = [(50, one_cycle, [1.96, 20.07, 45.86, 49.74, 50.00]),
               (90, agp, [0, 0, 29.71, 52.03, 68.03, 78.75, 85.25, 88.59, 89.82, 90]),
@@ -220,7 +220,7 @@ def test_a_higher_target_starts_from_what_is_there():
 
 @pytest.mark.parametrize('schedule', [lin, dsd])
 @pytest.mark.parametrize('opt', OPTIMIZERS)
-def test_what_changes_loses_its_past(opt, schedule):
+def test_changed_weights_lose_their_optimizer_state(opt, schedule):
     old, n_changed = [], []
     def before(s): old[:] = [(s.param(n), kept(*l).expand_as(s.param(n))) for n,l in s.layers.items()]
     def check(learn):
@@ -233,7 +233,7 @@ def test_what_changes_loses_its_past(opt, schedule):
     fit(learner(9, opt_func=OPTIMIZERS[opt]), 2, [sparse(schedule=schedule, sparsifier=Look), at('after_batch', check)])
     assert sum(n_changed) >= n_zeros(.9, N)
 
-def test_live_weights_keep_their_past():
+def test_live_weights_keep_their_optimizer_state():
     learn = learner()
     def alive(learn):
         return [bool(s[m].all()) for *_,p,m in masked_params(learn.model) for s in optimizer_state(learn.opt, p)]
@@ -404,7 +404,7 @@ def test_a_checkpoint_of_the_middle_of_a_fit(with_opt):
     fit(learn, 1)
     assert zeros(learn.model) == n
 
-# --- what is not training
+# --- validation and other calls that do not train
 
 def idle(learn):
     with learn.no_logging(), learn.no_bar():
@@ -598,7 +598,7 @@ def test_dsd_of_filters_gives_their_batchnorm_back():
 # --- structure
 
 def silent(model):
-    "Dropped filters, and whether all that follows them is exactly zero"
+    "Number of dropped filters, and whether their biases and BatchNorm parameters are zero"
     pairs = [(model[0], model[1]), (model[3], model[4])]
     dead = [dead_filters(c.weight) for c,_ in pairs]
     ok = all(not t[d].any() for d,(c,b) in zip(dead, pairs) for t in (c.bias, b.weight, b.bias))
@@ -744,7 +744,7 @@ def test_weights_that_cannot_carry_a_mask_are_refused_by_name():
     with pytest.raises(ValueError, match="'3' is parametrized"): fit(learn, 1, sparse())
     assert same(before, snapshot(learn.model))
 
-# --- what it says
+# --- messages
 
 class Wide(nn.Module):
     def __init__(self):
@@ -805,13 +805,13 @@ def test_zeros_from_a_file_are_held(tmp_path):
     masks_from_zeros(fresh.model)
     assert zeros(fit(fresh, 2).model) == n_zeros(.9, N) and all_same(masks(fresh.model), masks(learn.model))
 
-# --- while it waits, and what is only rounding
+# --- waiting, and rounding
 
 def test_rounding_to_whole_weights_is_no_shortfall():
     out = said(lambda: fit(learner(), 2, sparse({'0': 30, '3': 80}, verbose=True)))   # 43 of 144 weights are 29.86 %
     assert 'not the target' not in out and "'0': 29.86" in out
 
-# --- what is remembered of masks follows them
+# --- masked weights after each step
 
 @pytest.mark.parametrize('granularity', ['weight', 'kernel', 'filter'])
 def test_nothing_is_left_under_the_masks_after_any_step(granularity):

@@ -1,4 +1,4 @@
-"What must hold when SparsifyCallback meets the rest of fastai: other callbacks, wrapped models, applications, restarts"
+"SparsifyCallback together with the rest of fastai: other callbacks, wrapped models, applications, restarts"
 import random, subprocess, sys
 from fractions import Fraction
 from pathlib import Path
@@ -105,7 +105,7 @@ def test_two_callbacks_say_what_is_theirs():
     said_last = [l for l in out.splitlines() if l.startswith('Final')]
     assert said_last == ["Final Sparsity: {'0': 25.0}", "Final Sparsity: {'3': 75.0}"]
 
-# --- what looks at a learner
+# --- calls that change nothing
 
 def digits(size=16, bs=8, n=40):
     x,y = load_digits(return_X_y=True)
@@ -182,7 +182,7 @@ def test_an_optimizer_that_is_built_already():
 
 @pytest.mark.parametrize('schedule', [lin, dsd])
 @pytest.mark.parametrize('opt', OPTIMIZERS)
-def test_the_past_of_what_changes_is_zero_right_after(opt, schedule):
+def test_optimizer_state_of_changed_weights_is_zero_right_after(opt, schedule):
     learn, old, n = learner(opt_func=OPTIMIZERS[opt]), {}, []
     def before(learn): old.update((m, mask.clone()) for m,_,_,mask in masked_params(learn.model))
     def check(learn):
@@ -357,7 +357,7 @@ def test_names_under_data_parallel(inner):
     assert counts(learn) == [72, n_zeros(.9, 1152)]
 
 class Parallel(Callback):
-    "Wraps the model while it trains, as `ParallelTrainer` does"
+    "Wraps the model during a fit, as `ParallelTrainer` does"
     run_after, run_before = TrainEvalCallback, Recorder
     def before_fit(self): self.learn.model = nn.DataParallel(self.learn.model)
     def after_fit(self): self.learn.model = self.learn.model.module

@@ -9,7 +9,8 @@ from fastai.basics import Datasets, load_learner, Metric, nn, partial
 from fastai.callback.tracker import SaveModelCallback
 
 from callback_helpers import (
-    all_same, at, at_batch, copied_by, exportable, fit, follows_masks, held, learner, loaders, masks, same, snapshot)
+    all_same, at, at_batch, copied_by, exportable, fit, follows_masks, learner, loaders, masks, same, snapshot,
+    zeros_hold)
 from cases import in_a_loop
 from fasterai_sparse.train.keep_masks import KeepMasks
 from fasterai_sparse.train.updates import bake_masks, MaskUpdates
@@ -36,7 +37,7 @@ def test_a_copy_of_the_model_in_a_fit(name, how):
         assert same(snapshot(model), saved) and all_same(masks(model), then)
         assert not any(p._backward_hooks for p in model.parameters())
         other = fit(learner(model=model), 1, KeepMasks())
-        assert all_same(masks(other.model), then) and held(other)
+        assert all_same(masks(other.model), then) and zeros_hold(other)
     assert unchanged(learn, last)
 
 @kinds
@@ -146,7 +147,7 @@ def test_the_best_epoch_is_loaded_at_the_end(name, with_opt, best):
     assert list(saved['model'] if with_opt else saved) == keys
     was = masks(learn.model)
     fit(learn, 1, KeepMasks())
-    assert all_same(was, masks(learn.model)) and held(learn)
+    assert all_same(was, masks(learn.model)) and zeros_hold(learn)
     fit(learn, 3, cb)
     check_end(kind, learn, n)
 

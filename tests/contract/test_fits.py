@@ -6,7 +6,7 @@ import warnings
 import matplotlib.pyplot as plt, pytest
 from fastai.basics import accuracy, nn, noop, partial, Recorder
 
-from callback_helpers import all_same, at, collect, fit, follows_masks, masks, raising, said, same, snapshot
+from callback_helpers import all_same, at, collect, fit, follows_masks, masks, printed, raising, same, snapshot
 from cases import in_a_loop
 from fasterai_sparse.train.keep_masks import KeepMasks
 from kinds import check_end, end_of, KINDS, kinds, LAYERS, n_zero, quiet, ready, state, unchanged, with_column
@@ -44,7 +44,7 @@ def test_validation_is_of_masked_weights(name):
 def test_a_fit_of_no_epochs_changes_nothing(name):
     kind, learn, n, cb = ready(name)
     before = snapshot(learn.model)
-    said(lambda: fit(learn, 0, cb))
+    printed(lambda: fit(learn, 0, cb))
     assert same(before, snapshot(learn.model))
     fit(learn, 2, cb)
     check_end(kind, learn, n)
@@ -116,7 +116,7 @@ def test_columns_stand_between_the_validation_loss_and_the_metrics(name, metrics
 def looked(learn, look):
     with learn.no_bar(), learn.no_logging(), warnings.catch_warnings():
         if look not in BEGINS_A_FIT: warnings.simplefilter('error', UserWarning)
-        return said(lambda: LOOKS[look](learn))
+        return printed(lambda: LOOKS[look](learn))
 
 LOOKS = dict(validate=lambda l: l.validate(), preds=lambda l: l.get_preds(),
              train_loss=lambda l: l.get_preds(ds_idx=0, with_loss=True),

@@ -10,7 +10,7 @@ from fastai.basics import (
     CancelTrainException, CancelValidException)
 
 from callback_helpers import (
-    all_same, at, collect, exportable, fit, follows_masks, held, masks, raising, same, snapshot)
+    all_same, at, collect, exportable, fit, follows_masks, masks, raising, same, snapshot, zeros_hold)
 from cases import in_a_loop
 from fasterai_sparse.train.keep_masks import KeepMasks
 from kinds import check_end, kinds, n_masked, n_zero, of_each_class, quiet, ready
@@ -38,7 +38,7 @@ def check_masks_hold(kind, learn):
     "A plain fit keeps the zeros of hard masks; interrupted soft masks are gone, so all weights train"
     was = masks(learn.model)
     fit(learn, 1, [] if any(isinstance(cb, KeepMasks) for cb in learn.cbs) or not was else KeepMasks())
-    assert all_same(was, masks(learn.model)) and held(learn)
+    assert all_same(was, masks(learn.model)) and zeros_hold(learn)
     if kind.soft and not was: assert n_zero(learn) == 0
 
 @of_each_class
@@ -48,7 +48,7 @@ def test_a_fit_that_breaks_off_and_others(name, event, exc):
     try: fit(learn, 3, [cb, in_second_epoch(event, exc)])
     except (KeyboardInterrupt, RuntimeError, SystemExit) as e: assert type(e) is type(exc)
     else: assert isinstance(exc, CancelFitException)
-    assert kind.soft or held(learn) or event == 'after_step'
+    assert kind.soft or zeros_hold(learn) or event == 'after_step'
     left = n_zero(learn)
     assert same(snapshot(deepcopy(learn.model)), snapshot(learn.model))
     if event in ('after_pred', 'after_batch', 'after_epoch'): learn.export('l.pkl'), pickle.dumps(cb)
@@ -78,10 +78,10 @@ def test_cancelled_batches_epochs_and_fits(name, exc, event, order):
     "A cancelled batch or epoch does not change the end of a fit; a cancelled fit ends with the sparsity of that moment"
     kind, learn, n, cb = ready(name, 4)
     fit(learn, 3, [cb, in_second_epoch(event, exc(), order)])
-    assert follows_masks(learn.model) and held(learn) and n_zero(learn) > 0
+    assert follows_masks(learn.model) and zeros_hold(learn) and n_zero(learn) > 0
     if exc is not CancelFitException: check_end(kind, learn, n)
     fit(learn, 1, KeepMasks())
-    assert held(learn)
+    assert zeros_hold(learn)
 
 @kinds
 def test_a_fit_that_is_cancelled_before_it_starts(name):

@@ -5,7 +5,7 @@ import pytest, torch
 from fastai.callback.training import GradientAccumulation, GradientClip
 
 from callback_helpers import (
-    all_same, at, at_batch, collect, fit, follows_masks, held, masks, OnCPU, raising, said, split)
+    all_same, at, at_batch, collect, fit, follows_masks, masks, OnCPU, printed, raising, split, zeros_hold)
 from cases import in_a_loop
 from fasterai_sparse.train.keep_masks import KeepMasks
 from kinds import changing, check_end, kinds, LAYERS, n_zero, quiet, randomly_masked, ready, values
@@ -21,7 +21,7 @@ def test_mixed_precision(name, mode):
     dtypes = set()
     learn.model[3].register_forward_hook(lambda m, x, out: dtypes.add(out.dtype) if learn.training else None)
     learn.add_cb(OnCPU(mode))
-    steps, holds = collect('after_step', lambda learn: kind.soft or held(learn))
+    steps, holds = collect('after_step', lambda learn: kind.soft or zeros_hold(learn))
     fit(learn, 3, [cb, steps])
     check_end(kind, learn, n)
     assert len(holds) == 18 and all(holds) and all(w.dtype == torch.float32 for w in values(learn))
@@ -86,7 +86,7 @@ def test_where_all_is_frozen_it_waits(name, after):
     if after == 'an interrupted wait':
         with pytest.raises(KeyboardInterrupt): fit(learn, 1, at_batch(2, raising(KeyboardInterrupt())))
     was, before = masks(learn.model), values(learn)
-    said(lambda: fit(learn, 2))
+    printed(lambda: fit(learn, 2))
     names, rows = list(learn.recorder.metric_names), learn.recorder.values
     assert all_same(before, values(learn)) and names[3:-2] == list(kind.columns)
     assert [len(r) for r in rows] == [len(names)-2]*2

@@ -4,7 +4,7 @@ from functools import cache
 import pytest
 from torchvision.models import mobilenet_v2, resnet50
 
-from callback_helpers import loaders, said
+from callback_helpers import loaders, printed
 from fastai.basics import CrossEntropyLossFlat, Learner, nn, partial, torch
 from fasterai_sparse.core.allocation import erdos_renyi_sparsity, first_layer_dense_uniform, uniform_sparsity
 from fasterai_sparse.core.criteria import large_final
@@ -127,7 +127,7 @@ def test_the_report_shows_the_flops_that_it_costs():
         s.sparsify_model(80)
         df = s.report(torch.randn(1,2,6,6))
         ratio[f] = df.sparse_flops.sum()/df.flops.sum()
-        assert f'{ratio[f]:.1%}' in said(lambda: s.print_sparsity(torch.randn(1,2,6,6)))
+        assert f'{ratio[f]:.1%}' in printed(lambda: s.print_sparsity(torch.randn(1,2,6,6)))
     assert ratio[erdos_renyi_sparsity] > ratio[uniform_sparsity] == pytest.approx(.2, abs=.01)
 
 @pytest.mark.parametrize('sparsity,erk,uniform', [(.8, .42, .23), (.9, .24, .13)])

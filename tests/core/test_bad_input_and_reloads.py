@@ -559,8 +559,8 @@ def test_two_sparsifiers_warn_once():
     net = mlp()
     dense = deepcopy(net.state_dict())
     sparse(net, 40), sparse(net, 60)
-    with pytest.warns(UserWarning) as said: net.load_state_dict(dense)
-    assert len(said) == 1
+    with pytest.warns(UserWarning) as warned: net.load_state_dict(dense)
+    assert len(warned) == 1
 
 def test_filters_of_a_model_whose_weights_are_sparse():
     net = sparse(cnn(), 30, layer_type=nn.Conv2d)

@@ -12,8 +12,8 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.text.models.awdlstm import WeightDropout
 
 from callback_helpers import (
-    all_same, at, at_batch, collect, convnet, copied_by, exportable, fit, follows_masks, held, images, kept, learner,
-    loaders, masks, OnCPU, optimizer_state, raising, same, snapshot, split, weights)
+    all_same, at, at_batch, collect, convnet, copied_by, exportable, fit, follows_masks, images, kept, learner,
+    loaders, masks, OnCPU, optimizer_state, raising, same, snapshot, split, weights, zeros_hold)
 from fastai.basics import (
     Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, nn, partial, set_seed, torch)
 from fasterai_sparse.core.allocation import (
@@ -138,7 +138,7 @@ def check_changes(u):
         for s0,s1 in zip(was.past, now.past): assert not s1[born | dropped].any() and torch.equal(s0[stay], s1[stay])
 
 def check_fit(method, learn, **kwargs):
-    budget, counts, holds = n_live(learn), Everywhere(n_live), Everywhere(held)
+    budget, counts, holds = n_live(learn), Everywhere(n_live), Everywhere(zeros_hold)
     cb = dst(method)
     updates = watched(learn, cb, cbs=[counts, holds], **kwargs)
     assert len(updates) >= 4 and all(holds.seen)
@@ -439,7 +439,7 @@ def test_a_copy_of_the_learner_taken_while_it_trains(method, how):
     learn = fit(sparse_learner(), 2, [cb, take])
     (other,), was, log, counts = copies, masks(learn.model), cb.log, Everywhere(n_live)
     fit(other, 3, counts)
-    assert batches(other.dynamic_sparse_training) == due(2, 18, stop=cb.stop_pct) and held(other)
+    assert batches(other.dynamic_sparse_training) == due(2, 18, stop=cb.stop_pct) and zeros_hold(other)
     assert {sum(n) for n in counts.seen} == {sum(n_live(learn))}
     assert all_same(was, masks(learn.model)) and cb.log.equals(log)
 
@@ -473,9 +473,9 @@ def test_a_fit_that_breaks_off_and_others(event, exc, method):
 def test_batches_and_epochs_that_are_cut_short(event, exc):
     def stop(learn):
         if learn.iter == 3: raise exc
-    learn, counts = sparse_learner(), Everywhere(lambda learn: (n_live(learn), held(learn)))
+    learn, counts = sparse_learner(), Everywhere(lambda learn: (n_live(learn), zeros_hold(learn)))
     updates = watched(learn, cb := dst(), 3, [at(event, stop, 0 if event == 'after_step' else 70), counts])
-    assert len(cb.log) >= 3 and len({tuple(n) for n,_ in counts.seen}) == 1 and held(learn)
+    assert len(cb.log) >= 3 and len({tuple(n) for n,_ in counts.seen}) == 1 and zeros_hold(learn)
     for u in updates: check_changes(u)
 
 def test_the_same_object_in_two_fits_and_two_learners():
@@ -499,7 +499,7 @@ def test_two_callbacks_on_different_layers():
     fit(learn, 2, [one, two])
     now = masks(learn.model)
     assert n_live(learn) == n and [torch.equal(a, b) for a,b in zip(was, now)] == [False, False, True]
-    assert len(one.log) >= 3 and len(two.log) >= 2 and held(learn)
+    assert len(one.log) >= 3 and len(two.log) >= 2 and zeros_hold(learn)
 
 # --- freezing, and layers that learn nothing
 
@@ -635,7 +635,7 @@ def test_layers_of_all_kinds(kind):
     net = KINDS[kind]()
     if 'own' not in kind: sparsify_model(net, .6, seed=0)
     learn, cb = learner(model=net), dst(initial_drop_grow_pct=.5)
-    n, holds = n_live(learn), Everywhere(held)
+    n, holds = n_live(learn), Everywhere(zeros_hold)
     updates = watched(learn, cb, 3, holds)
     check_rigl(updates, cb, 18)
     for u in updates: check_changes(u)
@@ -655,7 +655,7 @@ def test_a_mask_of_the_users_own(dtype):
     other = learner(model=own(dtype, .2))
     with pytest.warns(UserWarning, match='masks follow'): fit(other, 1, dst()), other.load('own')
     assert same(snapshot(learn.model), snapshot(other.model))
-    assert fit(other, 1, dst()).model[1].kernel_mask.sum() == 720 and held(other)
+    assert fit(other, 1, dst()).model[1].kernel_mask.sum() == 720 and zeros_hold(other)
 
 def test_zeros_that_the_users_own_mask_keeps():
     learn = learner(model=own())
@@ -676,7 +676,7 @@ def test_a_mask_of_the_users_own_that_is_open_at_first(dtype):
 @pytest.mark.parametrize('method', PRESETS)
 def test_a_model_in_channels_last(method):
     learn = for_method(method, convnet().to(memory_format=torch.channels_last))
-    n, (watch, seen) = n_live(learn), collect('after_step', held)
+    n, (watch, seen) = n_live(learn), collect('after_step', zeros_hold)
     updates = watched(learn, dst(method), cbs=watch)
     for u in updates: check_changes(u)
     assert learn.model[3].weight.is_contiguous(memory_format=torch.channels_last) and all(seen) and len(updates) >= 4
@@ -707,7 +707,8 @@ def test_only_some_layers(method, choose):
     n, was, cb = n_live(learn), masks(learn.model), dst(method, sparse_modules=choose(learn.model))
     fit(learn, 2, cb)
     assert [torch.equal(a, b) for a,b in zip(was, masks(learn.model))] == [False, True, False]
-    assert (n_live(learn) == n) == (method != 'GraNet') and list(cb.layer_sparsities) == ['0', '8'] and held(learn)
+    assert (n_live(learn) == n) == (method != 'GraNet') and zeros_hold(learn)
+    assert list(cb.layer_sparsities) == ['0', '8']
     fit(learn, 1, cb := dst(method, sparse_modules=learn.model[3]))
     assert list(cb.layer_sparsities) == ['3']
 

@@ -122,7 +122,7 @@ def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for 
 
 def follows_masks(model): return all(torch.equal(p!=0, mask) for *_,p,mask in masked_params(model))
 
-def held(learn):
+def zeros_hold(learn):
     "Are all masked weights zero?"
     return not any(p[~mask.bool()].any() for *_,p,mask in masked_params(learn.model))
 
@@ -130,7 +130,7 @@ def all_same(xs, ys): return len(xs) == len(ys) and all(torch.equal(x, y) for x,
 
 def dead_filters(w): return (w.detach() == 0).flatten(1).all(1)
 
-def said(f):
+def printed(f):
     "What `f` prints"
     with redirect_stdout(io.StringIO()) as out: f()
     return out.getvalue()

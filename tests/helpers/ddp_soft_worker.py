@@ -12,7 +12,7 @@ from fasterai_sparse.core.masks import set_mask
 from fasterai_sparse.nncf.epoch_schedules import Polynomial
 from fasterai_sparse.nncf.magnitude import MagnitudeSparsityCallback
 
-class Noting(Callback):
+class MaskLog(Callback):
     "Records the masks that `cb` draws, and the weights and logits after each step"
     order, run_valid = 90, False
     def __init__(self, cb):
@@ -36,10 +36,10 @@ class Noting(Callback):
         self.ends.append((digest(ps), sum(int((p == 0).sum()) for p in ps)))
 
 def run_soft(cb, *cbs, learn=None, n_epoch=4):
-    learn, noting = learn or make(), Noting(cb)
-    train(learn, cb, noting, *cbs, n_epoch=n_epoch)
+    learn, log = learn or make(), MaskLog(cb)
+    train(learn, cb, log, *cbs, n_epoch=n_epoch)
     at = list(learn.recorder.metric_names).index('sparsity') - 1
-    here = dict(drawn=noting.masks, steps=noting.steps, spared=noting.spared, ends=noting.ends,
+    here = dict(drawn=log.masks, steps=log.steps, spared=log.spared, ends=log.ends,
                 masks=digest(masks(learn.model)), weights=digest(learn.model.parameters()),
                 zeros=zeros(learn.model, LAYERS), held=follows_masks(learn.model),
                 column=[float(v[at]) for v in learn.recorder.values])

@@ -24,7 +24,7 @@ from fastai.callback.tracker import SaveModelCallback
 from fastai.distributed import DistributedDL
 
 import fasterai_sparse.core.criteria, fasterai_sparse.nm.permute_model   # the second adds `permute` to Sparsifier
-from callback_helpers import at, collect, convnet, dead_filters, fit, masks, said, sparse, weights, zeros
+from callback_helpers import at, collect, convnet, dead_filters, fit, masks, printed, sparse, weights, zeros
 from fasterai_sparse.core.criteria import grad_crit, movement, wanda
 from fasterai_sparse.core.schedules import dsd
 from fasterai_sparse.core.sparsifier import Sparsifier
@@ -38,11 +38,11 @@ DistributedDL._broadcast = broadcast   # fastai's sends it to a GPU first
 
 def digest(ts): return hashlib.sha1(b''.join(t.detach().contiguous().numpy().tobytes() for t in ts)).hexdigest()
 
-class Noted(Sparsifier):
+class RecordingSparsifier(Sparsifier):
     "Records its masks after each update"
     def apply(self, *args, **kwargs):
         super().apply(*args, **kwargs)
-        self.__dict__.setdefault('noted', []).append(digest(masks(self.model)))
+        self.__dict__.setdefault('recorded', []).append(digest(masks(self.model)))
 
 def items(n):
     g = torch.Generator().manual_seed(0)
@@ -75,12 +75,13 @@ def train(learn, *cbs, n_epoch=2):
     return learn
 
 def left(learn, cb):
-    noted, ws = gathered(cb.sparsifier.noted), gathered(digest(learn.model.parameters()))
-    return dict(updates=len(noted[0]), masks=noted[0] == noted[1], weights=ws[0] == ws[1],
+    recorded, ws = gathered(cb.sparsifier.recorded), gathered(digest(learn.model.parameters()))
+    return dict(updates=len(recorded[0]), masks=recorded[0] == recorded[1], weights=ws[0] == ws[1],
                 zeros=gathered(zeros(learn.model)))
 
 def run(learn=None, net=convnet, cbs=(), **kwargs):
-    cb = sparse(80, update_every=2, sparsifier=Noted, data=torch.stack([x for x,_ in items(16)]), **kwargs)
+    data = torch.stack([x for x,_ in items(16)])
+    cb = sparse(80, update_every=2, sparsifier=RecordingSparsifier, data=data, **kwargs)
     return left(train(learn or make(net), cb, *cbs), cb)
 
 def twice():
@@ -90,12 +91,12 @@ def twice():
     return dict(run(learn), plain=n)
 
 def named():
-    learn, cb = make(), sparse({'0': 50, '3': 75}, sparsifier=Noted, verbose=True)
-    out = said(lambda: train(learn, cb))
+    learn, cb = make(), sparse({'0': 50, '3': 75}, sparsifier=RecordingSparsifier, verbose=True)
+    out = printed(lambda: train(learn, cb))
     return dict(left(learn, cb), counts=[int((w==0).sum()) for w in weights(learn.model)], out=gathered(out))
 
 def filters():
-    learn, cb = make(), sparse(50, granularity='filter', criteria=grad_crit, sparsifier=Noted)
+    learn, cb = make(), sparse(50, granularity='filter', criteria=grad_crit, sparsifier=RecordingSparsifier)
     return dict(left(train(learn, cb), cb), counts=[int(dead_filters(w).sum()) for w in weights(learn.model)])
 
 def back_to_dense(): return run(schedule=dsd)
@@ -106,7 +107,7 @@ def reloaded():
 
 def loader_as_data():
     learn = make(unnormed)
-    cb = sparse(80, criteria=wanda, data=learn.dls.valid, sparsifier=Noted)
+    cb = sparse(80, criteria=wanda, data=learn.dls.valid, sparsifier=RecordingSparsifier)
     return left(train(learn, cb), cb)
 
 def unnormed(): return nn.Sequential(*(m for m in convnet() if not isinstance(m, nn.BatchNorm2d)))
@@ -115,7 +116,7 @@ def wanda_without_batchnorm(): return run(net=unnormed, criteria=wanda)
 
 def permuted():
     "Channels are permuted alike on both ranks, although each sees other batches"
-    learn, cb = make(), sparse(50, nm=True, permute=True, update_every=2, sparsifier=Noted)
+    learn, cb = make(), sparse(50, nm=True, permute=True, update_every=2, sparsifier=RecordingSparsifier)
     train(learn, cb)
     found = cb.sparsifier.permutation
     return dict(left(learn, cb), moved=gathered(bool(found.kept.sum() > found.naive.sum())))

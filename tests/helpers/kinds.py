@@ -5,8 +5,7 @@ import pytest, torch
 from fastai.basics import noop
 from torch import nn
 
-from callback_helpers import (
-    all_same, fit, follows_masks, held, learner, masks, N, same, snapshot, sparse)
+from callback_helpers import all_same, fit, follows_masks, learner, masks, N, same, snapshot, sparse, zeros_hold
 from fasterai_sparse.core.criteria import grad_crit, large_final, movement
 from fasterai_sparse.core.masks import masked_params
 from fasterai_sparse.core.schedules import iterative, one_shot
@@ -92,7 +91,7 @@ def n_zero(learn): return sum(int((m.weight == 0).sum()) for m in learn.model.mo
 
 def check_end(kind, learn, n_start=None):
     "A complete fit leaves masks, exactly the masked weights are zero, and their number is as expected"
-    assert follows_masks(learn.model) and held(learn) and n_masked(learn) == n_zero(learn) > 0
+    assert follows_masks(learn.model) and zeros_hold(learn) and n_masked(learn) == n_zero(learn) > 0
     assert sum(isinstance(cb, KeepMasks) for cb in learn.cbs) <= 1
     if kind.n_end == 'start': assert n_zero(learn) == n_start or n_start is None
     elif kind.n_end is not None: assert n_zero(learn) == kind.n_end

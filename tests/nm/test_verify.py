@@ -7,7 +7,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from torch import nn
 
 from callback_helpers import at, fit, learner, loaders, sparse
-from fastai.basics import CrossEntropyLossFlat, set_seed
+from fastai.basics import CrossEntropyLossFlat, partial, set_seed
 from fasterai_sparse.core.criteria import large_final, movement, wanda
 from fasterai_sparse.core.layers import maskable_weights
 from fasterai_sparse.core.masks import get_mask, masked_params, remove_masks
@@ -179,7 +179,9 @@ def test_a_vision_learner():
     def small_resnet(pretrained=False): return ResNet(BasicBlock, [1,1,1,1])
     set_seed(0)
     dls = loaders(4, lambda n: list(zip(torch.randn(n, 8, 3, 32, 32), torch.randint(4, (n, 8)))))
-    learn = vision_learner(dls, small_resnet, pretrained=False, n_out=4, normalize=False, loss_func=CrossEntropyLossFlat())
+    make = partial(vision_learner, dls, small_resnet, pretrained=False, n_out=4, normalize=False,
+                   loss_func=CrossEntropyLossFlat())
+    learn = make()
     learn.unfreeze()
     cb = sparse(50, one_shot, nm=True, permute=True, layer_type=(nn.Conv2d, nn.Linear))
     fit(learn, 1, cb)
@@ -187,8 +189,7 @@ def test_a_vision_learner():
     assert df.attrs['share'] == 1 and df.kept.sum() > 1.002*df.naive.sum() and broken(learn.model) == 0
     assert verify_nm(learn).pattern.tolist().count('dense') == 1   # the first reads three channels
     x = dls.one_batch()[0]
-    model = vision_learner(dls, small_resnet, pretrained=False, n_out=4, normalize=False,
-                           loss_func=CrossEntropyLossFlat()).model.eval()
+    model = make().model.eval()
     was = model(x)
     s = Sparsifier(model, 'weight', 'local', large_final, nm=True, permute=True, layer_type=(nn.Conv2d, nn.Linear),
                    data=x)

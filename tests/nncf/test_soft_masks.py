@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from callback_helpers import (
     all_same, at, collect, convnet, copied_by, exportable, fit, follows_masks, images, kept, learner, loaders, masks,
-    OnCPU, optimizer_state, raising, said, same, snapshot, sparse, split, weights, zeros)
+    OnCPU, optimizer_state, printed, raising, same, snapshot, sparse, split, weights, zeros)
 from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, nn, partial, set_seed, torch
 from cases import in_a_loop
 from kinds import LAYERS as ALL, N_ALL, n_zero, Stirred
@@ -262,7 +262,7 @@ def test_where_all_is_frozen_it_waits(kind):
     learn, cb = learner(), soft(kind)
     freeze(learn)
     before = [w.clone() for w in weights(learn.model, ALL)]
-    out = said(lambda: fit(learn, 2, cb))
+    out = printed(lambda: fit(learn, 2, cb))
     assert 'frozen' in out and all_same(before, weights(learn.model, ALL)) and masks(learn.model) == []
     assert column(learn) == [0, 0]
 
@@ -272,7 +272,7 @@ def test_where_all_is_frozen_between_two_fits(kind):
     fit(learn, 3, cb)
     before = [w.clone() for w in weights(learn.model, ALL)]
     freeze(learn)
-    out, was = said(lambda: fit(learn, 1, cb)), masks(learn.model)
+    out, was = printed(lambda: fit(learn, 1, cb)), masks(learn.model)
     assert 'frozen' in out and all_same(before, weights(learn.model, ALL))
     assert column(learn) == [round(100*n_zero(learn)/N_ALL, 2)] and len(was) == 3
     for w in weights(learn.model, ALL): w.requires_grad_(True)
@@ -363,7 +363,7 @@ def test_logits_rest_while_gradients_overflow(skipped, acc):
 
 # --- 4. gradients, by autograd and torch's own optimizers
 
-def noted_noise(cb):
+def recorded_noise(cb):
     "List to which `cb` appends the noise it draws masks from"
     noise, make = [], cb.make_masks
     def make_masks():
@@ -404,7 +404,7 @@ def by_hand(net, logits, noise, batches, level, local, n_acc, clip, adam, lr=1e-
 def test_gradients_of_weights_and_logits(n_acc, clip, context):
     "Each micro-batch is computed with its own mask; clipping applies to gradients of weights only"
     learn, cb, start = plain_sgd(), soft('rb', 40, Schedule(sched_one_shot), context=context, freeze_pct=1), []
-    net, noise = deepcopy(learn.model), noted_noise(cb)
+    net, noise = deepcopy(learn.model), recorded_noise(cb)
     begin = at('before_train', lambda l: start.extend([copies(cb.soft.logits), cb.mask_opt.defaults]))
     raw = at('after_batch', lambda l: start.append(copies(cb.params)))   # of the last batch, before the masks are baked
     fit(learn, 2,
@@ -445,7 +445,8 @@ def test_noise_is_uniform(n):
 
 @pytest.mark.parametrize('n', [0, 72])
 def test_logits_stay_where_they_can_come_back(n):
-    learn, cb = learner(), RBSparsityCallback(0, mask_lr=20., freeze_pct=1)   # so that only the task moves the logits, up and down
+    # a target of 0 leaves the logits to the task, which moves them up and down
+    learn, cb = learner(), RBSparsityCallback(0, mask_lr=20., freeze_pct=1)
     if n: Sparsifier(learn.model, 'weight', 'local', large_final).sparsify_layer(learn.model[0], 50)
     watch, seen = collect('after_batch', lambda l: torch.cat([s.flatten() for s in cb.logits.values()]))
     fit(learn, 3, [cb, watch])
@@ -811,7 +812,7 @@ LOOKS = dict(validate=lambda l: l.validate(), preds=lambda l: l.get_preds(),
              fit0=lambda l: l.fit(0))
 
 def looked(learn, look):
-    with learn.no_bar(), learn.no_logging(): said(lambda: LOOKS[look](learn))
+    with learn.no_bar(), learn.no_logging(): printed(lambda: LOOKS[look](learn))
 
 @in_a_loop('look', LOOKS)
 @both

@@ -12,7 +12,7 @@ from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.vision.learner import vision_learner
 from torchvision.models import resnet18
 
-from callback_helpers import at, fit, learner, masks, said, same, snapshot, weights, zeros
+from callback_helpers import at, fit, learner, masks, printed, same, snapshot, weights, zeros
 from fastai.basics import accuracy, CrossEntropyLossFlat, DataLoader, DataLoaders, nn, partial, set_seed, torch
 from fasterai_sparse.core.criteria import large_final
 from fasterai_sparse.core.schedules import agp, cos, dsd, iterative, lin, one_cycle, one_shot, Schedule
@@ -59,7 +59,7 @@ def example(name):
                            loss_func=CrossEntropyLossFlat())
     learn.unfreeze()
     sp_cb = SparsifyCallback(granularity='weight', context='local', criteria=large_final, **kwargs)
-    out = said(lambda: fit(learn, n_epoch, sp_cb, how=how))
+    out = printed(lambda: fit(learn, n_epoch, sp_cb, how=how))
     zeros = {n: int((m.weight == 0).sum()) for n,m in learn.model.named_modules() if isinstance(m, nn.Conv2d)}
     return SimpleNamespace(lines=out.splitlines(), zeros=zeros, row=list(learn.recorder.values[-1]))
 
@@ -134,7 +134,7 @@ def linears(sparsity=90, schedule=None, **kwargs):
 
 def epoch_values(learn, n_epoch, cbs):
     "Percentages printed at the ends of epochs"
-    out = said(lambda: fit(learn, n_epoch, cbs))
+    out = printed(lambda: fit(learn, n_epoch, cbs))
     return [float(l.split()[-1].removeprefix('avg=')[:-1]) for l in out.splitlines() if 'end of epoch' in l]
 
 @pytest.mark.parametrize('schedule,values', [
@@ -146,7 +146,7 @@ def test_three_epochs_without_and_seven_with(schedule, values):
 
 def test_fine_tune_counts_epochs_from_where_the_layers_train():
     learn = wide(splitter=lambda m: [params(m.inner), params(m.out)])
-    out = said(lambda: fit(learn, 4, linears({'inner': 80}, lin, start_epoch=2), how='fine_tune'))
+    out = printed(lambda: fit(learn, 4, linears({'inner': 80}, lin, start_epoch=2), how='fine_tune'))
     ends = [l.split('avg=')[1] for l in out.splitlines() if 'end of epoch' in l]
     assert ends == ['0.00%', '0.00%', '40.00%', '80.00%']
 
@@ -193,7 +193,7 @@ def test_a_window_outside_of_the_fit_is_refused_before_anything_changes(kwargs):
     assert same(before, snapshot(learn.model)) and not masks(learn.model)
 
 def test_both_lines_of_the_seeds_banner_where_weights_are_saved():
-    out = said(lambda: fit(wide(), 4, linears(schedule=one_shot, lth=True))).splitlines()
+    out = printed(lambda: fit(wide(), 4, linears(schedule=one_shot, lth=True))).splitlines()
     assert out[:2] == ['Pruning of weight until a sparsity of 90%', 'Saving Weights at epoch 0']
 
 # --- the table
@@ -281,14 +281,14 @@ def test_csv_logger():
 def test_save_model_callback_by_sparsity():
     learn = wide()
     with pytest.warns(UserWarning, match=r'are 90\.00% sparse where the model was 0\.00%'):
-        out = said(lambda: fit(learn, 4, [linears(schedule=dsd), SaveModelCallback(monitor='sparsity')]))
+        out = printed(lambda: fit(learn, 4, [linears(schedule=dsd), SaveModelCallback(monitor='sparsity')]))
     assert measured(learn.model) == 90 and 'Final Sparsity: 90.00%\nThis is not the target' in out
     assert [l for l in out.splitlines() if 'Better' in l] == [
         f'Better model found at epoch {i} with sparsity value: {v}.' for i,v in ((0, 45.0), (1, 90.0))]
 
 def test_early_stopping_by_sparsity():
     learn = wide()
-    out = said(lambda: fit(learn, 10, [linears(schedule=iterative), EarlyStoppingCallback(monitor='sparsity')]))
+    out = printed(lambda: fit(learn, 10, [linears(schedule=iterative), EarlyStoppingCallback(monitor='sparsity')]))
     assert len(learn.recorder.values) == 2
     assert 'Final Sparsity: 0.00%\nThe target was not reached: training ended when 20% of it was done' in out
 
@@ -297,7 +297,8 @@ def test_early_stopping_by_sparsity():
 def best_is(epoch, sparsity, learn):
     "Message of a fit that ends with the weights of `epoch`"
     learn.metrics = L(ValueMetric(lambda: float(learn.epoch == epoch), 'pick'))
-    return said(lambda: fit(learn, 10, [linears(sparsity, iterative), SaveModelCallback(monitor='pick')])).splitlines()
+    out = printed(lambda: fit(learn, 10, [linears(sparsity, iterative), SaveModelCallback(monitor='pick')]))
+    return out.splitlines()
 
 @pytest.mark.parametrize('sparsity,trained,final,overall', [
     (90, '90.00%', '30.00%', 30), ({'inner': 30, 'out': 90}, 'avg=60.00%', "{'inner': 10.0, 'out': 30.0}", 21.63)],

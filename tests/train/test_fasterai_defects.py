@@ -9,8 +9,8 @@ from fastai.callback.tracker import SaveModelCallback
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from callback_helpers import (
-    all_same, at, at_batch, collect, convnet, dead_filters, fit, follows_masks, learner, loaders, masks, N, raising,
-    said, same, snapshot, sparse, weights, zeros)
+    all_same, at, at_batch, collect, convnet, dead_filters, fit, follows_masks, learner, loaders, masks, N, printed,
+    raising, same, snapshot, sparse, weights, zeros)
 from fastai.basics import nn, torch
 from fasterai_sparse.core.criteria import random_criteria
 from fasterai_sparse.core.masks import masked_params
@@ -29,7 +29,7 @@ def lottery(schedule=one_shot, **kwargs): return sparse(schedule=schedule, lth=T
 # --- reports
 
 def test_the_log_is_the_schedule_not_the_model():
-    out = said(lambda: fit(learner(), 1, sparse(granularity='filter', verbose=True)))
+    out = printed(lambda: fit(learner(), 1, sparse(granularity='filter', verbose=True)))
     share = f'{100*(7*18 + 14*72)/N:.2f}%'
     assert f'end of epoch 0: {share}' in out and f'Final Sparsity: {share}' in out
 
@@ -45,7 +45,7 @@ def test_an_unknown_name_reports_success():
 
 def test_validate_prints_the_whole_banner():
     learn = learner(cbs=sparse(verbose=True))
-    with learn.no_bar(): assert said(learn.validate) == ''
+    with learn.no_bar(): assert printed(learn.validate) == ''
 
 # --- masks in later fits
 

@@ -10,8 +10,8 @@ from fastai.basics import (Adam, CancelFitException, CancelStepException, L, Opt
 from fastai.callback.tracker import SaveModelCallback
 
 from callback_helpers import (
-    all_same, at, at_batch, collect, convnet, copied_by, fit, follows_masks, kept, learner, loaders, masks, N,
-    raising, said, same, snapshot, sparse, Spy, weights, zeros)
+    all_same, at, at_batch, collect, convnet, copied_by, fit, follows_masks, kept, learner, loaders, masks, N, printed,
+    raising, same, snapshot, sparse, Spy, weights, zeros)
 from fastai.basics import Callback, nn, partial, torch
 from fasterai_sparse.utils.modes import unwrapped
 from fasterai_sparse.core.criteria import grad_crit, large_init, movement, random_criteria, updating_movement
@@ -404,12 +404,12 @@ def test_a_wrapped_learner_loads_its_ticket():
     assert all_same(masks(again.model), masks(learn.model)) and follows_masks(again.model)
 
 def test_what_is_no_tensor_is_in_the_ticket_too():
-    class Noted(nn.Conv2d):
+    class WithNote(nn.Conv2d):
         note = 'as made'
         def get_extra_state(self): return dict(note=self.note)
         def set_extra_state(self, s): self.note = s['note']
     net = convnet()
-    net[0] = Noted(2, 8, 3, padding=1)
+    net[0] = WithNote(2, 8, 3, padding=1)
     learn = learner(model=net)
     net[0].note = 'as trained'
     fit(learn, 2, lottery(schedule=one_shot, save_tickets=True))
@@ -498,7 +498,7 @@ def test_a_plain_fit_after_an_interrupted_one():
     cb, learn = lottery(save_tickets='t', reset_end=True), learner()
     with pytest.raises(KeyboardInterrupt): fit(learn, 4, [cb, at_batch(13, raising(KeyboardInterrupt()))])
     before, start = tickets('t'), state(learn)
-    out = said(lambda: fit(learn, 1))
+    out = printed(lambda: fit(learn, 1))
     assert tickets('t') == before and len(before) == 2 and out == '' and not gone_back(start)(learn)
 
 @pytest.mark.parametrize('rewind_epoch', [0, 1])
@@ -591,7 +591,7 @@ def test_movement_keeps_what_has_moved_most_since_the_last_step():
 
 def lines(learn, cb, n_epoch=2, cbs=()):
     "Printed lines without the report"
-    return said(lambda: fit(learn, n_epoch, [cb, *cbs])).split('\n\nSparsity Report')[0].splitlines()
+    return printed(lambda: fit(learn, n_epoch, [cb, *cbs])).split('\n\nSparsity Report')[0].splitlines()
 
 def test_what_is_said_of_a_lottery():
     cb = sparse(90, one_shot, lth=True, save_tickets=True, reset_end=True, verbose=True)
@@ -643,5 +643,5 @@ def test_validate_and_lr_find_take_no_tickets():
         with learn.no_logging(), learn.no_bar():
             learn.validate()
             learn.lr_find(num_it=12, show_plot=False, suggest_funcs=None)
-    out = said(idle)
+    out = printed(idle)
     assert out == '' and same(before, state(learn)) and not [o for o in tickets() if 'ticket' in o]

@@ -11,8 +11,7 @@ from sklearn.datasets import load_digits
 
 from callback_helpers import (
     all_same, at, at_batch, collect, convnet, dead_filters, fit, follows_masks, held_tensors, kept, learner, loaders,
-    masks, N, optimizer_state, raising, said, same, snapshot, sparse, Spy, weights,
-    zeros)
+    masks, N, optimizer_state, printed, raising, same, snapshot, sparse, Spy, weights, zeros)
 from fastai.basics import Callback, DataLoader, DataLoaders, nn, partial, torch
 from cases import in_a_loop
 from fasterai_sparse.core.criteria import (
@@ -76,7 +75,7 @@ def test_target_is_not_reached_before_the_last_step():
 def test_fit_of_no_epochs():
     learn = learner()
     before = snapshot(learn.model)
-    out = said(lambda: fit(learn, 0, sparse(verbose=True)))
+    out = printed(lambda: fit(learn, 0, sparse(verbose=True)))
     assert same(before, snapshot(learn.model)) and zeros(learn.model) == 0
     assert 'Final Sparsity: 0.00%' in out
 
@@ -304,7 +303,7 @@ def test_overflow_with_gradient_criteria(bad):
 
 def test_no_gradients_at_all_is_no_crash():
     skip = at('before_batch', raising(CancelBatchException()), order=0)
-    out = said(lambda: fit(learner(), 1, [sparse(criteria=grad_crit, verbose=True), skip]))
+    out = printed(lambda: fit(learner(), 1, [sparse(criteria=grad_crit, verbose=True), skip]))
     assert 'Final Sparsity: 0.00%' in out and 'target' in out.split('Final Sparsity')[1]
 
 def test_gradient_criteria_are_never_scored_on_an_overflow():
@@ -331,7 +330,7 @@ def test_a_skipped_batch_does_not_lose_the_target(event, bad):
     assert zeros(fit(learner(), 2, [sparse(), at(event, skip, order=0)]).model) == n_zeros(.9, N)
 
 def test_short_epochs_of_shortepochcallback():
-    out = said(lambda: fit(learner(), 2, [sparse(verbose=True), ShortEpochCallback(.5)]))
+    out = printed(lambda: fit(learner(), 2, [sparse(verbose=True), ShortEpochCallback(.5)]))
     assert 'The target was not reached' in out
 
 # --- checkpoints
@@ -356,7 +355,7 @@ def test_save_model_callback_in_a_gradual_fit(best, share):
 def test_a_reload_that_changes_the_sparsity_is_reported():
     learn = learner()
     with pytest.warns(UserWarning, match=r'44\.98% sparse where the model was 89\.97%') as ws:
-        out = said(lambda: fit(learn, 4, [sparse(verbose=True), picking(learn, [0,3,2,1])]))
+        out = printed(lambda: fit(learn, 4, [sparse(verbose=True), picking(learn, [0,3,2,1])]))
     assert sum('where the model was' in str(w.message) for w in ws) == 1
     assert 'Final Sparsity: 44.98%' in out
     assert 'loaded at the end are less sparse than those trained last (89.97%)' in out
@@ -417,7 +416,7 @@ def idle(learn):
 def test_validate_get_preds_and_lr_find_change_and_print_nothing(criteria):
     learn = learner(cbs=sparse(criteria=criteria, verbose=True))
     before = snapshot(learn.model)
-    assert said(lambda: idle(learn)) == ''
+    assert printed(lambda: idle(learn)) == ''
     assert same(before, snapshot(learn.model)) and not masks(learn.model)
     fit(learn, 2)
     assert zeros(learn.model) == n_zeros(.9, N)
@@ -442,13 +441,13 @@ def validate_and_return(learn):
 
 def test_validate_between_batches_does_not_restart_the_schedule():
     watch, seen = collect('after_epoch', lambda learn: zeros(learn.model))
-    out = said(lambda: fit(learner(), 4, [sparse(verbose=True), at('after_batch', validate_and_return), watch]))
+    out = printed(lambda: fit(learner(), 4, [sparse(verbose=True), at('after_batch', validate_and_return), watch]))
     assert seen == [n_zeros(.9*i/4, N) for i in (1,2,3,4)]
     assert [out.count(s) for s in ('Pruning of', 'Sparsity at the end of epoch', 'Final Sparsity')] == [1, 4, 1]
 
 @pytest.mark.parametrize('event', ['before_epoch', 'after_epoch'])
 def test_epochs_are_numbered_whoever_validates(event):
-    out = said(lambda: fit(learner(), 3, [sparse(verbose=True), at(event, quiet_validate, order=5)]))
+    out = printed(lambda: fit(learner(), 3, [sparse(verbose=True), at(event, quiet_validate, order=5)]))
     assert [l for l in out.splitlines() if 'end of epoch' in l] == \
         [f'Sparsity at the end of epoch {i}: {100*n_zeros(.3*(i+1), N)/N:.2f}%' for i in range(3)]
 
@@ -481,7 +480,7 @@ def test_prev_is_the_weights_at_the_last_update(cbs):
 # --- interruptions
 
 def test_early_end_is_said():
-    out = said(lambda: fit(learner(), 4, [sparse(verbose=True), at_batch(11, raising(CancelFitException()))]))
+    out = printed(lambda: fit(learner(), 4, [sparse(verbose=True), at_batch(11, raising(CancelFitException()))]))
     assert 'Final Sparsity: 44.98%' in out
     assert any('target was not reached' in l and '50%' in l for l in out.splitlines())
 
@@ -505,7 +504,7 @@ def test_fine_tune_waits_until_layers_train(extra):
     learn = learner(splitter=split)
     start, seen = [w.detach().clone() for w in weights(learn.model)], []
     look = at('before_fit', lambda learn: seen.append([w.detach().clone() for w in weights(learn.model)]), order=0)
-    out = said(lambda: fit(learn, 2, [sparse(verbose=True), look, *extra], how='fine_tune'))
+    out = printed(lambda: fit(learn, 2, [sparse(verbose=True), look, *extra], how='fine_tune'))
     assert len(seen) == 2 and all_same(seen[1], start)
     assert out.count('waiting') == 1 and out.count('Pruning of') == 1
     assert zeros(learn.model) == n_zeros(.9, N)
@@ -773,19 +772,19 @@ def test_lines_of_a_dict(capsys):
     assert lines[-1].split() == ['Overall', 'all', '172,000', '106,600', '61.98%']
 
 def test_the_report_is_measured():
-    out = said(lambda: fit(learner(), 1, sparse(90, granularity='filter', verbose=True)))
+    out = printed(lambda: fit(learner(), 1, sparse(90, granularity='filter', verbose=True)))
     n = 7*18 + 14*72
     assert f'Final Sparsity: {100*n/N:.2f}%' in out and 'groups are dropped as a whole' in out
 
 def test_what_stays_dense_is_reported_with_its_reason():
-    out = said(lambda: fit(learner(), 1, sparse(50, nm=True, verbose=True)))
+    out = printed(lambda: fit(learner(), 1, sparse(50, nm=True, verbose=True)))
     assert '0: stays dense: 2 inputs are no multiple of 4' in out
 
 def test_verbose_false_says_nothing():
     learn, cb = learner(splitter=split), sparse()
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        assert ''.join(said(lambda: fit(learn, 1, cb, how=how)) for how in ('fine_tune', 'fit', 'fit_one_cycle')) == ''
+        for how in ('fine_tune', 'fit', 'fit_one_cycle'): assert printed(lambda: fit(learn, 1, cb, how=how)) == ''
 
 # --- wrapped models
 
@@ -808,7 +807,7 @@ def test_zeros_from_a_file_are_held(tmp_path):
 # --- waiting, and rounding
 
 def test_rounding_to_whole_weights_is_no_shortfall():
-    out = said(lambda: fit(learner(), 2, sparse({'0': 30, '3': 80}, verbose=True)))   # 43 of 144 weights are 29.86 %
+    out = printed(lambda: fit(learner(), 2, sparse({'0': 30, '3': 80}, verbose=True)))   # 43 of 144 weights are 29.86 %
     assert 'not the target' not in out and "'0': 29.86" in out
 
 # --- masked weights after each step

@@ -31,8 +31,8 @@ from sklearn.datasets import load_digits
 from torchvision.models import resnet18
 
 from callback_helpers import (
-    all_same, at, at_batch, collect, convnet, dead_filters, fit, follows_masks, held, learner, loaders, masks,
-    N, OnCPU, optimizer_state, raising, said, same, snapshot, sparse, split, weights, zeros)
+    all_same, at, at_batch, collect, convnet, dead_filters, fit, follows_masks, learner, loaders, masks, N, OnCPU,
+    optimizer_state, printed, raising, same, snapshot, sparse, split, weights, zeros, zeros_hold)
 from fastai.basics import (
     accuracy, Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, nn, partial, set_seed, torch)
 from fasterai_sparse.core.criteria import grad_crit, large_final, movement, updating_movement, wanda
@@ -72,13 +72,13 @@ def test_one_object_in_two_fits_starts_its_schedule_anew():
     with torch.no_grad():
         for w in weights(learn.model): w.normal_()
     watch, seen = watching('after_epoch')
-    out = said(lambda: fit(learn, 2, [cb, watch]))
+    out = printed(lambda: fit(learn, 2, [cb, watch]))
     assert seen == [n_zeros(.45, N), n_zeros(.9, N)]
     assert [l.split(':')[0][-7:] for l in epoch_lines(out)] == ['epoch 0', 'epoch 1']
 
 def test_one_object_twice_in_a_fit_keeps_its_schedule():
     cb, learn, (watch, seen) = sparse(verbose=True), learner(), watching('after_epoch')
-    out = said(lambda: fit(learn, 4, [cb, cb, watch]))
+    out = printed(lambda: fit(learn, 4, [cb, cb, watch]))
     assert seen == [n_zeros(.9*i/4, N) for i in (1,2,3,4)] and len(epoch_lines(out)) == 4
 
 def test_one_object_installed_and_in_a_fit_keeps_its_schedule():
@@ -101,7 +101,7 @@ def test_two_callbacks_on_two_layer_types():
     assert zeros(learn.model) == n_zeros(.9, N) and zeros(learn.model, nn.Linear) == 32
 
 def test_two_callbacks_say_what_is_theirs():
-    out = said(lambda: fit(learner(), 1, [sparse({'0': 25}, verbose=True), sparse({'3': 75}, verbose=True)]))
+    out = printed(lambda: fit(learner(), 1, [sparse({'0': 25}, verbose=True), sparse({'3': 75}, verbose=True)]))
     said_last = [l for l in out.splitlines() if l.startswith('Final')]
     assert said_last == ["Final Sparsity: {'0': 25.0}", "Final Sparsity: {'3': 75.0}"]
 
@@ -132,13 +132,13 @@ LOOKS = dict(show_results=lambda l: l.show_results(max_n=4), tta=lambda l: l.tta
 def test_looking_changes_nothing_and_the_next_fit_still_reaches_its_target(look):
     learn = digits_learner(cbs=sparse(verbose=True))
     for n in (0, n_zeros(.9, N_RGB)):
-        if n: said(lambda: fit(learn, 1))
+        if n: printed(lambda: fit(learn, 1))
         before, kept = snapshot(learn.model), masks(learn.model)
-        with learn.no_bar(), learn.no_logging(): out = said(lambda: LOOKS[look](learn))
+        with learn.no_bar(), learn.no_logging(): out = printed(lambda: LOOKS[look](learn))
         assert zeros(learn.model) == n and same(before, snapshot(learn.model)) and all_same(kept, masks(learn.model))
         assert 'Sparsity at' not in out and 'Final' not in out
         assert look in ('tta', 'summary') or 'Pruning' not in out   # these two begin like a fit
-    said(lambda: fit(learn, 1))
+    printed(lambda: fit(learn, 1))
     assert zeros(learn.model) == n_zeros(.9, N_RGB)
 
 def test_recorder_plots():
@@ -157,7 +157,7 @@ def test_a_scale_that_overflows_at_first(criteria):
 
 def test_a_scale_that_overflows_throughout_says_so():
     amp = OnCPU(scale=2.**60)
-    out = said(lambda: fit(learner(cbs=amp), 2, sparse(criteria=grad_crit, verbose=True)))
+    out = printed(lambda: fit(learner(cbs=amp), 2, sparse(criteria=grad_crit, verbose=True)))
     assert amp.n_steps == 0 and 'The target was not reached' in out
 
 # --- optimizers
@@ -175,7 +175,7 @@ def test_zeros_are_exact_after_each_step_of_this_fit_and_the_next(opt):
 def test_an_optimizer_that_is_built_already():
     net = convnet()
     learn = learner(model=net, opt_func=OptimWrapper(opt=torch.optim.AdamW(net.parameters())))
-    steps, seen = collect('after_step', held)
+    steps, seen = collect('after_step', zeros_hold)
     fit(learn, 2, [sparse(), steps])
     fit(learn, 2, steps)
     assert zeros(net) == n_zeros(.9, N) and all(seen) and len(seen) == 24
@@ -204,16 +204,16 @@ BESIDE = dict(mixup=MixUp, cutmix=CutMix, clip=partial(GradientClip, .1), accumu
 @pytest.mark.parametrize('granularity', ['weight', 'filter'])
 @pytest.mark.parametrize('name', BESIDE)
 def test_target_beside_another_callback(name, granularity):
-    learn, (batches, seen) = learner(7), collect('after_batch', held)
-    said(lambda: fit(learn, 2, [sparse(75, granularity=granularity), batches, *L(BESIDE[name]())]))
+    learn, (batches, seen) = learner(7), collect('after_batch', zeros_hold)
+    printed(lambda: fit(learn, 2, [sparse(75, granularity=granularity), batches, *L(BESIDE[name]())]))
     assert zeros(learn.model) == n_zeros(.75, N)
-    said(lambda: fit(learn, 2, [batches, *L(BESIDE[name]())]))
+    printed(lambda: fit(learn, 2, [batches, *L(BESIDE[name]())]))
     assert zeros(learn.model) == n_zeros(.75, N) and len(seen) == 28 and all(seen)
 
 def test_early_stopping():
     learn = learner()
     stop = EarlyStoppingCallback('valid_loss', min_delta=10., patience=2)
-    out = said(lambda: fit(learn, 6, [sparse(verbose=True), stop]))
+    out = printed(lambda: fit(learn, 6, [sparse(verbose=True), stop]))
     assert zeros(learn.model) == n_zeros(.45, N) and 'training ended when 50%' in out
     assert zeros(fit(learn, 1).model) == n_zeros(.45, N)
     watch, seen = watching()
@@ -297,7 +297,7 @@ COMPILED = dict(wrapped=lambda learn: setattr(learn, 'model', torch.compile(lear
 def test_a_compiled_model(how):
     learn = learner()
     COMPILED[how](learn)
-    watch, seen = collect('after_step', held)
+    watch, seen = collect('after_step', zeros_hold)
     fit(learn, 2, [sparse(update_every=1), watch])
     fit(learn, 2, watch)
     assert zeros(learn.model) == n_zeros(.9, N) and all(seen) and len(seen) == 24
@@ -350,7 +350,7 @@ def test_a_model_compiled_between_two_fits():
 @pytest.mark.parametrize('inner', [lambda m: m, partial(torch.compile, backend='eager')], ids=['plain', 'compiled'])
 def test_names_under_data_parallel(inner):
     learn, cb = learner(model=nn.DataParallel(inner(convnet()))), sparse({'0': 50, '3': 90}, verbose=True)
-    out = said(lambda: fit(learn, 2, cb))
+    out = printed(lambda: fit(learn, 2, cb))
     assert counts(learn) == [72, n_zeros(.9, 1152)] and list(cb.sparsifier.report().layer) == ['0', '3']
     assert 'module' not in out and '_orig_mod' not in out
     fit(learn, 2)
@@ -372,9 +372,9 @@ def test_a_model_wrapped_only_while_it_trains():
 
 def assert_lasting(learn, kinds, n, n_epoch=1):
     "`n` zeros in the layers of type `kinds`, and the same after another fit"
-    assert zeros(learn.model, kinds) == n and held(learn)
+    assert zeros(learn.model, kinds) == n and zeros_hold(learn)
     fit(learn, n_epoch)
-    assert zeros(learn.model, kinds) == n and held(learn)
+    assert zeros(learn.model, kinds) == n and zeros_hold(learn)
 
 @pytest.mark.parametrize('context', ['local', 'global'])
 def test_xresnet(context):
@@ -514,13 +514,13 @@ def test_no_validation_set():
     items = [(torch.randn(2,6,6), i%4) for i in range(20)]
     for valid in (DataLoader(items[:0], bs=8), DataLoader([], bs=None)):
         learn = learner(dls=DataLoaders(DataLoader(items, bs=8), valid, device='cpu'))
-        out = said(lambda: fit(learn, 3, sparse(verbose=True)))
+        out = printed(lambda: fit(learn, 3, sparse(verbose=True)))
         assert zeros(learn.model) == n_zeros(.9, N) and len(epoch_lines(out)) == 3
 
 @pytest.mark.parametrize('start', [1, 2, 3])
 def test_nothing_is_said_of_epochs_that_are_skipped(start):
     learn, (watch, seen) = learner(), watching()
-    out = said(lambda: fit(learn, 4, [sparse(verbose=True), watch], start_epoch=start))
+    out = printed(lambda: fit(learn, 4, [sparse(verbose=True), watch], start_epoch=start))
     assert [l.split(':')[0] for l in epoch_lines(out)] == [f'Sparsity at the end of epoch {i}' for i in range(start, 4)]
     assert len(seen) == 6*(4-start) and seen[-1] == n_zeros(.9, N)
 
@@ -561,7 +561,8 @@ def test_a_cancel_between_the_last_step_and_its_masks(sparsify, exc):
         if (learn.epoch, learn.iter) == (1, 5): raise exc()
     learn = fit(learner(), 1, sparse())
     fit(learn, 2, [at('after_step', stop, order=0), *([sparse(95)] if sparsify else [])])
-    assert held(learn) and zeros(learn.model) == sum(int((~m).sum()) for m in masks(learn.model)) >= n_zeros(.9, N)
+    n_masked = sum(int((~m).sum()) for m in masks(learn.model))
+    assert zeros_hold(learn) and zeros(learn.model) == n_masked >= n_zeros(.9, N)
 
 def test_an_interrupt_between_a_step_and_its_masks():
     learn = fit(learner(), 1, sparse())
@@ -574,7 +575,7 @@ def test_an_epoch_that_is_cut_short(event, exc):
     def stop(learn):
         if learn.epoch == 1 and learn.iter == 3: raise exc()
     learn, (watch, seen), (ends, at_ends) = learner(), watching(), watching('after_epoch')
-    out = said(lambda: fit(learn, 4, [sparse(update_every=1, verbose=True), at(event, stop, 67), watch, ends]))
+    out = printed(lambda: fit(learn, 4, [sparse(update_every=1, verbose=True), at(event, stop, 67), watch, ends]))
     assert seen == sorted(seen) and at_ends[2:] == [n_zeros(.675, N), n_zeros(.9, N)]
     assert len(epoch_lines(out)) == 4 and 'not reached' not in out
 
@@ -582,7 +583,7 @@ def test_a_last_epoch_that_is_cut_short_is_said():
     def stop(learn):
         if learn.epoch == 3 and learn.iter == 2: raise CancelEpochException()
     learn = learner()
-    out = said(lambda: fit(learn, 4, [sparse(update_every=1, verbose=True), at('after_batch', stop, 67)]))
+    out = printed(lambda: fit(learn, 4, [sparse(update_every=1, verbose=True), at('after_batch', stop, 67)]))
     assert zeros(learn.model) == n_zeros(Fraction(9, 10)*21/24, N)
     assert 'The target was not reached: training ended when 88% of it was done' in out
 
@@ -594,7 +595,7 @@ def test_batches_that_are_skipped_at_random(seed, criteria):
         if rng.random() < .12: raise CancelBatchException()
     events = 'before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward', 'before_step'
     skips = [at(e, skip, order=rng.choice([0, 70])) for e in events]
-    watch, seen = collect('after_batch', lambda learn: (zeros(learn.model), held(learn)))
+    watch, seen = collect('after_batch', lambda learn: (zeros(learn.model), zeros_hold(learn)))
     fit(learner(10), 3, [sparse(criteria=criteria), watch, *skips])
     n = [z for z,_ in seen]
     assert len(seen) == 30 and n == sorted(n) and n[-1] == n_zeros(.9, N) and all(ok for _,ok in seen)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cases import in_a_loop
+from nets import Net
 from fasterai_sparse.core.criteria import large_final
 from fasterai_sparse.core.masks import remove_masks
 from fasterai_sparse.core.patterns import block, NM
@@ -110,13 +111,6 @@ def test_parts_equal_their_twin(which, size, stride):
     assert torch.equal(*got)
 
 # ---- networks
-class Net(nn.Module):
-    def __init__(self, run, **mods):
-        super().__init__()
-        self.run = run
-        for n,m in mods.items(): setattr(self, n, m)
-    def forward(self, x): return self.run(self, x)
-
 conv = lambda i, o, k=3, **kw: nn.Conv2d(i, o, k, **{'padding': k//2, **kw})
 NETS = {
     'chain': lambda: nn.Sequential(conv(3,8), nn.BatchNorm2d(8), nn.ReLU(), conv(8,16,stride=2), nn.SiLU(),
@@ -163,8 +157,8 @@ NETS = {
     'all zero': lambda: nn.Sequential(conv(3,8), nn.ReLU(), conv(8,4)).apply(
         lambda m: isinstance(m, nn.Conv2d) and nn.init.zeros_(m.weight)),
     'images folded': lambda: Net(
-        lambda s, x: s.b(F.relu(s.a(x.reshape(-1, 1, *x.shape[2:]))).reshape(x.shape[0], -1, *x.shape[2:])),
-        a=conv(1,4), b=conv(12,4)),
+        lambda s, x: s.b(F.relu(s.a(x.reshape(-1, 1, x.shape[2], x.shape[3])))
+                         .reshape(x.shape[0], -1, x.shape[2], x.shape[3])), a=conv(1,4), b=conv(12,4)),
     'eps': lambda: nn.Sequential(conv(3,8), nn.BatchNorm2d(8, eps=.5), nn.ReLU(), conv(8,4)),
     'no affine': lambda: nn.Sequential(conv(3,8), nn.BatchNorm2d(8, affine=False), nn.ReLU(), conv(8,4)),
 }
@@ -183,20 +177,20 @@ def test_networks(name, shape):
         assert same(want, flattened(got)) and plan.layers
         for _ in range(2): assert same(want, flattened(plan(x)))   # memory is used again
 
-def random_conv(rng, c):
-    o, size = rng.choice([4, 8, 12]), rng.choice([1,3,5])
-    stride, padding, dilation = rng.choice([1,1,2]), rng.randint(0, size//2 + 1), rng.choice([1,1,2])
-    return nn.Conv2d(c, o, size, stride, padding, dilation if size == 3 else 1, bias=rng.random() < .5)
+def random_conv(rng, c, o):
+    size, stride = rng.choice([1,3,5]), rng.choice([1,1,2])
+    padding, dilation = rng.randint(0, size//2 + 1), rng.choice([1,1,2]) if size == 3 else 1
+    return nn.Conv2d(c, o, size, stride, padding, dilation, bias=rng.random() < .5)
 
-RANDOM_LAYERS = dict(   # kind -> a layer for `c` channels
+RANDOM_LAYERS = dict(   # kind -> a layer for `c` channels, if it can have `o` outputs
     conv=random_conv,
-    depthwise=lambda rng, c: nn.Conv2d(c, c*2, 3, 1, 1, groups=c),
-    residual=lambda rng, c: nn.Conv2d(c, c, 3, 1, 1),
-    cat=lambda rng, c: nn.Conv2d(c, 4, 1),
-    act=lambda rng, c: rng.choice([nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish])(),
-    bn=lambda rng, c: nn.BatchNorm2d(c),
-    pool=lambda rng, c: nn.MaxPool2d(3, rng.choice([1,2]), 1),
-    sigmoid=lambda rng, c: nn.Sigmoid())
+    depthwise=lambda rng, c, o: nn.Conv2d(c, c*2, 3, 1, 1, groups=c),
+    act=lambda rng, c, o: rng.choice([nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish])(),
+    bn=lambda rng, c, o: nn.BatchNorm2d(c),
+    residual=lambda rng, c, o: nn.Conv2d(c, c, 3, 1, 1),
+    pool=lambda rng, c, o: nn.MaxPool2d(3, rng.choice([1,2]), 1),
+    cat=lambda rng, c, o: nn.Conv2d(c, 4, 1),
+    sigmoid=lambda rng, c, o: nn.Sigmoid())
 
 class RandomNet(nn.Module):
     "A network of random layers with residuals and concatenations"
@@ -204,8 +198,8 @@ class RandomNet(nn.Module):
         super().__init__()
         self.mods, self.kinds, c = nn.ModuleList(), [], 3
         for _ in range(rng.randint(3, 9)):
-            kind = rng.choice(['conv', 'conv', *RANDOM_LAYERS])
-            self.mods.append(RANDOM_LAYERS[kind](rng, c)), self.kinds.append(kind)
+            o, kind = rng.choice([4, 8, 12]), rng.choice(['conv', 'conv', *RANDOM_LAYERS])
+            self.mods.append(RANDOM_LAYERS[kind](rng, c, o)), self.kinds.append(kind)
             c = getattr(self.mods[-1], 'out_channels', c) + (c if kind == 'cat' else 0)
     def forward(self, x):
         for m,kind in zip(self.mods, self.kinds):

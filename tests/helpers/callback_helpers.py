@@ -131,7 +131,7 @@ def all_same(xs, ys): return len(xs) == len(ys) and all(torch.equal(x, y) for x,
 def dead_filters(w): return (w.detach() == 0).flatten(1).all(1)
 
 def printed(f):
-    "What `f` prints"
+    "The text that `f` prints"
     with redirect_stdout(io.StringIO()) as out: f()
     return out.getvalue()
 

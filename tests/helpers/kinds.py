@@ -51,10 +51,10 @@ def half_empty(learn):
 class Kind:
     """A callback and what the contract tests expect of it.
 
-    `make()` gives one with the usual arguments, `prepare(learn)` is done to the learner before. `columns`: of the epoch
-    table. `n_end`: zeros after a whole fit, None where chance decides, 'start' where there are as many as before.
-    `soft`: weights are back below the masks while an optimizer steps, and masks become buffers at the end only.
-    `changes`: masks change, so it waits while all layers are frozen."""
+    `make()` gives one with the usual arguments; `prepare(learn)` is called on the learner before a fit. `columns` are
+    its columns of the epoch table. `n_end` is the number of zeros after a complete fit, None if it is random, 'start'
+    if it does not change. `soft`: weights are unmasked while the optimizer steps, and masks become buffers only at the
+    end. `changes`: the masks change, so the callback waits while all layers are frozen."""
     def __init__(self, make, prepare=dense, columns=('sparsity',), n_end='start', soft=False, changes=True):
         self.make, self.prepare, self.columns = make, prepare, columns
         self.n_end, self.soft, self.changes = n_end, soft, changes

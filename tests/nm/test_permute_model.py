@@ -6,20 +6,13 @@ import torch.nn.functional as F
 from fastai.layers import AdaptiveConcatPool2d, Flatten
 from torch import nn
 
+from nets import Net
 from fasterai_sparse.core.masks import get_mask, set_mask
 from fasterai_sparse.nm import rules
 from fasterai_sparse.nm.channels import outputs_of
 from fasterai_sparse.nm.permute_model import permute_model
 from fasterai_sparse.utils.compat import BatchNorm
 from fasterai_sparse.utils.operations import kind_of
-
-class Net(nn.Module):
-    "A module with the submodules `mods`; its forward is a function of itself and the input"
-    def __init__(self, run, **mods):
-        super().__init__()
-        self.run = run
-        for n,m in mods.items(): setattr(self, n, m)
-    def forward(self, x): return self.run(self, x)
 
 conv = lambda i, o, k=1, **kw: nn.Conv2d(i, o, k, padding=k//2, **kw)
 image, tokens, row = lambda: torch.randn(2,4,6,6), lambda: torch.randn(2,5,16), lambda: torch.randn(3,12)

@@ -14,17 +14,10 @@ from fastai.vision.models import xresnet
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+from nets import NetOfAnyInputs as Net
 from fasterai_sparse.nm import permute_model as module
 from fasterai_sparse.core.masks import get_mask, set_mask
 from fasterai_sparse.nm.permute_model import permute_model
-
-class Net(nn.Module):
-    "A module with the submodules `mods`; its forward is a function of itself and the inputs"
-    def __init__(self, run, **mods):
-        super().__init__()
-        self.run = run
-        for n,m in mods.items(): setattr(self, n, m)
-    def forward(self, *args, **kwargs): return self.run(self, *args, **kwargs)
 
 def stirred(model):
     "`model` with random values in all constant tensors, so that wrong permutations change the output"

@@ -98,13 +98,13 @@ for m in sparseable_modules(learn.model):
 
 @pytest.fixture(scope='module')
 def digits(tmp_path_factory):
-    "A folder of images of handwritten threes and sevens; training images also shifted by a pixel, down and to the left"
+    "A folder of images of handwritten threes and sevens; training images also shifted by a pixel to each side"
     path, (xs, ys) = tmp_path_factory.mktemp('digits'), load_digits(return_X_y=True)
     for digit in (3, 7):
         for i,x in enumerate(xs[ys==digit].reshape(-1,8,8)*15.9):
             part = 'valid' if i%3 == 0 else 'train'
             (path/part/str(digit)).mkdir(parents=True, exist_ok=True)
-            for j,(down,right) in enumerate([(0,0)] if part == 'valid' else [(0,0), (1,0), (0,-1)]):
+            for j,(down,right) in enumerate([(0,0)] if part == 'valid' else [(0,0), (1,0), (-1,0), (0,1), (0,-1)]):
                 moved = np.roll(np.pad(x, 1), (down,right), (0,1)).astype(np.uint8)
                 Image.fromarray(moved).resize((28,28), Image.BILINEAR).save(path/part/str(digit)/f'{i}_{j}.png')
     return path

@@ -1,4 +1,4 @@
-"""Fail where a notebook is not clean, or where modules, README or the picture of the folders are not what is generated.
+"""Fail where a notebook is not clean, or where modules, README or the picture of the folders are not up to date.
 
 The check works on a copy; the checkout is left as it is."""
 import shutil, subprocess, sys, tempfile

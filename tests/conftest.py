@@ -14,6 +14,11 @@ os.environ['XDG_CACHE_HOME'] = os.environ['LOCALAPPDATA'] = tempfile.mkdtemp()
 @pytest.fixture(autouse=True)
 def seeded(): torch.manual_seed(0)
 
+@pytest.fixture
+def in_tmp(tmp_path, monkeypatch):
+    "The working directory is a temporary one; all tests of a file have it by `pytest.mark.usefixtures('in_tmp')`"
+    monkeypatch.chdir(tmp_path)
+
 def pytest_make_parametrize_id(config, val):
     "Name and arguments of a `partial`: its repr holds an address, which differs from run to run"
     if not isinstance(val, partial): return None   # pytest itself takes `__name__`

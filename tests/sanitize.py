@@ -1,10 +1,11 @@
-"""Run the tests of the compiled kernels over builds that watch their memory and threads; Linux, with g++:
+"""Run the tests of the compiled kernels with the address and thread sanitizers; Linux, with g++:
 `python tests/sanitize.py [address] [thread]`, both by default"""
 import ctypes, os, shutil, subprocess, sys, tempfile
 from pathlib import Path
 
 root = Path(__file__).parent.parent
-tests = [f'tests/engine/test_{name}.py' for name in ('ops', 'accelerate', 'native_failures')] + ['tests/nm/test_search.py']
+tests = ['tests/engine/test_ops.py', 'tests/engine/test_accelerate.py', 'tests/engine/test_native_failures.py',
+         'tests/nm/test_search.py']
 builds = {
     'address': ['-fsanitize=address,undefined', '-fno-sanitize-recover=undefined', '-fno-omit-frame-pointer'],
     'thread': ['-fsanitize=thread']}
@@ -14,8 +15,8 @@ options = dict(
     UBSAN_OPTIONS='print_stacktrace=1',
     TSAN_OPTIONS='ignore_noninstrumented_modules=1')   # torch's threads are not ours
 
-# Calls that a sanitizer has to report, or it would see nothing in the tests either: one reads beyond an array, one writes
-# what another thread reads
+# Faults that the sanitizers must report, or they would miss those of the tests too: one call reads beyond an array,
+# one writes what another thread reads
 call = '''
 import numpy as np
 from fasterai_sparse.utils.native import native_library
@@ -31,7 +32,7 @@ def compiler(*args):
     return run.stdout.strip()
 
 def build(tmp, kind):
-    "Copy the package to `tmp`, with a library that is watched"
+    "Copy the package to `tmp` and compile its library with the sanitizer `kind`"
     ignored = shutil.ignore_patterns('__pycache__', '_native*')
     for name in ('fasterai_sparse', 'tests'): shutil.copytree(root/name, tmp/name, ignore=ignored)
     shutil.copy(root/'pyproject.toml', tmp)
@@ -41,11 +42,13 @@ def build(tmp, kind):
     compiler(*flags, *sources, '-o', str(package/'_native.so'))
 
 def fixed_addresses():
-    "No random addresses: the thread sanitizer knows only some layouts of memory. Where that is refused it may work all the same"
+    """Switch random addresses off, as the thread sanitizer knows only some layouts of memory.
+
+    Where the system refuses that, the sanitizer may work all the same."""
     ctypes.CDLL(None).personality(0x40000)
 
 def run(tmp, kind, *args, **kwargs):
-    "Run Python in `tmp`; the sanitizer's runtime, and the C++ library that it has to find, are loaded before all others"
+    "Run Python in `tmp`, with the sanitizer's runtime and the C++ library it needs loaded before all other libraries"
     preload = ' '.join(compiler(f'-print-file-name={lib}') for lib in (runtimes[kind], 'libstdc++.so'))
     env = {**os.environ, **options, 'PYTHONPATH': str(tmp), 'LD_PRELOAD': preload}
     return subprocess.run([sys.executable, *args], cwd=tmp, env=env, preexec_fn=fixed_addresses, **kwargs)

@@ -33,7 +33,7 @@ UPWARD = {
     'by name': 'import importlib\ndef f(): return importlib.import_module("fasterai_sparse.train.updates")'}
 
 def package(folder, **modules):
-    "A package of that name in `folder`, with the folders core and train, and these modules"
+    "A package in `folder` with the folders core and train, and these modules in core"
     for name in ('', 'core', 'train'):
         (folder/'fasterai_sparse'/name).mkdir(exist_ok=True)
         (folder/'fasterai_sparse'/name/'__init__.py').write_text('')

@@ -24,7 +24,7 @@ def test_metadata_is_that_of_settings():
     assert set(META['Keywords'].replace(',', ' ').split()) == set(s['keywords'].split())
 
 def requirements():
-    "Extra, or None -> what it requires"
+    "Extra, or None -> its requirements"
     res = {}
     for r in importlib.metadata.requires('fasterai_sparse'):
         req, _, extra = r.partition(';')

@@ -1,4 +1,4 @@
-"`from fasterai_sparse.all import *`: which names it brings, and what it leaves alone"
+"`from fasterai_sparse.all import *`: which names it binds, and that it replaces no others"
 import builtins, importlib, json, pkgutil, subprocess, sys
 from functools import cache
 
@@ -11,7 +11,7 @@ MODULES = [m.name for m in pkgutil.walk_packages(fasterai_sparse.__path__, 'fast
            if not m.ispkg and not m.name.rpartition('.')[2].startswith('_')]
 
 def python(code):
-    "What a new process prints that runs `code`"
+    "Output of `code` in a new process"
     r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
     assert r.returncode == 0, r.stderr[-2000:]
     return r.stdout
@@ -38,22 +38,22 @@ def test_no_name_is_exported_by_two_modules():
 # --- the names
 
 def test_the_star_import_brings_the_list_and_nothing_of_fastais():
-    names = json.loads(python('import json; d = {}; exec("from fasterai_sparse.all import *", d); print(json.dumps(list(d)))'))
-    assert sorted(set(names)-{'__builtins__'}) == sorted(public.__all__)
+    assert sorted(set(star_import()[0])-{'__builtins__'}) == sorted(public.__all__)
     assert len(set(public.__all__)) == len(public.__all__) <= 90
 
 @pytest.mark.parametrize('name', public.__all__)
 def test_a_public_name_is_ours(name):
-    "Defined in one of our modules, or an object of one of our classes"
+    "A public name is defined in one of our modules, or is an object of one of our classes"
     o = getattr(public, name)
     if isinstance(o, dict): assert name.endswith('_presets')
     else: assert (o.__module__ if hasattr(o, '__module__') else type(o).__module__).startswith('fasterai_sparse.')
 
-SEEDS = '''Sparsifier SparsifyCallback Criteria Schedule Granularities magnitude large_final one_shot iterative agp one_cycle
-    cos lin dsd sparse_mask sparse_mask_like maybe_float sparse_params apply_masks is_sparseable_module sparseable_modules
-    uniform_sparsity first_layer_dense_uniform erdos_renyi_sparsity sparsify_model random_score weight_magnitude
-    gradient_magnitude gradient_momentum top_k_mask DynamicSparseTrainingCallback SET_presets SNFS_presets RigL_presets
-    RBSparsityCallback MagnitudeSparsityCallback ConstSparsityCallback SparsityConfig callbacks_from_config'''.split()
+SEEDS = '''Sparsifier SparsifyCallback Criteria Schedule Granularities magnitude large_final one_shot iterative agp
+    one_cycle cos lin dsd sparse_mask sparse_mask_like maybe_float sparse_params apply_masks
+    is_sparseable_module sparseable_modules uniform_sparsity first_layer_dense_uniform erdos_renyi_sparsity
+    sparsify_model random_score weight_magnitude gradient_magnitude gradient_momentum top_k_mask
+    DynamicSparseTrainingCallback SET_presets SNFS_presets RigL_presets RBSparsityCallback
+    MagnitudeSparsityCallback ConstSparsityCallback SparsityConfig callbacks_from_config'''.split()
 
 def test_what_users_of_other_libraries_type_is_there(): assert not set(SEEDS) - set(public.__all__)
 
@@ -74,16 +74,16 @@ for f in firsts:
     ns = {}
     exec(f, ns)
     found[f] = sorted(n for n in mine if n in ns and not n.startswith('__'))
-print(json.dumps(found))'''
+print(json.dumps([list(mine), found]))'''
 
 @cache
-def taken():
-    "First lines of a notebook -> names that they and the package both bind, so that the order of imports would matter"
+def star_import():
+    "Names of the star import, and: first lines of a notebook -> names that both they and the package bind"
     return json.loads(python(NAMESPACES))
 
 @pytest.mark.parametrize('which', range(7))
 def test_the_order_of_star_imports_does_not_matter(which):
-    first, names = list(taken().items())[which]
+    first, names = list(star_import()[1].items())[which]
     assert names == [], f'with {first!r}'
 
 USUAL = '''random math torch nn F np pd plt tensor Tensor L Path partial os sys re time copy deepcopy json pickle
@@ -111,7 +111,7 @@ assert all(a is b for a,b in zip(before, (copy, random, math, partial, Path, np,
 print(copy.deepcopy([1]), random.Random(0).random() < 1, math.floor(1.5))''')
     assert out.split() == ['[1]', 'True', '1']
 
-# --- what is loaded
+# --- imports
 
 BLOCK = '''
 import sys
@@ -144,7 +144,7 @@ def test_nothing_heavy_is_imported():
     assert packages('import fasterai_sparse.all') - fastai == {'fasterai_sparse', 'hjson'}
 
 def test_verbs_of_the_learner_and_the_sparsifier_come_with_it():
-    "Higher folders add methods to classes below them; importing `all` is enough to have them"
+    "Importing `all` is enough to have the methods that higher folders add to Learner and Sparsifier"
     out = python('''
 import fasterai_sparse.all
 from fastai.learner import Learner

@@ -1,4 +1,4 @@
 import pytest
 
 @pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
+def each_in_tmp(in_tmp): pass

@@ -1,6 +1,6 @@
-"""What every callback promises of copies, saved files, and models that are wrapped.
+"""All callbacks: copies of model, learner and callback, saved files, and wrapped models.
 
-Each test runs for all of `kinds.KINDS`; what is particular to one callback is tested in its own folder."""
+Each test runs for all of `kinds.KINDS`; what only one callback does is tested in its own folder."""
 import pickle, subprocess, sys
 from copy import deepcopy
 
@@ -9,11 +9,12 @@ from fastai.basics import Datasets, load_learner, Metric, nn, partial
 from fastai.callback.tracker import SaveModelCallback
 
 from callback_helpers import (
-    all_same, at, at_batch, copied_by, fit, follows_masks, held, learner, loaders, masks, same, snapshot)
+    all_same, at, at_batch, copied_by, exportable, fit, follows_masks, learner, loaders, masks, same, snapshot,
+    zeros_hold)
 from cases import in_a_loop
 from fasterai_sparse.train.keep_masks import KeepMasks
 from fasterai_sparse.train.updates import bake_masks, MaskUpdates
-from kinds import check_end, end_of, exportable, KINDS, kinds, n_zero, quiet, ready, state, unchanged, values
+from kinds import check_end, end_of, KINDS, kinds, n_zero, quiet, ready, state, unchanged, values
 
 pytestmark = quiet
 
@@ -24,7 +25,7 @@ COPIES = dict(deepcopy=deepcopy, pickle=lambda o: pickle.loads(pickle.dumps(o)))
 @kinds
 @pytest.mark.parametrize('how', COPIES)
 def test_a_copy_of_the_model_in_a_fit(name, how):
-    "Is what the model was at that moment, and does not change with it"
+    "A copy taken in a fit has the weights of that moment, and keeps them while the fit goes on"
     kind, learn, n, cb = ready(name)
     seen = []
     def take(learn): seen.append((COPIES[how](learn.model), state(learn)))
@@ -36,14 +37,14 @@ def test_a_copy_of_the_model_in_a_fit(name, how):
         assert same(snapshot(model), saved) and all_same(masks(model), then)
         assert not any(p._backward_hooks for p in model.parameters())
         other = fit(learner(model=model), 1, KeepMasks())
-        assert all_same(masks(other.model), then) and held(other)
+        assert all_same(masks(other.model), then) and zeros_hold(other)
     assert unchanged(learn, last)
 
 @kinds
 @pytest.mark.parametrize('how', COPIES)
 @in_a_loop('event', ['before_batch', 'after_batch', 'after_epoch'])
 def test_a_copy_of_the_learner_in_a_fit(name, how, event):
-    "Goes its own way; the fit that goes on ends as one without a copy"
+    "The copy trains on its own; the original fit ends as it would without a copy"
     if event == 'before_batch' and KINDS[name].soft: event = 'before_backward'
     results, copies = [], []
     for copied in (False, True):
@@ -64,7 +65,7 @@ def test_a_copy_of_the_learner_in_a_fit(name, how, event):
 @kinds
 @in_a_loop('how', COPIES)
 def test_a_copy_of_the_callback(name, how):
-    "Before its first fit and after it"
+    "A copy works before the first fit of the original, and after it"
     kind = KINDS[name]
     used = kind.make()
     fit(kind.learner(), 2, used)
@@ -135,7 +136,7 @@ class AtEpoch(Metric):
 @pytest.mark.parametrize('with_opt', [False, True])
 @in_a_loop('best', [0, 1, 2])
 def test_the_best_epoch_is_loaded_at_the_end(name, with_opt, best):
-    "Its zeros are the masks then, which later fits keep; its file has the keys of a dense model"
+    "The masks are the zeros of that epoch, and later fits keep them; the saved file has the keys of a dense model"
     kind, learn, n, cb = ready(name, 4)
     learn.metrics, keys = [AtEpoch(best)], list(learn.model.state_dict())
     ends = []
@@ -146,7 +147,7 @@ def test_the_best_epoch_is_loaded_at_the_end(name, with_opt, best):
     assert list(saved['model'] if with_opt else saved) == keys
     was = masks(learn.model)
     fit(learn, 1, KeepMasks())
-    assert all_same(was, masks(learn.model)) and held(learn)
+    assert all_same(was, masks(learn.model)) and zeros_hold(learn)
     fit(learn, 3, cb)
     check_end(kind, learn, n)
 

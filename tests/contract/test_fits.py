@@ -1,12 +1,12 @@
-"""What every callback promises of whole fits, of its columns in the epoch table, and of what only looks at a learner.
+"""All callbacks: whole fits, columns of the epoch table, and calls like `validate` that must change nothing.
 
-Each test runs for all of `kinds.KINDS`; what is particular to one callback is tested in its own folder."""
+Each test runs for all of `kinds.KINDS`; what only one callback does is tested in its own folder."""
 import warnings
 
 import matplotlib.pyplot as plt, pytest
 from fastai.basics import accuracy, nn, noop, partial, Recorder
 
-from callback_helpers import all_same, at, collect, fit, follows_masks, masks, raising, said, same, snapshot
+from callback_helpers import all_same, at, collect, fit, follows_masks, masks, printed, raising, same, snapshot
 from cases import in_a_loop
 from fasterai_sparse.train.keep_masks import KeepMasks
 from kinds import check_end, end_of, KINDS, kinds, LAYERS, n_zero, quiet, ready, state, unchanged, with_column
@@ -44,14 +44,14 @@ def test_validation_is_of_masked_weights(name):
 def test_a_fit_of_no_epochs_changes_nothing(name):
     kind, learn, n, cb = ready(name)
     before = snapshot(learn.model)
-    said(lambda: fit(learn, 0, cb))
+    printed(lambda: fit(learn, 0, cb))
     assert same(before, snapshot(learn.model))
     fit(learn, 2, cb)
     check_end(kind, learn, n)
 
 @pytest.mark.parametrize('name', [n for n in KINDS if n != 'lottery'])
 def test_a_fit_that_starts_at_a_later_epoch(name):
-    "A lottery refuses: the weights to go back to are not there"
+    "The lottery is left out: it has no weights to reset to, and raises"
     kind, learn, n, cb = ready(name)
     fit(learn, 4, cb, start_epoch=2)
     check_end(kind, learn, n)
@@ -111,12 +111,12 @@ def test_columns_stand_between_the_validation_loss_and_the_metrics(name, metrics
     fit(learn, 1)
     assert not set(kind.columns) & set(learn.recorder.metric_names)
 
-# --- what only looks at a learner
+# --- calls that change nothing
 
 def looked(learn, look):
     with learn.no_bar(), learn.no_logging(), warnings.catch_warnings():
         if look not in BEGINS_A_FIT: warnings.simplefilter('error', UserWarning)
-        return said(lambda: LOOKS[look](learn))
+        return printed(lambda: LOOKS[look](learn))
 
 LOOKS = dict(validate=lambda l: l.validate(), preds=lambda l: l.get_preds(),
              train_loss=lambda l: l.get_preds(ds_idx=0, with_loss=True),
@@ -130,7 +130,7 @@ def log_of(cb): return cb.log.to_csv() if hasattr(cb, 'log') else ''
 @kinds
 @in_a_loop('look', LOOKS)
 def test_looking_changes_nothing(name, look):
-    "Neither before a fit nor after it"
+    "Calls that only look change nothing before a fit, and nothing after it"
     kind, learn, n, cb = ready(name, 4)
     if name == 'adapt_batchnorm' and look == 'no_epochs': return   # which is a fit
     learn.add_cb(cb)

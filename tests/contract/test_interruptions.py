@@ -1,6 +1,6 @@
-"""What every callback promises where a fit breaks off, or something in it is cancelled.
+"""All callbacks: fits that are interrupted, and batches, epochs or fits that another callback cancels.
 
-Each test runs for all of `kinds.KINDS`; what is particular to one callback is tested in its own folder."""
+Each test runs for all of `kinds.KINDS`; what only one callback does is tested in its own folder."""
 import pickle
 from copy import deepcopy
 
@@ -9,14 +9,15 @@ from fastai.basics import (
     CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
     CancelTrainException, CancelValidException)
 
-from callback_helpers import all_same, at, collect, fit, follows_masks, held, masks, raising, same, snapshot
+from callback_helpers import (
+    all_same, at, collect, exportable, fit, follows_masks, masks, raising, same, snapshot, zeros_hold)
 from cases import in_a_loop
 from fasterai_sparse.train.keep_masks import KeepMasks
-from kinds import check_end, exportable, kinds, n_masked, n_zero, of_each_class, quiet, ready
+from kinds import check_end, kinds, n_masked, n_zero, of_each_class, quiet, ready
 
 pytestmark = quiet
 
-# --- fits that break off, and what others cancel
+# --- interrupted fits, and what other callbacks cancel
 
 EVENTS = ['before_epoch', 'before_train', 'before_batch', 'after_pred', 'after_loss', 'before_backward',
           'after_backward', 'before_step', 'after_step', 'after_batch', 'after_train', 'before_validate',
@@ -34,10 +35,10 @@ BREAKS = [*((e, KeyboardInterrupt()) for e in EVENTS), ('after_pred', RuntimeErr
           *((e, CancelFitException()) for e in ('before_batch', 'after_step', 'after_epoch'))]
 
 def check_masks_hold(kind, learn):
-    "Zeros of hard masks stay in a plain fit; of soft masks that were interrupted nothing is left, so all weights train"
+    "A plain fit keeps the zeros of hard masks; interrupted soft masks are gone, so all weights train"
     was = masks(learn.model)
     fit(learn, 1, [] if any(isinstance(cb, KeepMasks) for cb in learn.cbs) or not was else KeepMasks())
-    assert all_same(was, masks(learn.model)) and held(learn)
+    assert all_same(was, masks(learn.model)) and zeros_hold(learn)
     if kind.soft and not was: assert n_zero(learn) == 0
 
 @of_each_class
@@ -47,7 +48,7 @@ def test_a_fit_that_breaks_off_and_others(name, event, exc):
     try: fit(learn, 3, [cb, in_second_epoch(event, exc)])
     except (KeyboardInterrupt, RuntimeError, SystemExit) as e: assert type(e) is type(exc)
     else: assert isinstance(exc, CancelFitException)
-    assert kind.soft or held(learn) or event == 'after_step'
+    assert kind.soft or zeros_hold(learn) or event == 'after_step'
     left = n_zero(learn)
     assert same(snapshot(deepcopy(learn.model)), snapshot(learn.model))
     if event in ('after_pred', 'after_batch', 'after_epoch'): learn.export('l.pkl'), pickle.dumps(cb)
@@ -73,14 +74,14 @@ CANCELS = [*((CancelBatchException, e) for e in OF_BATCH[:-1]), (CancelStepExcep
 @of_each_class
 @pytest.mark.parametrize('order', [0, 66])
 @in_a_loop('exc,event', CANCELS)
-def test_what_others_cancel(name, exc, event, order):
-    "The fit ends as any other; where it is cancelled as a whole, with the sparsity of that moment"
+def test_cancelled_batches_epochs_and_fits(name, exc, event, order):
+    "A cancelled batch or epoch does not change the end of a fit; a cancelled fit ends with the sparsity of that moment"
     kind, learn, n, cb = ready(name, 4)
     fit(learn, 3, [cb, in_second_epoch(event, exc(), order)])
-    assert follows_masks(learn.model) and held(learn) and n_zero(learn) > 0
+    assert follows_masks(learn.model) and zeros_hold(learn) and n_zero(learn) > 0
     if exc is not CancelFitException: check_end(kind, learn, n)
     fit(learn, 1, KeepMasks())
-    assert held(learn)
+    assert zeros_hold(learn)
 
 @kinds
 def test_a_fit_that_is_cancelled_before_it_starts(name):

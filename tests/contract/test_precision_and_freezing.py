@@ -1,13 +1,14 @@
-"""What every callback promises under mixed precision, with accumulated gradients and with frozen layers.
+"""All callbacks: mixed precision, accumulated gradients and frozen layers.
 
-Each test runs for all of `kinds.KINDS`; what is particular to one callback is tested in its own folder."""
+Each test runs for all of `kinds.KINDS`; what only one callback does is tested in its own folder."""
 import pytest, torch
 from fastai.callback.training import GradientAccumulation, GradientClip
 
-from callback_helpers import all_same, at, at_batch, collect, fit, follows_masks, held, masks, raising, said
+from callback_helpers import (
+    all_same, at, at_batch, collect, fit, follows_masks, masks, OnCPU, printed, raising, split, zeros_hold)
 from cases import in_a_loop
 from fasterai_sparse.train.keep_masks import KeepMasks
-from kinds import changing, check_end, kinds, LAYERS, n_zero, OnCPU, quiet, randomly_masked, ready, split, values
+from kinds import changing, check_end, kinds, LAYERS, n_zero, quiet, randomly_masked, ready, values
 
 pytestmark = quiet
 
@@ -20,7 +21,7 @@ def test_mixed_precision(name, mode):
     dtypes = set()
     learn.model[3].register_forward_hook(lambda m, x, out: dtypes.add(out.dtype) if learn.training else None)
     learn.add_cb(OnCPU(mode))
-    steps, holds = collect('after_step', lambda learn: kind.soft or held(learn))
+    steps, holds = collect('after_step', lambda learn: kind.soft or zeros_hold(learn))
     fit(learn, 3, [cb, steps])
     check_end(kind, learn, n)
     assert len(holds) == 18 and all(holds) and all(w.dtype == torch.float32 for w in values(learn))
@@ -41,8 +42,8 @@ def test_to_half_precision_and_back(name, to):
 @kinds
 @in_a_loop('skipped', [{0}, {3, 4}, {1, 5, 6, 7}, {17}, {16, 17}])
 def test_gradients_that_overflow(name, skipped):
-    "Weights that have no gradient wait; the target is not lost with the last step"
-    if name == 'gradient' and 17 in skipped: return   # there is nothing to score by
+    "Masks do not change in a skipped step, and the target is reached even if the last step is skipped"
+    if name == 'gradient' and 17 in skipped: return   # no gradients to score by in the last batch
     kind, learn, n, cb = ready(name)
     amp, count, finite = OnCPU(), [], []
     def spoil(learn):
@@ -66,26 +67,26 @@ def test_gradient_accumulation(name, n_acc):
 # --- frozen layers
 
 def train(learn, on, which=slice(None)):
-    "Freeze or unfreeze weights; without gradients, which fastai goes on to step"
+    "Freeze or unfreeze weights and drop their gradients, which fastai would use in its next step"
     for m in [m for m in learn.model if isinstance(m, LAYERS)][which]: m.weight.requires_grad_(on).grad = None
-    learn.opt = None   # it knows only what trained when it was made
+    learn.opt = None   # it has only the parameters that were trainable when it was made
 
 @changing
 @in_a_loop('after', ['nothing', 'a fit', 'an interrupted fit', 'an interrupted wait'])
 def test_where_all_is_frozen_it_waits(name, after):
-    "Changes nothing, and fills its columns all the same"
+    "While all layers are frozen, masks and weights stay and the columns of the epoch table are filled"
     kind, learn, n, cb = ready(name)
-    if name == 'GraNet': randomly_masked(learn)   # without masks it has nothing to wait with
+    if name == 'GraNet': randomly_masked(learn)   # it waits only where there are masks
     learn.add_cb(cb)
     if after == 'a fit': fit(learn, 2)
     if after == 'an interrupted fit':
         with pytest.raises(KeyboardInterrupt): fit(learn, 2, at_batch(8, raising(KeyboardInterrupt())))
-        if kind.soft: return   # what is left there is not masked
+        if kind.soft: return   # soft masks are gone
     train(learn, False)
     if after == 'an interrupted wait':
         with pytest.raises(KeyboardInterrupt): fit(learn, 1, at_batch(2, raising(KeyboardInterrupt())))
     was, before = masks(learn.model), values(learn)
-    said(lambda: fit(learn, 2))
+    printed(lambda: fit(learn, 2))
     names, rows = list(learn.recorder.metric_names), learn.recorder.values
     assert all_same(before, values(learn)) and names[3:-2] == list(kind.columns)
     assert [len(r) for r in rows] == [len(names)-2]*2
@@ -105,7 +106,7 @@ def test_a_frozen_layer_is_left_alone(name):
 
 @kinds
 def test_fine_tune(name):
-    "The body by itself at first, then all"
+    "`fine_tune` trains the head alone at first, then all layers"
     kind, learn, n, cb = ready(name, splitter=split)
     bodies = []
     look = at('before_fit', lambda learn: bodies.append((values(learn), masks(learn.model))), 0)

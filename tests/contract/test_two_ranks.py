@@ -1,4 +1,4 @@
-"Every callback leaves the same masks and weights on two ranks that train together: one start of torchrun for all"
+"Every callback leaves the same masks and weights on both of two ranks; torchrun starts once for all"
 import pytest
 
 from kinds import kinds, KINDS

@@ -1,10 +1,10 @@
-"How a sparsity is shared among layers: against the closed form, on real shapes, and through all that takes an allocation"
+"Allocations: sparsity per layer against the closed form, on shapes of real networks, and wherever one is accepted"
 from functools import cache
 
 import pytest
 from torchvision.models import mobilenet_v2, resnet50
 
-from callback_helpers import loaders, said
+from callback_helpers import loaders, printed
 from fastai.basics import CrossEntropyLossFlat, Learner, nn, partial, torch
 from fasterai_sparse.core.allocation import erdos_renyi_sparsity, first_layer_dense_uniform, uniform_sparsity
 from fasterai_sparse.core.criteria import large_final
@@ -19,7 +19,7 @@ NETS = dict(resnet50=resnet50, mobilenet_v2=mobilenet_v2)
 
 @cache
 def layers(name):
-    "Names and weights of all convolutions and the head, on no device"
+    "Names and weights of all convolutions and the head, on the meta device"
     with torch.device('meta'): net = NETS[name]()
     return {n: m.weight for n,m in net.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
 
@@ -30,7 +30,7 @@ def raw(w, kernel, power):
     return (sum(dims)/n)**power
 
 def closed_form(ws, sparsity, kernel, power):
-    "Densities min(1, ε·p): ε by bisection, so that the whole is as dense as asked"
+    "Densities min(1, ε·p), with ε found by bisection so that the mean density is as asked"
     ps, ns = [raw(w, kernel, power) for w in ws], [w.numel() for w in ws]
     lo, hi = 0., 1/min(ps)
     for _ in range(200):
@@ -50,7 +50,7 @@ def test_closed_form(net, kernel, power, sparsity):
     assert power or got == pytest.approx([1-sparsity]*len(ws))
 
 def test_dense_layers_of_resnet50():
-    "At 90 % ERK wants more than all of some layers: they are the ones with the largest (Σ dims)/(Π dims), and stay dense"
+    "Layers with the largest (Σ dims)/(Π dims), for which ERK at 90 % asks for a density above 1, stay dense"
     ws = list(layers('resnet50').values())
     got, ps = erdos_renyi_sparsity(ws, .9), [raw(w, True, 1.) for w in ws]
     dense = [p for s,p in zip(got, ps) if s == 0]
@@ -65,12 +65,15 @@ def test_depthwise_layers_of_mobilenet_are_densest():
 # dims 3·32·3·3 and so on, written out: raw densities 41/864, 166/36864, 646/589824, 522/5120
 def test_by_hand():
     ws = [torch.empty(s, device='meta') for s in ((32,3,3,3), (128,32,3,3), (512,128,3,3), (10,512))]
-    eps = (.1*(864+36864+589824+5120) - 864 - 5120)/(166+646)   # the first and the last would be 2.6 and 5.5 times dense
+    # the first and the last would be 2.6 and 5.5 times dense
+    eps = (.1*(864+36864+589824+5120) - 864 - 5120)/(166+646)
     assert erdos_renyi_sparsity(ws, .9) == pytest.approx([0, 1-eps*166/36864, 1-eps*646/589824, 0])
 
-# --- wherever an allocation goes
+# --- where allocations are accepted
 
-def small(): return nn.Sequential(nn.Conv2d(2,8,3,padding=1), nn.ReLU(), nn.Conv2d(8,16,3,padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16,4))
+def small():
+    return nn.Sequential(nn.Conv2d(2,8,3,padding=1), nn.ReLU(), nn.Conv2d(8,16,3,padding=1), nn.AdaptiveAvgPool2d(1),
+                         nn.Flatten(), nn.Linear(16,4))
 
 TYPES = nn.Conv2d, nn.Linear
 
@@ -81,7 +84,8 @@ def one_shot_zeros(context, percent):
 
 def trained_zeros(context, percent):
     learn = Learner(loaders(), small(), loss_func=CrossEntropyLossFlat())
-    with learn.no_bar(), learn.no_logging(): learn.fit(2, cbs=SparsifyCallback(percent, context=context, schedule=lin, layer_type=TYPES, verbose=False))
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(2, cbs=SparsifyCallback(percent, context=context, schedule=lin, layer_type=TYPES, verbose=False))
     return learn.model
 
 def started_zeros(context, percent):
@@ -95,7 +99,8 @@ def counts(model): return [int((m.weight == 0).sum()) for m in model if isinstan
 
 @pytest.mark.parametrize('make', MAKERS)
 @pytest.mark.parametrize('context', [uniform_sparsity, first_layer_dense_uniform, erdos_renyi_sparsity,
-                                     partial(erdos_renyi_sparsity, include_kernel=False), partial(erdos_renyi_sparsity, fixed={'5': .5})])
+                                     partial(erdos_renyi_sparsity, include_kernel=False),
+                                     partial(erdos_renyi_sparsity, fixed={'5': .5})])
 @pytest.mark.parametrize('percent', [50, 77, 90])
 def test_budgets_are_exact(make, context, percent):
     ws = [m.weight for m in small() if isinstance(m, TYPES)]
@@ -103,7 +108,8 @@ def test_budgets_are_exact(make, context, percent):
     f = context.func if isinstance(context, partial) else context
     fractions = f(ws, percent/100, **given, names=['0', '2', '5']) if 'fixed' in given else f(ws, percent/100, **given)
     got = counts(make(context, percent))
-    assert sum(got) == n_zeros(sum(s*w.numel() for s,w in zip(fractions, ws))/sum(w.numel() for w in ws), sum(w.numel() for w in ws))
+    assert sum(got) == n_zeros(sum(s*w.numel() for s,w in zip(fractions, ws))/sum(w.numel() for w in ws),
+                               sum(w.numel() for w in ws))
     for n,s,w in zip(got, fractions, ws): assert abs(n - s*w.numel()) < 1
     if 'fixed' in given: assert got[-1] == 32
 
@@ -121,7 +127,7 @@ def test_the_report_shows_the_flops_that_it_costs():
         s.sparsify_model(80)
         df = s.report(torch.randn(1,2,6,6))
         ratio[f] = df.sparse_flops.sum()/df.flops.sum()
-        assert f'{ratio[f]:.1%}' in said(lambda: s.print_sparsity(torch.randn(1,2,6,6)))
+        assert f'{ratio[f]:.1%}' in printed(lambda: s.print_sparsity(torch.randn(1,2,6,6)))
     assert ratio[erdos_renyi_sparsity] > ratio[uniform_sparsity] == pytest.approx(.2, abs=.01)
 
 @pytest.mark.parametrize('sparsity,erk,uniform', [(.8, .42, .23), (.9, .24, .13)])

@@ -1,4 +1,4 @@
-"Bad input and models that are not as usual: refused by name with nothing changed, or right"
+"Bad input and unusual models either work, or raise an error that names them and leave everything unchanged"
 import math, pickle, subprocess, sys, warnings
 from copy import deepcopy
 
@@ -41,13 +41,13 @@ def train(model, steps=5, lr=.1):
         apply_masks(model)
 
 def tensors(model):
-    "All parameters and buffers, masks too, as bytes"
+    "All parameters, buffers and masks as bytes"
     named = [*model.named_parameters(), *model.named_buffers()]
     real = {n: t.detach() for n,t in named if not nn.parameter.is_lazy(t) and not t.is_meta}
     return {n: t.clone().contiguous().reshape(-1).view(torch.uint8) for n,t in real.items()}
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
-# What can't carry a mask
+# Layers that can't have a mask
 
 def int8(m):
     m.weight = nn.Parameter(torch.ones(10, 10, dtype=torch.int8), requires_grad=False)
@@ -327,7 +327,7 @@ def test_gradients_that_are_missing():
         sparse(net, 50, criteria=grad_crit)
     assert same(tensors(net), before)
 
-# Failing in the middle, and taking back
+# Failures in the middle, and undo
 
 class Boom(Exception): pass
 
@@ -447,7 +447,9 @@ def test_save_model_writes_the_trained_model_and_leaves_it_as_it_is(tmp_path):
     s.save_model(tmp_path/'net.pth')
     again = torch.load(tmp_path/'net.pth', weights_only=False)
     now = dict(net.named_parameters()) | dict(net.named_buffers())
-    assert now.keys() == before.keys() and all(torch.equal(now[k], v) for k,v in before.items()) and not list(masked_params(again))   # but for the sign of a zero
+    # except for signs of zeros
+    assert now.keys() == before.keys() and all(torch.equal(now[k], v) for k,v in before.items())
+    assert not list(masked_params(again))
     assert all(torch.equal(a, b) for a,b in zip(net.parameters(), again.parameters()))
     assert [m.training for m in again.modules()] == [m.training for m in net.modules()]
     with pytest.warns(UserWarning, match=r'0\.00%'): net.load_state_dict(cnn().state_dict())
@@ -557,8 +559,8 @@ def test_two_sparsifiers_warn_once():
     net = mlp()
     dense = deepcopy(net.state_dict())
     sparse(net, 40), sparse(net, 60)
-    with pytest.warns(UserWarning) as said: net.load_state_dict(dense)
-    assert len(said) == 1
+    with pytest.warns(UserWarning) as warned: net.load_state_dict(dense)
+    assert len(warned) == 1
 
 def test_filters_of_a_model_whose_weights_are_sparse():
     net = sparse(cnn(), 30, layer_type=nn.Conv2d)

@@ -1,4 +1,4 @@
-"Exact numbers of zeros: each count defect of the peer library, then every granularity of every layer type"
+"Exact numbers of zeros: fasterai's counting defects, then every granularity of every layer type"
 import math, pickle
 from copy import deepcopy
 from fractions import Fraction

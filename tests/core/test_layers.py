@@ -1,4 +1,4 @@
-"Layers of every kind, what falls together and what it costs: structure defects of the peer library, N:M, blocks, FLOPs"
+"Layers of all types: groups of weights, tied weights, N:M patterns, blocks and FLOPs; fasterai's defects among them"
 import re
 from functools import partial
 
@@ -81,7 +81,7 @@ def test_batchnorm_without_affine(make, affine):
     assert live_channels(net(torch.randn(2,3,9,9))).sum() == 4
 
 class Registered(nn.Module):
-    "Convolutions registered before the BatchNorms, which follow them crosswise"
+    "Convolutions are registered before the BatchNorms, and each BatchNorm follows the other convolution"
     def __init__(self):
         super().__init__()
         self.c1, self.c2, self.b1, self.b2 = nn.Conv2d(3,8,3), nn.Conv2d(8,8,3), nn.BatchNorm2d(8), nn.BatchNorm2d(8)
@@ -205,7 +205,7 @@ def test_transformers_conv1d_columns_are_inputs():
 # Tied and shared
 
 class LM(nn.Module):
-    "Output weights tied to the embedding"
+    "A language model whose output weights are tied to the embedding"
     def __init__(self):
         super().__init__()
         self.emb, self.mid, self.out = nn.Embedding(10, 4), nn.Linear(4, 4), nn.Linear(4, 10, bias=False)
@@ -233,7 +233,7 @@ def test_a_layer_that_is_used_twice_has_one_mask():
     net = sparse(nn.Sequential(m, nn.ReLU(), m), 50)
     assert zeros(m.weight) == 32 and sparsity_report(net).params.sum() == 64
 
-# What the weights meet
+# Inputs of the weights (Wanda)
 
 @pytest.mark.parametrize('kw', [dict(groups=2), dict(groups=4), dict(groups=2, stride=2, padding=1), dict(dilation=2),
     dict(padding='same'),
@@ -310,7 +310,7 @@ def test_wanda_leaves_the_model_as_it_was():
 # N:M
 
 def per_group(m, group=4, name='weight'):
-    "How many weights each group keeps along the inputs"
+    "Number of weights kept in each N:M group along the inputs"
     groups = getattr(m, name).movedim(out_in_axes(m)[1], -1).unflatten(-1, (-1, group))
     return set((groups != 0).sum(-1).flatten().tolist())
 

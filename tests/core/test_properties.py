@@ -1,4 +1,4 @@
-"What holds for every shape and every seed"
+"Properties that hold for random shapes and seeds"
 import math
 from copy import deepcopy
 from fractions import Fraction
@@ -36,7 +36,7 @@ def random_scores(n, n_levels=None, special=False):
     return s.masked_fill(torch.rand(n) < .2, -math.inf).masked_fill(torch.rand(n) < .1, math.inf) if special else s
 
 def reference_mask(t, n_keep, live=None):
-    "By a stable sort"
+    "Mask of the highest scores by a stable sort"
     alive = torch.ones_like(t, dtype=torch.bool) if live is None else live
     order = t.flatten().argsort(descending=True, stable=True)
     mask = torch.zeros(t.numel(), dtype=torch.bool)

@@ -1,4 +1,4 @@
-"Schedules against the values that the seeds print, and their edges"
+"Schedules: the values printed by the seeds, start and end, and wrong arguments"
 import json, math, pickle
 from functools import partial
 from pathlib import Path
@@ -46,11 +46,12 @@ def test_iterative_is_not_lifted_by_rounding():
 @pytest.mark.parametrize('f,at_half', [(SchedCos(0,1), .5), (SchedPoly(0,1,2), .25), (lambda pos: pos**2, .25),
     (lambda start,end,pos: end*pos, .5),
     (combine_scheds([.5,.5], [SchedCos(0,1), SchedCos(1,1)]), 1), (partial(agp), 1-.625**3), (lin, .5)])
-def test_whatever_can_be_a_schedule(f, at_half): assert as_schedule(f).progress(.5) == pytest.approx(at_half)
+def test_functions_and_fastai_schedules_can_be_schedules(f, at_half):
+    assert as_schedule(f).progress(.5) == pytest.approx(at_half)
 
 @pytest.mark.parametrize('bad', [None, 'agp', 3, lambda a,b: a, lambda pos: 2*pos, lambda pos: -pos,
     lambda pos: math.nan, SchedExp(.1, 2.)])
-def test_what_can_not(bad):
+def test_other_values_are_refused_as_schedules(bad):
     with pytest.raises(ValueError): as_schedule(bad)
 
 @pytest.mark.parametrize('kw', [dict(start_pct=.5, end_pct=.5), dict(start_pct=-.1), dict(end_pct=1.2),

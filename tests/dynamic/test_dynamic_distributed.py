@@ -1,4 +1,4 @@
-"Two ranks that train a network whose masks change keep the same masks: one start of torchrun for all presets"
+"Dynamic sparse training on two ranks keeps the same masks on both; torchrun starts once for all presets"
 import pytest
 
 from ranks import needs_gloo, on_two_ranks
@@ -18,7 +18,7 @@ def test_all_begin_with_the_masks_of_the_first(fits, name):
 
 @pytest.mark.parametrize('name', PRESETS)
 def test_masks_are_the_same_on_both_ranks_after_each_update(fits, name):
-    fit, (first, second) = fits[name], fits[name]['noted']
+    fit, (first, second) = fits[name], fits[name]['recorded']
     assert first == second and len(first) >= 20 and len(set(first)) > 15 and fit['held'] == [True, True]
     assert len(set(fit['weights'])) == len(set(fit['log'])) == 1
 

@@ -1,4 +1,4 @@
-"The blocks of seed 001 as written there, one after the other in one notebook that starts with a single import"
+"The code of seed 001, unchanged, block after block in one namespace that starts with a single import"
 import warnings
 
 import numpy as np, pytest
@@ -25,8 +25,8 @@ test_eq(10, m.weight.abs().gt(0).sum())
 modules='''
 def test_model():
     return nn.Sequential(
-        nn.Conv2d(3,32,3), nn.ReLU(), 
-        nn.Conv2d(32,128,3), nn.ReLU(), 
+        nn.Conv2d(3,32,3), nn.ReLU(),
+        nn.Conv2d(32,128,3), nn.ReLU(),
         nn.Conv2d(128,512,3), nn.ReLU(), AdaptiveAvgPool(), Flatten(),
         nn.Linear(512, 10))
 
@@ -92,13 +92,13 @@ test_close(1, learn.final_record[-1], eps=0.02) # better than 98% accuracy
 for m in sparseable_modules(learn.model):
     for p, mask, s in sparse_params(m):
         n_alive = p.abs().gt(0).sum()
-        n_total = p.numel()    
+        n_total = p.numel()
         test_close(s, 1 - n_alive / n_total, eps=0.01) # layer sparsity = target sparsity
 ''')
 
 @pytest.fixture(scope='module')
 def digits(tmp_path_factory):
-    "A folder of images of handwritten threes and sevens: each of those for training also a pixel further to each side"
+    "A folder of images of handwritten threes and sevens; training images also shifted by a pixel to each side"
     path, (xs, ys) = tmp_path_factory.mktemp('digits'), load_digits(return_X_y=True)
     for digit in (3, 7):
         for i,x in enumerate(xs[ys==digit].reshape(-1,8,8)*15.9):
@@ -111,7 +111,7 @@ def digits(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def notebook():
-    "The notebook's names, by the blocks that have run"
+    "Namespace of the notebook, and the list of blocks that have run in it"
     ns, done = {}, []
     exec('from fastai.vision.all import *\nfrom fastcore.test import *\nfrom fasterai_sparse.all import *', ns)
     return ns, done
@@ -141,9 +141,9 @@ def test_what_the_toy_run_leaves(notebook):
 def test_images(notebook, digits, monkeypatch):
     import fastai.vision.all as vision
     ns = notebook[0]
-    monkeypatch.setattr(vision, 'untar_data', lambda url: digits)   # the one thing that differs: where the data are
+    monkeypatch.setattr(vision, 'untar_data', lambda url: digits)   # only the data differ from the seed
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')   # cnn_learner has another name by now
+        warnings.simplefilter('ignore')   # cnn_learner is deprecated
         run(notebook, 'images_checked')
     assert len(ns['cbs'].log) >= 3 and ns['cbs'].log.live.nunique() == 1
     assert ns['learn'].recorder.metric_names[-2] == 'accuracy'

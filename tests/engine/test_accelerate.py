@@ -1,4 +1,4 @@
-"Random networks of tokens and odd models, accelerated, against themselves"
+"Accelerated models compute what the original does: random networks over tokens, and unusual forward functions"
 import copy, json, pickle, random
 
 import pytest, torch
@@ -14,10 +14,10 @@ from fasterai_sparse.engine.plan import Choices, Plan
 
 SETS = list(engine_sets().items())
 pytestmark = pytest.mark.skipif(not SETS, reason='no compiled library')
-Plan.timed.__defaults__ = (0.,)   # what comes out is asked here, not when
+Plan.timed.__defaults__ = (0.,)   # these tests check results, not times
 
 def thinned(model, share=.7):
-    "`model` with so many of its weights zero"
+    "`model` with a `share` of its weights set to zero at random"
     with torch.no_grad():
         for n,p in model.named_parameters():
             if p.dim() >= 2: p[torch.rand_like(p) < share] = 0
@@ -55,14 +55,14 @@ def heads(x, n): return x.view(x.shape[0], x.shape[1], n, -1).transpose(1, 2)
 def fast_of(model, **kwargs): return Accelerated(copy.deepcopy(model), **{'threads': 1, 'cache': None, **kwargs})
 
 def equals(model, *x, **kwargs):
-    "Whether the accelerated model gives what the model does, twice"
+    "Does the accelerated model give the outputs of the model, in two calls?"
     with torch.no_grad():
         want, fast = model(*x), fast_of(model, **kwargs)
         return all(same(want, fast(*x)) for _ in range(2)) and fast
 
 # ---- tokens
 class Attend(nn.Module):
-    "Self-attention as it is written by hand"
+    "Self-attention written with matrix products"
     def __init__(self, c, n, how, causal, scale):
         super().__init__()
         self.n, self.how, self.causal, self.scale = n, how, causal, scale
@@ -78,7 +78,7 @@ class Attend(nn.Module):
         return self.out(y.transpose(1, 2).reshape(x.shape))
 
 class Tokens(nn.Module):
-    "Random layers over tokens"
+    "A network of random layers over tokens"
     def __init__(self, rng, c):
         super().__init__()
         self.layers, self.kinds = nn.ModuleList(), []
@@ -133,7 +133,7 @@ def test_random_tokens(seed):
 @pytest.mark.parametrize('tokens', [1, 3, 16, 33, 40])
 @pytest.mark.parametrize('causal', [False, True])
 def test_attention_beside_other_images(which, tokens, causal):
-    "Neither the next image's keys nor its place are touched, and memory between stays zero"
+    "Attention of one image reads no keys and writes no outputs of the next; the padding between them stays zero"
     model = thinned(nn.Sequential(nn.Linear(24, 24), Attend(24, 4, 'apart', causal, .5), nn.Linear(24, 24)))
     x = torch.randn(3, tokens, 24)
     plan = Plan(model, (x,), which, 1, tune=False)
@@ -207,7 +207,7 @@ def test_weights_of_attention_that_are_used():
                 lambda s, x: s.m(y := s.l(x), y, y)[0] + y, lambda s, x: (o := s.m(y := s.l(x), y, y))[0] + o[0]):
         assert equals(thinned(One(run, m=mha(), l=nn.Linear(16, 16))), torch.randn(2, 5, 16))
 
-# ---- what code does
+# ---- forward functions
 CODE = {
     'F.linear with a bias by name': (lambda s, x: F.linear(x.mean(2), s.l.weight, bias=s.l.bias),
                                      dict(l=nn.Linear(8, 4))),
@@ -374,8 +374,8 @@ def test_several_inputs():
     for n,m in ((3, 3), (3, 1), (1, 3)):
         assert equals(model, torch.randint(0, 9, (n, 6)), torch.randn(m, 3, 8, 8), torch.tensor(2.))
 
-def test_changing_sizes_meet_a_plan_that_is_not_theirs():
-    "A plan never reads beyond a tensor"
+def test_a_plan_refuses_other_sizes_and_types():
+    "A plan refuses inputs of other sizes or types, rather than read beyond a tensor"
     model = thinned(nn.Sequential(conv(3, 4)))
     plan = Plan(model, (torch.randn(2, 3, 8, 8),), tune=False)
     for x in (torch.randn(1, 3, 8, 8), torch.randn(2, 3, 8, 8).double()):
@@ -388,8 +388,8 @@ def test_values_that_are_not_finite_inside():
     model[0].weight.data[0,0,0,0] = float('nan')
     with torch.no_grad(): assert fast_of(model)(x).isnan().any(1).all() and model(x).isnan().any(1).all()
 
-def test_overflow_passes():
-    "After a call that overflows, the next one is as it was"
+def test_an_overflow_does_not_affect_the_next_call():
+    "A call that overflows does not affect the next one"
     def run(s, x):
         return s.e((y := s.p(F.relu(s.a(x)))) + (z := s.b(y))*torch.sigmoid(s.c(F.adaptive_avg_pool2d(z, 1))))
     mods = dict(a=conv(3, 8), b=conv(8, 8), c=conv(8, 8, 1), e=conv(8, 8), p=nn.MaxPool2d(3, 2, 1))
@@ -460,7 +460,7 @@ def test_layers_by_themselves():
         with pytest.raises(RuntimeError, match='no gradients'): f(torch.randn(size).requires_grad_())
 
 def test_named_arguments(monkeypatch):
-    "Each sparse layer is replaced, where it is quicker: here they all are"
+    "Sparse layers are replaced where that is faster; here all of them are"
     class Named(nn.Module):
         def __init__(self):
             super().__init__()

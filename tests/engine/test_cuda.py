@@ -1,4 +1,4 @@
-"The CUDA paths against their CPU twins"
+"Results on CUDA are those on the CPU"
 from copy import deepcopy
 
 import pytest, torch

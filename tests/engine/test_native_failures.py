@@ -1,4 +1,4 @@
-"What the compiled library cannot do becomes a Python error, and the process lives"
+"Failures inside the compiled library raise Python errors; the process goes on"
 import os, subprocess, sys
 from types import SimpleNamespace
 
@@ -18,7 +18,7 @@ compiled = pytest.mark.skipif(not engine_sets(), reason='no compiled library')
 sanitized = 'san.so' in os.environ.get('LD_PRELOAD', '')   # a sanitizer needs all addresses
 linux = pytest.mark.skipif(not sys.platform.startswith('linux') or sanitized, reason='limits memory as Linux does')
 
-# ---- what the system refuses
+# ---- no threads, no memory
 START = '''
 import resource, sys, numpy as np, torch
 from torch import nn
@@ -46,7 +46,7 @@ def run(code):
 @compiled
 @linux
 def test_refused_threads_leave_fewer():
-    "The calling thread does alone what it gets no other thread for"
+    "Without other threads, the calling thread does all the work"
     assert run('''
 net = nn.Sequential(nn.Conv2d(3,16,3,padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16,16,3,padding=1)).eval()
 x = torch.randn(1,3,32,32)
@@ -64,7 +64,7 @@ with torch.no_grad():
 @linux
 @pytest.mark.parametrize('threads', [1, 2])
 def test_no_memory_raises(threads):
-    "The kernels' own memory: weights of attention, a row of a pool's window"
+    "Failed allocations inside the kernels (attention weights, rows of a pooling window) raise"
     assert run(f'''
 n, grid, ones = 1<<25, Grid(1), Grid(1)
 grid.include(1, n), ones.include(1, 2)
@@ -129,7 +129,7 @@ def test_twins_need_no_library(monkeypatch):
 # ---- a library of another version
 @pytest.fixture
 def fresh():
-    "Lists are compared again, as at load"
+    "The lists of operations and activations are compared again, as when the library is loaded"
     ops._engine_of.cache_clear()
     yield
     ops._engine_of.cache_clear()

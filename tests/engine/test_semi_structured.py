@@ -1,4 +1,6 @@
-"2:4 on CUDA: what fits, what wins, and the way back; on a CPU with torch's own unpacking in place of the kernels"
+"""2:4 layers on CUDA: which layers fit, which are faster, and conversion back.
+
+Without a GPU, torch's unpacking replaces the kernels."""
 import io, math, pickle, subprocess, sys
 from copy import deepcopy
 
@@ -42,7 +44,7 @@ def pruned(m, dtype=torch.float16):
     return m
 
 def race(quick=('Linear24', 'Conv24'), whole=True):
-    "In place of the clock: layers of the classes `quick` take half the time, and a model that has some too if `whole`"
+    "Replace the clock: layers of the classes `quick` take half the time, and so does a model with them if `whole`"
     def ms(f):
         m = getattr(f.func, '__self__', f.func)
         f()
@@ -195,7 +197,7 @@ def test_a_kernel_that_computes_something_else_is_found():
         def _mm(self, *args, **kwargs): return 1.1*super()._mm(*args, **kwargs)
     assert 'differs from dense by' in probe_24('cpu', backends=[Wrong])['wrong']
 
-# --- the whole way
+# --- whole models
 
 @pytest.mark.parametrize('dtype', HALF)
 def test_there_and_back(dtype):
@@ -303,7 +305,7 @@ def test_a_compression_that_loses_values():
 def failing(**methods): return type('Failing', (Reference24,), dict(BACKEND='failing', **methods))
 
 def after_probe(error):
-    "A backend whose product goes wrong in shapes other than the probe's"
+    "A backend whose products are passed to `error`, except in the shape of the probe"
     def mm(self, B, **kwargs):
         out = Reference24._mm(self, B, **kwargs)
         if tuple(self.shape) == (128,128): return out
@@ -418,7 +420,7 @@ def test_bert():
     with torch.no_grad():
         torch.testing.assert_close(fast(ids).last_hidden_state, net.eval()(ids).last_hidden_state, rtol=.1, atol=.1)
 
-# --- what comes back in use
+# --- using the converted model
 
 @pytest.fixture
 def fast():
@@ -519,7 +521,7 @@ def test_cuda_products_are_those_of_the_reference(dtype):
                 torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2*n**.5)
 
 def always(*fs):
-    "What comes first is the slowest"
+    "Fake timings in which the first function is the slowest"
     for f in fs: f()
     return [1/(1+i) for i in range(len(fs))]
 

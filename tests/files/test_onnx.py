@@ -1,4 +1,4 @@
-"ONNX, where its packages are installed: zeros and patterns in the file, what it computes, and what is refused"
+"ONNX export: zeros and patterns in the file, results in onnxruntime, and errors; needs the optional packages"
 from copy import deepcopy
 from importlib.util import find_spec
 
@@ -17,7 +17,8 @@ class Mixed(nn.Module):
     def __init__(self):
         super().__init__()
         self.emb, self.a, self.b = nn.Embedding(20,16), nn.Linear(16,32), nn.Linear(32,16,bias=False)
-        self.att, self.rnn, self.c = nn.MultiheadAttention(16,2,batch_first=True), nn.LSTM(16,8,batch_first=True), nn.Linear(8,16)
+        self.att, self.rnn = nn.MultiheadAttention(16,2,batch_first=True), nn.LSTM(16,8,batch_first=True)
+        self.c = nn.Linear(8,16)
         self.out, self.t, self.unused = nn.Linear(16,20), nn.ConvTranspose1d(20,8,3), nn.Linear(16,32)
         self.out.weight = self.emb.weight
     def forward(self, x, scale):
@@ -47,7 +48,8 @@ def stubs(monkeypatch, *missing):
 @pytest.mark.parametrize('missing', [('onnx',), ('onnxscript',), ('onnx', 'onnxscript')])
 def test_onnx_says_what_to_install(tmp_path, monkeypatch, missing):
     stubs(monkeypatch, *missing)
-    with pytest.raises(ImportError, match='pip install ' + ' '.join(missing)): export_onnx(net(), tmp_path/'m.onnx', torch.randn(2,2,8,8))
+    with pytest.raises(ImportError, match='pip install ' + ' '.join(missing)):
+        export_onnx(net(), tmp_path/'m.onnx', torch.randn(2,2,8,8))
     assert not list(tmp_path.iterdir())
 
 @ort
@@ -60,11 +62,13 @@ def test_onnx_of_a_convnet(tmp_path, kw):
     masks, was = [id(mask) for *_,mask in masked_params(model)], deepcopy(model.state_dict())
     model[8].eval()
     df = export_onnx(model, tmp_path/'m.onnx', x, **kw)
-    assert model.training and model[0].training and not model[8].training and [id(mask) for *_,mask in masked_params(model)] == masks
+    assert model.training and model[0].training and not model[8].training
+    assert [id(mask) for *_,mask in masked_params(model)] == masks
     assert all(torch.equal(was[k], t) for k,t in model.state_dict().items())
     assert [f.name for f in tmp_path.iterdir()] == ['m.onnx']
     weights = df[df.op != '']
-    assert set(weights.op) <= {'Conv', 'Gemm', 'MatMul'} and sorted(weights.zeros) == sorted(int((p == 0).sum()) for *_,p,_ in masked_params(model))
+    assert set(weights.op) <= {'Conv', 'Gemm', 'MatMul'}
+    assert sorted(weights.zeros) == sorted(int((p == 0).sum()) for *_,p,_ in masked_params(model))
     assert (weights['sparsity_pct'] > 85).all() and (df.pattern[df.op == ''] == '').all()
     ours = verify_nm(model).set_index('shape').pattern
     assert all(r.pattern == ours[r.shape] for r in weights.itertuples()) and {'2:4', 'no'} == set(weights.pattern)
@@ -79,7 +83,8 @@ def test_onnx_of_transposed_and_folded_weights(tmp_path, kw):
     df = export_onnx(model, tmp_path/'m.onnx', mixed_input(), **kw)
     w = df[df.op != ''].set_index('name')
     assert (w.pattern == '2:4').all() and (w.zeros*2 == w['shape'].map(np.prod)).all(), w
-    assert set(w.op) >= {'MatMul', 'ConvTranspose'} and ('LSTM' in set(w.op)) == ('optimize' not in kw)   # which puts its gates into order
+    # which puts its gates into order
+    assert set(w.op) >= {'MatMul', 'ConvTranspose'} and ('LSTM' in set(w.op)) == ('optimize' not in kw)
     assert len(w) >= 6 and (w[w.op == 'LSTM'].axis == 2).all() and (w[w.op == 'ConvTranspose'].axis == 0).all()
     df = export_onnx(model, tmp_path/'m.onnx', mixed_input(), nm=(1,4), **kw)
     assert (df[df.op != ''].pattern == 'no').all()
@@ -109,13 +114,15 @@ def test_onnx_that_computes_something_else_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.onnx, 'export', worse(1.001, lambda m: m[0].weight))
     monkeypatch.setattr(torch.onnx, 'export', worse(1.01, lambda m: m[8].bias))
     with pytest.raises(ValueError, match='output 0 is off by'): export_onnx(model, tmp_path/'m.onnx', x)
-    assert (tmp_path/'m.onnx').read_bytes() == b'old' and len(list(tmp_path.iterdir())) == 1 and len(list(masked_params(model))) == 4
+    assert (tmp_path/'m.onnx').read_bytes() == b'old' and len(list(tmp_path.iterdir())) == 1
+    assert len(list(masked_params(model))) == 4
     def dense(model, args, f, **kw):
         model = deepcopy(model)
         with torch.no_grad(): model[3].weight += 1e-12
         return real(model, args, f, **kw)
     monkeypatch.setattr(torch.onnx, 'export', dense)
-    with pytest.raises(ValueError, match="would lose zeros: the weight of '3'"): export_onnx(model, tmp_path/'m.onnx', x)
+    with pytest.raises(ValueError, match="would lose zeros: the weight of '3'"):
+        export_onnx(model, tmp_path/'m.onnx', x)
     assert (tmp_path/'m.onnx').read_bytes() == b'old'
 
 @ort
@@ -140,14 +147,16 @@ def test_onnx_wants_the_version_that_was_asked(tmp_path):
     export_onnx(net(), tmp_path/'m.onnx', torch.randn(2,2,9,9), opset=20)
     assert onnx.load(tmp_path/'m.onnx').opset_import[0].version == 20
     old = (tmp_path/'m.onnx').read_bytes()
-    with pytest.raises(ValueError, match='opset=17 here: the file would have 18'): export_onnx(net(), tmp_path/'m.onnx', torch.randn(2,2,9,9), opset=17)
+    with pytest.raises(ValueError, match='opset=17 here: the file would have 18'):
+        export_onnx(net(), tmp_path/'m.onnx', torch.randn(2,2,9,9), opset=17)
     assert (tmp_path/'m.onnx').read_bytes() == old
 
 @ort
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64], ids=str)
 def test_onnx_that_the_runtime_cannot_run(tmp_path, dtype):
-    with pytest.raises(ValueError, match="can't run the export"): export_onnx(sparse_net().to(dtype), tmp_path/'m.onnx', torch.randn(2,2,9,9).to(dtype))
+    with pytest.raises(ValueError, match="can't run the export"):
+        export_onnx(sparse_net().to(dtype), tmp_path/'m.onnx', torch.randn(2,2,9,9).to(dtype))
     assert not list(tmp_path.iterdir())
 
 class Several(nn.Linear):

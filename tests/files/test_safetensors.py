@@ -1,4 +1,4 @@
-"Sparse files: round trips to the bit, what is refused, sizes and memory"
+"Sparse safetensors files: exact round trips, refused files and models, sizes and memory"
 import json, os, struct, tracemalloc, zlib
 from copy import deepcopy
 
@@ -26,7 +26,11 @@ import fasterai_sparse.files.safetensors as sf
 DTYPES = list(sf._torch_dtypes.values())
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
-def raw(t): return torch.cat([t.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg().reshape(-1)]).view(torch.uint8).numpy().tobytes()
+def raw(t):
+    "The bytes of `t`, in the order of its elements"
+    flat = torch.cat([t.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg().reshape(-1)])
+    return flat.view(torch.uint8).numpy().tobytes()
+
 def same(a, b): return a.dtype == b.dtype and a.shape == b.shape and raw(a) == raw(b)
 
 class Holder(nn.Module):
@@ -36,7 +40,7 @@ class Holder(nn.Module):
         for k,t in tensors.items(): self.register_buffer(k, t)
 
 def round_trip(model, path):
-    "Save and load; every tensor has to be the same to the bit"
+    "Save and load, and check that every tensor is the same to the bit"
     df, state = save_sparse(model, path), load_sparse(path)
     with masks_off(deepcopy(model)) as plain: want = plain.state_dict()
     assert list(state) == list(want)
@@ -44,7 +48,8 @@ def round_trip(model, path):
     return df
 
 def net():
-    return nn.Sequential(nn.Conv2d(2,16,3,bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16,32,3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32,16), nn.Linear(16,4))
+    return nn.Sequential(nn.Conv2d(2,16,3,bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16,32,3), nn.ReLU(),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32,16), nn.Linear(16,4))
 
 def sparse_net(sparsity=90, **kw):
     model = net()
@@ -69,7 +74,8 @@ def test_every_dtype_and_shape(path, dtype, shape, share):
 def test_special_values(path, dtype, among):
     i = torch.finfo(dtype)
     inf, nan = float('inf'), float('nan')
-    t = torch.tensor([0., -0., inf, -inf, nan, i.tiny, -i.tiny, i.smallest_normal/4, i.max, i.min, i.eps, -0., 1.], dtype=dtype)
+    t = torch.tensor([0., -0., inf, -inf, nan, i.tiny, -i.tiny, i.smallest_normal/4, i.max, i.min, i.eps, -0., 1.],
+                     dtype=dtype)
     ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     nans = t[4:5].repeat(4).view(ints) + torch.tensor([1, 2, 3, 5], dtype=ints)   # other payloads
     t = torch.cat([t, nans.view(dtype), -nans.view(dtype), torch.zeros(among, dtype=dtype)])
@@ -84,7 +90,8 @@ def test_minus_zero_takes_a_bit(path, dtype):
     assert save_sparse(Holder(a=t), path).bytes[0] == 64*dtype.itemsize + 80
     t[5::7] = -0.
     df = round_trip(Holder(a=t), path)
-    assert df.bytes[0] == 64*dtype.itemsize + 2*80 - sum(dtype.itemsize for i in range(5, 640, 7) if i % 10 == 0) and torch.signbit(load_sparse(path)['a']).any()
+    assert df.bytes[0] == 64*dtype.itemsize + 2*80 - sum(dtype.itemsize for i in range(5, 640, 7) if i % 10 == 0)
+    assert torch.signbit(load_sparse(path)['a']).any()
 
 def test_pieces_fit_together(path, monkeypatch):
     monkeypatch.setattr(sf, '_piece_size', 64)
@@ -98,7 +105,8 @@ def test_pieces_fit_together(path, monkeypatch):
     model.conv.weight.data.copy_(w+0.)
     model.lin.weight.data.mul_(torch.tensor([1.,1,0,0]).repeat(3)).add_(0.)
     df = round_trip(model, path).set_index('tensor')
-    assert df.stored.to_dict() == {'ragged': 'bitmask', 'signed': 'bitmask', 'i': 'bitmask', 'conv.weight': '2:4', 'conv.bias': 'dense', 'lin.weight': '2:4'}
+    assert df.stored.to_dict() == {'ragged': 'bitmask', 'signed': 'bitmask', 'i': 'bitmask', 'conv.weight': '2:4',
+                                   'conv.bias': 'dense', 'lin.weight': '2:4'}
 
 def test_memory_formats_and_views(path):
     model = sparse_net().to(memory_format=torch.channels_last)
@@ -108,7 +116,8 @@ def test_memory_formats_and_views(path):
     t = torch.randn(20,30)
     z = torch.randn(4, dtype=torch.complex64)
     round_trip(Holder(a=t.t(), b=t[::2,1::3], c=t[3:4].expand(5,30), d=z.conj(), e=z.conj().imag), path)
-    round_trip(Holder(a=t[0,::2], b=t[:,::2], c=t[:,5], d=z.imag, e=z.real, f=torch.zeros(()).expand(9)), path)   # flat, but not in one piece
+    # flat, but not in one piece
+    round_trip(Holder(a=t[0,::2], b=t[:,::2], c=t[:,5], d=z.imag, e=z.real, f=torch.zeros(()).expand(9)), path)
 
 def test_views_that_differ_in_a_sign_are_not_tied(path):
     z = torch.randn(4, dtype=torch.complex64)
@@ -138,11 +147,13 @@ class Tied(nn.Module):
 
 def test_tied_weights_are_there_once(path):
     df = round_trip(Tied(), path).set_index('tensor')
-    assert df.stored['head.weight'] == 'as emb.weight' and df.stored['again.weight'] == 'as block.weight' and df.bytes['head.weight'] == 0
+    assert df.stored['head.weight'] == 'as emb.weight' and df.stored['again.weight'] == 'as block.weight'
+    assert df.bytes['head.weight'] == 0
     assert path.stat().st_size < 4*(50*16 + 16*16 + 16) + 3000
     state = load_sparse(path)
     Sparsifier(sparse := Tied(), 'weight', 'local', large_final, layer_type=nn.Embedding).sparsify_model(60)
-    assert save_sparse(sparse, tmp := path.with_name('s')).sparsity_pct[[0,3]].tolist() == [60, 60] and sparse_contents(tmp).stored[3] == 'as emb.weight'
+    assert save_sparse(sparse, tmp := path.with_name('s')).sparsity_pct[[0,3]].tolist() == [60, 60]
+    assert sparse_contents(tmp).stored[3] == 'as emb.weight'
     assert state['head.weight'] is state['emb.weight']
     assert list(df.layer) == ['emb', 'block', '', '', '', '']
     model = load_sparse(path, Tied())
@@ -165,7 +176,8 @@ def test_batchnorm_buffers_and_fp16_neighbours(path):
     other.register_buffer('odd', torch.zeros(3, dtype=torch.float16))
     other.register_buffer('flags', torch.zeros(3, dtype=torch.bool))
     load_sparse(path, other)
-    assert other[1].num_batches_tracked == 1 and same(other[1].running_var, model[1].running_var) and other.flags.tolist() == [True, False, True]
+    assert other[1].num_batches_tracked == 1 and same(other[1].running_var, model[1].running_var)
+    assert other.flags.tolist() == [True, False, True]
 
 # models with masks
 
@@ -184,7 +196,8 @@ def test_what_a_mask_drops_is_zero_in_the_file(path):
         model[7].weight.masked_fill_(~get_mask(model[7]), float('inf'))
     save_sparse(model, path)
     state = load_sparse(path)
-    assert torch.equal(state['3.weight'] != 0, get_mask(model[3])) and torch.equal(state['7.weight'] != 0, get_mask(model[7]))
+    assert torch.equal(state['3.weight'] != 0, get_mask(model[3]))
+    assert torch.equal(state['7.weight'] != 0, get_mask(model[7]))
 
 def test_masks_follow_into_a_model_with_others(path):
     save_sparse(model := sparse_net(80), path)
@@ -192,7 +205,8 @@ def test_masks_follow_into_a_model_with_others(path):
     ids = [id(mask) for *_,mask in masked_params(other)]
     with pytest.warns(UserWarning, match='80.*50'): assert load_sparse(path, other) is other
     assert [id(mask) for *_,mask in masked_params(other)] == ids
-    for (*_,p,mask),(*_,q,want) in zip(masked_params(other), masked_params(model)): assert torch.equal(mask, want) and same(p, q)
+    for (*_,p,mask),(*_,q,want) in zip(masked_params(other), masked_params(model)):
+        assert torch.equal(mask, want) and same(p, q)
 
 def test_a_mask_that_is_saved_with_the_model(path):
     save_sparse(model := sparse_net(80), path)
@@ -201,7 +215,9 @@ def test_a_mask_that_is_saved_with_the_model(path):
     load_sparse(path, other)
     assert torch.equal(other[3].weight_mask, model[3].weight != 0) and same(other[3].weight, model[3].weight)
 
-@pytest.mark.parametrize('cb', [lambda: MagnitudeSparsityCallback(80), lambda: RBSparsityCallback(50), lambda: ConstSparsityCallback()])
+@pytest.mark.parametrize('cb',
+                         [lambda: MagnitudeSparsityCallback(80), lambda: RBSparsityCallback(50),
+                          lambda: ConstSparsityCallback()])
 def test_soft_masks_while_and_after_they_train(tmp_path, path, cb):
     learn = learner(model=sparse_net(30))
     seen = []
@@ -232,7 +248,8 @@ def test_wrapped_models(path):
     assert load_sparse(path, wrapped) is wrapped and same(wrapped.module[3].weight, model[3].weight)
 
 def test_attention_lstm_and_transposed_layers(path):
-    model = nn.ModuleList([nn.MultiheadAttention(16,2), nn.LSTM(16,8,2), nn.ConvTranspose2d(16,6,3), nn.GRUCell(16,4), nn.Conv3d(16,4,2)])
+    model = nn.ModuleList([nn.MultiheadAttention(16,2), nn.LSTM(16,8,2), nn.ConvTranspose2d(16,6,3), nn.GRUCell(16,4),
+                           nn.Conv3d(16,4,2)])
     Sparsifier(model, 'weight', 'local', large_final, nm=True, layer_type=None).sparsify_model(50)
     df = round_trip(model, path)
     assert (df.stored[df.layer != ''] == '2:4').all() and (df.sparsity_pct[df.layer != ''] == 50).all()
@@ -240,12 +257,15 @@ def test_attention_lstm_and_transposed_layers(path):
 # N:M
 
 @in_a_loop('dtype', FLOATS)
-@pytest.mark.parametrize('n,m,kind', [(2,4,'2:4'), (1,4,'1:4'), (1,2,'1:2'), (2,8,'2:8'), (4,8,'bitmask'), (4,16,'4:16'), (3,8,'bitmask'), (1,16,'1:16')])
-@pytest.mark.parametrize('layer', [lambda: nn.Linear(32,6), lambda: nn.Conv2d(32,6,3), lambda: nn.ConvTranspose1d(32,6,3)])
+@pytest.mark.parametrize('n,m,kind',
+                         [(2,4,'2:4'), (1,4,'1:4'), (1,2,'1:2'), (2,8,'2:8'), (4,8,'bitmask'), (4,16,'4:16'),
+                          (3,8,'bitmask'), (1,16,'1:16')])
+@pytest.mark.parametrize('layer',
+                         [lambda: nn.Linear(32,6), lambda: nn.Conv2d(32,6,3), lambda: nn.ConvTranspose1d(32,6,3)])
 def test_patterns(path, layer, n, m, kind, dtype):
     model = nn.Sequential(layer())
-    Sparsifier(model, 'weight', 'local', large_final, nm=(n, m)).sparsify_model(100*(m-n)/m) if isinstance(model[0], nn.Conv2d) else \
-        Sparsifier(model, 'weight', 'local', large_final, nm=(n, m), layer_type=type(model[0])).sparsify_model(100*(m-n)/m)
+    s = Sparsifier(model, 'weight', 'local', large_final, nm=(n, m), layer_type=type(model[0]))
+    s.sparsify_model(100*(m-n)/m)
     model.to(dtype)
     df = round_trip(model, path)
     w = model[0].weight
@@ -278,7 +298,8 @@ def test_groups_that_keep_less_and_values_as_kernels_want_them(path):
     layer = torch.zeros(64,64)
     layer[:,2::4], layer[:,3::4] = 1, 2
     model = nn.Sequential(nn.Linear(64,64,bias=False))
-    for zeros,kind in ((0, '2:4'), (21, '2:4'), (22, 'bitmask')):   # of 2048 weights that the pattern keeps; a percent of the bytes
+    # of 2048 weights that the pattern keeps; a percent of the bytes
+    for zeros,kind in ((0, '2:4'), (21, '2:4'), (22, 'bitmask')):
         model[0].weight.data.copy_(layer)
         model[0].weight.data[:zeros,2] = 0
         assert round_trip(model, path).stored[0] == kind
@@ -305,14 +326,16 @@ def test_a_dense_model_takes_hardly_more(path):
     model = nn.Sequential(nn.Linear(256,512), nn.BatchNorm1d(512), nn.Linear(512,256))
     df = save_sparse(model, path)
     dense = sum(t.nbytes for t in model.state_dict().values())
-    assert (df.bytes <= df.dense_bytes).all() and df.bytes.sum() <= dense and path.stat().st_size < dense + 500*len(df) and 'dense' == df.stored[0]
+    assert (df.bytes <= df.dense_bytes).all() and df.bytes.sum() <= dense and path.stat().st_size < dense + 500*len(df)
+    assert 'dense' == df.stored[0]
 
 def test_contents(path):
     model = sparse_net()
     df = save_sparse(model, path)
     report = sparsity_report(model)
     assert abs(df.attrs['sparsity_pct'] - 100*report.zeros.sum()/report.params.sum()) < 1e-9
-    assert df[df.layer != ''].set_index('layer').sparsity_pct.to_dict() == pytest.approx(report.set_index('layer').sparsity_pct.to_dict())
+    of_layers = df[df.layer != ''].set_index('layer').sparsity_pct
+    assert of_layers.to_dict() == pytest.approx(report.set_index('layer').sparsity_pct.to_dict())
     again = sparse_contents(path)
     assert again.equals(df) and again.attrs == df.attrs
     n = int.from_bytes(path.read_bytes()[:8], 'little')
@@ -329,11 +352,13 @@ def test_the_safetensors_package_reads_it(path, model):
     for k,t in tensors.items():
         if k in model.state_dict(): assert same(t, model.state_dict()[k])
     with safe_open(path, 'pt') as f: meta = f.metadata()
-    assert meta['format_version'] == '1' and abs(100*float(meta['sparsity']) - save_sparse(model, path).attrs['sparsity_pct']) < 1e-3
+    assert meta['format_version'] == '1'
+    assert abs(100*float(meta['sparsity']) - save_sparse(model, path).attrs['sparsity_pct']) < 1e-3
     assert set(json.loads(meta['layers'])) == {n for n,*_ in maskable_weights(model)}
 
 def test_parts_are_aligned(path):
-    model = Holder(a=torch.tensor([1.,0]*50).half(), b=torch.tensor(3), c=torch.randn(3), d=torch.tensor([True]), e=(torch.rand(999) > .9).double())
+    model = Holder(a=torch.tensor([1.,0]*50).half(), b=torch.tensor(3), c=torch.randn(3), d=torch.tensor([True]),
+                   e=(torch.rand(999) > .9).double())
     save_sparse(model, path)
     with open(path, 'rb') as f: stored, at = sf._read_header(f, path)
     for s in stored:
@@ -342,7 +367,7 @@ def test_parts_are_aligned(path):
 # memory
 
 def peak(f):
-    "Most bytes that `f` allocates by numpy and Python"
+    "Peak of the bytes that `f` allocates through Python and numpy"
     tracemalloc.start()
     try:
         f()
@@ -353,7 +378,8 @@ def peak(f):
 def test_memory_of_one_tensor(path, nm):
     layers = [nn.Linear(1024,1024,bias=False) for _ in range(6)]
     model, size = nn.Sequential(*layers), 1024*1024*4
-    Sparsifier(model, 'weight', 'local', large_final, layer_type=None, nm=nm).sparsify_model({'0': 50, '1': 50, '2': 50} if nm else {'0': 50, '1': 90, '2': 60, '3': 30})
+    targets = {'0': 50, '1': 50, '2': 50} if nm else {'0': 50, '1': 90, '2': 60, '3': 30}
+    Sparsifier(model, 'weight', 'local', large_final, layer_type=None, nm=nm).sparsify_model(targets)
     assert peak(lambda: save_sparse(model, path)) < size/2   # the rest is for a copy of what is not contiguous
     assert peak(lambda: load_sparse(path, model)) < size/2   # beside the tensor itself, which torch allocates
 
@@ -364,7 +390,8 @@ def test_memory_of_long_rows(path, shape):
     w[:,::4], w[:,1::4] = 0, 0
     size = w.nbytes
     assert round_trip(model, path).stored[0] == '2:4'
-    most = size/2 if shape[1] % 32 == 0 else 6*size   # eight rows at a time, where the indices of one are no whole bytes
+    # eight rows at a time, where the indices of one are no whole bytes
+    most = size/2 if shape[1] % 32 == 0 else 6*size
     assert peak(lambda: save_sparse(model, path)) < most and peak(lambda: load_sparse(path, model)) < most
 
 def test_loading_lets_go_of_each_tensor(path, monkeypatch):
@@ -383,7 +410,7 @@ def test_loading_lets_go_of_each_tensor(path, monkeypatch):
 # what is refused
 
 def changed(path, edit=lambda header, data: None, checksum=True):
-    "Rewrite the file with its header and data changed, and a header checksum that fits"
+    "Rewrite the file with `edit` applied to its header and data, and with a valid checksum of the header"
     blob = path.read_bytes()
     n = int.from_bytes(blob[:8], 'little')
     header, data = json.loads(blob[8:8+n]), bytearray(blob[8+n:])
@@ -398,7 +425,7 @@ def changed(path, edit=lambda header, data: None, checksum=True):
     path.write_bytes(struct.pack('<Q', len(text)) + text + data)
 
 def refuses(path, *words):
-    "Loading fails with all `words`, with and without a model, which stays as it was"
+    "Loading raises an error with all `words`, with and without a model; the model stays unchanged"
     for model in (None, sparse_net(40)):
         was = model and deepcopy(model.state_dict())
         with pytest.raises(ValueError) as e: load_sparse(path, model)
@@ -445,7 +472,8 @@ def test_flipped_bytes_in_the_header(path):
             path.write_bytes(bad)
             try: state = load_sparse(path)
             except ValueError: continue
-            assert list(state) == list(want) and all(same(state[k], want[k]) for k in want), i   # a space that is another
+            # a space that is another
+            assert list(state) == list(want) and all(same(state[k], want[k]) for k in want), i
 
 def test_a_bitmask_for_another_number_of_values(path):
     model = sparse_net()
@@ -471,12 +499,15 @@ def entry(tensor, **kw):
     return edit
 
 @pytest.mark.parametrize('edit', [*(entry('3.weight', **kw) for kw in (
-    dict(shape=[16,16,3,4]), dict(shape=[-32,-16,3,3]), dict(shape='x'), dict(shape=[1.5]), dict(zeros=-1), dict(zeros=10**9), dict(zeros=7),
-    dict(kind='dense'), dict(kind='2:4'), dict(kind='7:9'), dict(kind=None), dict(dtype='F128'), dict(dtype='F16'), dict(axis=9), dict(signs=True),
-    dict(same_as='nothing'), dict(same_as='3.weight'), dict(name='3.bias'), dict(evil=1), dict(name=[1]), dict(name={}), dict(name=5), dict(layer=5), dict(layer=[1]),
-    dict(crc32=5), dict(signs=[]), dict(same_as=[1]), dict(dtype=[]), dict(axis=True), dict(axis=-1), dict(shape=[True,True]), dict(shape=None))),
-    lambda h, d: h['__metadata__']['tensors'].pop(), lambda h, d: h['__metadata__']['tensors'].clear(), lambda h, d: h['3.bias'].update(shape=[31]),
-    lambda h, d: h['3.bias'].update(data_offsets=[0, 128]), lambda h, d: h.pop('3.bias'), lambda h, d: h.update(more=h['3.bias']),
+    dict(shape=[16,16,3,4]), dict(shape=[-32,-16,3,3]), dict(shape='x'), dict(shape=[1.5]), dict(shape=[True,True]),
+    dict(shape=None), dict(zeros=-1), dict(zeros=10**9), dict(zeros=7), dict(kind='dense'), dict(kind='2:4'),
+    dict(kind='7:9'), dict(kind=None), dict(dtype='F128'), dict(dtype='F16'), dict(dtype=[]), dict(axis=9),
+    dict(axis=True), dict(axis=-1), dict(signs=True), dict(signs=[]), dict(same_as='nothing'), dict(same_as='3.weight'),
+    dict(same_as=[1]), dict(name='3.bias'), dict(name=[1]), dict(name={}), dict(name=5), dict(layer=5), dict(layer=[1]),
+    dict(evil=1), dict(crc32=5))),
+    lambda h, d: h['__metadata__']['tensors'].pop(), lambda h, d: h['__metadata__']['tensors'].clear(),
+    lambda h, d: h['3.bias'].update(shape=[31]), lambda h, d: h['3.bias'].update(data_offsets=[0, 128]),
+    lambda h, d: h.pop('3.bias'), lambda h, d: h.update(more=h['3.bias']),
     lambda h, d: h['3.bias'].update(dtype='I32')])
 def test_headers_that_make_no_sense(path, edit):
     save_sparse(sparse_net(), path)
@@ -497,7 +528,8 @@ def test_a_header_that_is_not_what_was_written(path):
 
 def test_a_name_that_is_there_twice(path):
     save_sparse(sparse_net(), path)
-    changed(path, lambda header, data: header['__metadata__']['tensors'].append(dict(name='3.bias', shape=[32], dtype='F32', same_as='3.bias')))
+    twice = dict(name='3.bias', shape=[32], dtype='F32', same_as='3.bias')
+    changed(path, lambda header, data: header['__metadata__']['tensors'].append(twice))
     refuses(path, 'contradicts itself')
 
 def test_a_tied_tensor_of_another_shape(path):
@@ -511,7 +543,8 @@ def test_other_files(path):
     refuses(path, 'not written by save_sparse')
     torch.save(net(), path)
     refuses(path)
-    for text in (b'[]', b'{', b'\xff\xfe', b'['*100000, b'3', b'{"__metadata__": 5}', b'{"__metadata__": {"format_version": "1"}}'):
+    for text in (b'[]', b'{', b'\xff\xfe', b'['*100000, b'3', b'{"__metadata__": 5}',
+                 b'{"__metadata__": {"format_version": "1"}}'):
         path.write_bytes(struct.pack('<Q', len(text)) + text)
         refuses(path)
     path.write_bytes(struct.pack('<Q', 2**63) + b'{}')
@@ -523,7 +556,8 @@ def test_keys_and_shapes_of_a_model(path):
     other = net()
     other[8] = nn.Linear(16,5)
     was = deepcopy(other.state_dict())
-    with pytest.raises(ValueError, match=r"8.weight is \(4, 16\) in the file and \(5, 16\) in the model; 8.bias"): load_sparse(path, other)
+    with pytest.raises(ValueError, match=r"8.weight is \(4, 16\) in the file and \(5, 16\) in the model; 8.bias"):
+        load_sparse(path, other)
     other = net().append(nn.Linear(4,4))
     with pytest.raises(ValueError, match=r"lacks \['9.weight', '9.bias'\] and has \[\]"): load_sparse(path, other)
     with pytest.raises(ValueError, match=r"lacks \[\] and has \['8.bias', '8.weight'\]"): load_sparse(path, net()[:-1])
@@ -539,8 +573,10 @@ def test_keys_and_shapes_of_a_model(path):
 def test_a_model_that_cannot_be_written_into(path, inference):
     model = Holder(a=torch.ones(3), b=torch.ones(2,3))
     save_sparse(model, path)
-    with torch.inference_mode(inference): other = Holder(a=torch.zeros(3), b=torch.zeros(2,3) if inference else torch.zeros(1,3).expand(2,3))
-    with pytest.raises(ValueError, match='b was made in inference mode' if inference else 'b is expanded'): load_sparse(path, other)
+    with torch.inference_mode(inference):
+        other = Holder(a=torch.zeros(3), b=torch.zeros(2,3) if inference else torch.zeros(1,3).expand(2,3))
+    with pytest.raises(ValueError, match='b was made in inference mode' if inference else 'b is expanded'):
+        load_sparse(path, other)
     assert not other.a.any()
     with torch.inference_mode(inference):
         if inference: assert load_sparse(path, other).b.all()
@@ -549,8 +585,11 @@ class Extra(nn.Linear):
     def get_extra_state(self): return {'a': 1}
     def set_extra_state(self, s): pass
 
-@pytest.mark.parametrize('model,word', [(lambda: nn.LazyLinear(3), 'lazy'), (lambda: nn.Linear(3,3,device='meta'), 'meta'), (lambda: Extra(2,2), '_extra_state is a dict, not a tensor'),
-                                        (lambda: Holder(a=torch.ones(3,3).to_sparse()), 'sparse_coo'), (lambda: Holder(a=torch.ones(3, dtype=torch.complex128)), 'complex128')])
+@pytest.mark.parametrize('model,word',
+                         [(lambda: nn.LazyLinear(3), 'lazy'), (lambda: nn.Linear(3,3,device='meta'), 'meta'),
+                          (lambda: Extra(2,2), '_extra_state is a dict, not a tensor'),
+                          (lambda: Holder(a=torch.ones(3,3).to_sparse()), 'sparse_coo'),
+                          (lambda: Holder(a=torch.ones(3, dtype=torch.complex128)), 'complex128')])
 def test_what_cannot_be_stored(path, model, word):
     path.write_bytes(b'old')
     model = nn.ModuleDict({'layer': model()})
@@ -603,7 +642,8 @@ def test_two_threads_write_the_same_file(path, monkeypatch):
 def test_parametrized_and_torch_pruned_layers(path):
     from torch.nn.utils import parametrizations, prune
     def make():
-        model = nn.Sequential(parametrizations.weight_norm(nn.Linear(8,8)), parametrizations.spectral_norm(nn.Linear(8,8)), nn.Linear(8,64))
+        model = nn.Sequential(parametrizations.weight_norm(nn.Linear(8,8)),
+                              parametrizations.spectral_norm(nn.Linear(8,8)), nn.Linear(8,64))
         prune.l1_unstructured(model[2], 'weight', .9)
         return model
     model, other = make(), make()
@@ -614,8 +654,10 @@ def test_parametrized_and_torch_pruned_layers(path):
     assert same(model.eval()(x), other.eval()(x))
 
 def test_bits_of_any_kind_reach_a_model(path):
-    for dtype,ints in ((torch.bfloat16, torch.int16), (torch.float16, torch.int16), (torch.float32, torch.int32), (torch.float64, torch.int64)):
-        t = torch.randint(torch.iinfo(ints).min, torch.iinfo(ints).max, (1000,), dtype=ints)   # NaNs with all payloads among them
+    for dtype,ints in ((torch.bfloat16, torch.int16), (torch.float16, torch.int16), (torch.float32, torch.int32),
+                       (torch.float64, torch.int64)):
+        # NaNs with all payloads among them
+        t = torch.randint(torch.iinfo(ints).min, torch.iinfo(ints).max, (1000,), dtype=ints)
         t[::3] = 0
         for w in (t.view(dtype).view(25,40), t.view(dtype).view(40,25).t()):
             model, other = nn.Linear(40,25,bias=False), nn.Linear(40,25,bias=False).to(dtype)
@@ -627,7 +669,9 @@ def test_nothing_is_run(path, monkeypatch):
     import builtins, pickle
     save_sparse(model := sparse_net(), path)
     def never(*args, **kwargs): raise AssertionError
-    for m,n in ((pickle, 'loads'), (pickle, 'load'), (pickle, 'Unpickler'), (torch, 'load'), (builtins, 'eval'), (builtins, 'exec')): monkeypatch.setattr(m, n, never)
+    for m,n in ((pickle, 'loads'), (pickle, 'load'), (pickle, 'Unpickler'), (torch, 'load'), (builtins, 'eval'),
+                (builtins, 'exec')):
+        monkeypatch.setattr(m, n, never)
     load_sparse(path, model)
 
 @pytest.mark.cuda
@@ -638,14 +682,17 @@ def test_on_a_gpu(path):
     state = load_sparse(path)
     assert all(same(t.cpu(), state[k]) for k,t in model.state_dict().items()) and df.stored[0] == 'bitmask'
     other = load_sparse(path, sparse_net().cuda().to(memory_format=torch.channels_last))
-    assert all(torch.equal(mask, get_mask(model[i])) and mask.is_cuda for i,(*_,mask) in zip((0,3,7,8), masked_params(other))) and same(other[3].weight.cpu().contiguous(), state['3.weight'])
+    assert all(torch.equal(mask, get_mask(model[i])) and mask.is_cuda
+               for i,(*_,mask) in zip((0,3,7,8), masked_params(other)))
+    assert same(other[3].weight.cpu().contiguous(), state['3.weight'])
 
 # learners
 
 def test_learner(tmp_path):
     learn = learner(model=net())
     learn.path = tmp_path/'new'
-    fit(learn, cbs=SparsifyCallback(80, granularity='weight', context='local', criteria=large_final, schedule=one_shot, layer_type=(nn.Conv2d, nn.Linear)))
+    fit(learn, cbs=SparsifyCallback(80, granularity='weight', context='local', criteria=large_final, schedule=one_shot,
+                                    layer_type=(nn.Conv2d, nn.Linear)))
     df = learn.export_sparse()
     assert round(df.attrs['sparsity_pct']) == 80 and sum(1 for _ in masked_params(learn.model))
     for k,t in load_sparse(tmp_path/'new'/'model.safetensors').items(): assert same(t, learn.model.state_dict()[k])
@@ -660,3 +707,4 @@ def test_learner(tmp_path):
     os.environ['RANK'] = '1'
     try: assert learn.export_sparse() is None
     finally: del os.environ['RANK']
+    assert (tmp_path/'new'/'model.safetensors').read_bytes() == before

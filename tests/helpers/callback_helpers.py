@@ -1,10 +1,13 @@
-"Small learners, callbacks that look on, and what is asked of masks and weights"
+"Small learners, callbacks that record or act at an event, and checks of masks and weights"
 import io
 from contextlib import redirect_stdout
 from functools import partial
 
 import torch
-from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, accuracy, set_seed
+from fastai.basics import (
+    accuracy, Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, L, Learner, Optimizer, OptimWrapper, params,
+    set_seed)
+from fastai.callback.fp16 import MixedPrecision
 from torch import nn
 
 from fasterai_sparse.core.criteria import large_final
@@ -18,11 +21,23 @@ def images(n): return list(zip(torch.randn(n, 8, 2, 6, 6), torch.randint(4, (n, 
 def loaders(n=6, make=images):
     return DataLoaders(DataLoader(make(n), bs=None), DataLoader(make(2), bs=None), device='cpu')
 
+class Images(list):
+    "A dataset whose loaders can be exported"
+    def new_empty(self): return Images()
+
+def exportable(n=6):
+    "Loaders that `Learner.export` can save"
+    return loaders(n, lambda n: Images(images(n)))
+
 def convnet():
     return nn.Sequential(nn.Conv2d(2,8,3,padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8,16,3,padding=1),
                          nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16,4))
 
 N = 144 + 1152   # weights of convnet's convolutions
+
+def split(model):
+    "Three parameter groups of `convnet`"
+    return [params(part) for part in (model[:3], model[3:6], model[6:])]
 
 def learner(n=6, model=None, dls=None, **kwargs):
     set_seed(0)
@@ -37,7 +52,7 @@ def sparse(sparsity=90, schedule=lin, granularity='weight', context='local', cri
     return SparsifyCallback(sparsity, granularity, context, criteria, schedule, **{'verbose': False, **kwargs})
 
 def at(event, f, order=66, always=False):
-    "A callback that calls `f(learn)` at `event`, last of all unless `order` says so; `always`: when validating too"
+    "A callback that calls `f(learn)` at `event`, by default after all others; `always`: when validating too"
     cb = Callback(**{event: lambda self: f(self.learn) if always or not self.learn.lock.locked() else None})
     cb.order, cb.run_valid = order, False
     return cb
@@ -56,7 +71,7 @@ def raising(exc):
     return f
 
 class Spy(Sparsifier):
-    "Remembers the targets it was asked for, and calls `look(self)` before each is applied"
+    "Records the targets in `asked`, and calls `look(self)` before each is applied"
     look = staticmethod(lambda s: None)
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -65,6 +80,30 @@ class Spy(Sparsifier):
         self.look(self)
         self.asked.append(target)
         super().apply(target, *args, **kwargs)
+
+class OnCPU(MixedPrecision):
+    """`MixedPrecision` with autocast and gradient scaler on the CPU.
+
+    `overflows` are the batches whose step was skipped, `n_steps` counts the steps of the last fit."""
+    def __init__(self, amp_mode='fp16', scale=8., autocast=True):
+        super().__init__(amp_mode)
+        self.scale, self.on, self.overflows, self.skipped = scale, autocast, [], False
+    def before_fit(self):
+        half = self.amp_mode.value == 'fp16'
+        self.autocast = torch.autocast('cpu', torch.float16 if half and self.on else torch.bfloat16, enabled=self.on)
+        self.scales, self.learn.scaler = L(), torch.amp.GradScaler('cpu', init_scale=self.scale, enabled=half)
+    def after_batch(self):
+        if self.skipped and self.training: self.overflows.append(self.learn.epoch*self.n_iter + self.iter)
+    def after_fit(self):
+        self.n_steps = len(self.scales)
+        super().after_fit()
+
+def optimizer_state(opt, p):
+    "Tensors of the shape of `p` that `opt` keeps, with those of the optimizer that it wraps"
+    slow, inner = getattr(opt, 'slow_weights', None) or [], opt.__dict__.get('opt')
+    own = [s for pg,ps in zip(slow, opt.param_lists) for s,q in zip(pg, ps) if q is p]
+    if isinstance(inner, (Optimizer, OptimWrapper)): return own + optimizer_state(inner, p)
+    return own + [v for v in (inner or opt).state[p].values() if torch.is_tensor(v) and v.shape == p.shape]
 
 def weights(model, kind=nn.Conv2d): return [m.weight for m in model.modules() if isinstance(m, kind)]
 
@@ -83,21 +122,21 @@ def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for 
 
 def follows_masks(model): return all(torch.equal(p!=0, mask) for *_,p,mask in masked_params(model))
 
-def held(learn):
-    "Whether all weights under masks are zero"
+def zeros_hold(learn):
+    "Are all masked weights zero?"
     return not any(p[~mask.bool()].any() for *_,p,mask in masked_params(learn.model))
 
 def all_same(xs, ys): return len(xs) == len(ys) and all(torch.equal(x, y) for x,y in zip(xs, ys))
 
 def dead_filters(w): return (w.detach() == 0).flatten(1).all(1)
 
-def said(f):
-    "What `f` prints"
+def printed(f):
+    "The text that `f` prints"
     with redirect_stdout(io.StringIO()) as out: f()
     return out.getvalue()
 
 def held_tensors(*roots):
-    "Storages of all tensors reachable from `roots`, a learner, its data and optimizer aside: pointer -> bytes"
+    "Memory of all tensors reachable from `roots`, except through a learner or its data: pointer -> bytes"
     seen, todo, found = set(), list(roots), {}
     while todo:
         o = todo.pop()
@@ -112,7 +151,7 @@ def held_tensors(*roots):
     return found
 
 def copied_by(cb, f):
-    "What `f` makes of the learner of the callback `cb`, without `cb` and the graph of the batch, which can't be copied"
+    "Result of `f(learn)` for the learner of `cb`, without `cb` and the batch's graph, which can't be copied"
     learn = cb.learn
     graph = {k: learn.__dict__.pop(k, None) for k in ('pred', 'loss', 'loss_grad')}
     learn.remove_cb(cb)

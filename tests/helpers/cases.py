@@ -1,4 +1,4 @@
-"Many small cases in one test, where a test of its own for each would only make the list of tests long"
+"Many small cases in one test, to keep the list of tests short"
 import functools, inspect
 
 import pytest, torch

@@ -1,21 +1,21 @@
-"Run by test_dynamic_distributed.py on two ranks, with names of presets: prints what each fit left behind, as JSON"
+"Run on two ranks by test_dynamic_distributed.py with names of presets: prints the results of each fit as JSON"
 import sys
 
 from fastai.basics import Callback
 
-from callback_helpers import collect, held, masks
+from callback_helpers import collect, masks, zeros_hold
 from ddp_worker import Accelerator, digest, finish, gathered, make, train
 from fasterai_sparse.dynamic import callback as dynamic
 from fasterai_sparse.dynamic.callback import DynamicSparseTrainingCallback
 from fasterai_sparse.dynamic.random_masks import sparsify_model
 
 
-class Noting(Callback):
-    "Notes the masks right after each update of `cb`"
+class MaskLog(Callback):
+    "Records the masks after each update of `cb`"
     order, run_valid = 90, False
-    def __init__(self, cb): self.cb, self.noted = cb, []
+    def __init__(self, cb): self.cb, self.recorded = cb, []
     def after_batch(self):
-        if len(self.cb.log) > len(self.noted): self.noted.append(digest(masks(self.learn.model)))
+        if len(self.cb.log) > len(self.recorded): self.recorded.append(digest(masks(self.learn.model)))
 
 def n_kept(learn): return [int(mask.sum()) for mask in masks(learn.model)]
 
@@ -24,15 +24,15 @@ def preset(name):
     return {**getattr(dynamic, f'{name}_presets'), 'batches_per_update': 2, 'stop_pct': 1., **kwargs}
 
 def run_preset(name):
-    "A fit of 42 batches from masks that each rank has drawn for itself"
+    "A fit of 42 batches that starts from different random masks on each rank"
     learn, cb = make(), DynamicSparseTrainingCallback(**preset(name))
     sparsify_model(learn.model, .5)
-    drawn, start, noting = digest(masks(learn.model)), n_kept(learn), Noting(cb)
+    drawn, start, mask_log = digest(masks(learn.model)), n_kept(learn), MaskLog(cb)
     begin, begun = collect('before_fit', lambda learn: digest(masks(learn.model)), 90)
-    step, holds = collect('after_step', held, 90)
-    train(learn, cb, noting, begin, step, n_epoch=7)
-    here = dict(drawn=drawn, begun=begun, noted=noting.noted, weights=digest(learn.model.parameters()), held=all(holds),
-                log=cb.log.to_csv(), counts=n_kept(learn))
+    step, holds = collect('after_step', zeros_hold, 90)
+    train(learn, cb, mask_log, begin, step, n_epoch=7)
+    here = dict(drawn=drawn, begun=begun, recorded=mask_log.recorded, weights=digest(learn.model.parameters()),
+                held=all(holds), log=cb.log.to_csv(), counts=n_kept(learn))
     n = sum(mask.numel() for mask in masks(learn.model))
     return dict({k: gathered(v) for k,v in here.items()}, start=start, n=n)
 

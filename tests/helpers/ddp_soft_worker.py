@@ -1,4 +1,4 @@
-"Run by test_soft_masks_distributed.py on two ranks: prints what each fit with soft masks left behind, as JSON"
+"Run on two ranks by test_soft_masks_distributed.py: prints the results of each fit with soft masks as JSON"
 import sys
 
 import torch
@@ -12,8 +12,8 @@ from fasterai_sparse.core.masks import set_mask
 from fasterai_sparse.nncf.epoch_schedules import Polynomial
 from fasterai_sparse.nncf.magnitude import MagnitudeSparsityCallback
 
-class Noting(Callback):
-    "Notes what `cb` draws, and what comes of it in each step"
+class MaskLog(Callback):
+    "Records the masks that `cb` draws, and the weights and logits after each step"
     order, run_valid = 90, False
     def __init__(self, cb):
         self.cb, self.masks, self.steps, self.spared, self.ends, self.drawn = cb, [], [], [], [], []
@@ -22,7 +22,7 @@ class Noting(Callback):
         self.masks.append(digest(self.cb.soft.masks.values()))
         self.drawn.append({n: m.clone() for n,m in self.cb.soft.masks.items()})
     def before_step(self):
-        "Whether gradients, averaged by now, are zero where all have dropped a weight, and not all where some have"
+        "Are averaged gradients zero where both ranks have dropped a weight, and some not where only one has?"
         for n,p in self.cb.params.items() if self.drawn else ():
             here = sum(d[n].int() for d in self.drawn).tolist()
             kept, n_drawn = sum(torch.tensor(m) for m in gathered(here)), 2*len(self.drawn)
@@ -36,10 +36,10 @@ class Noting(Callback):
         self.ends.append((digest(ps), sum(int((p == 0).sum()) for p in ps)))
 
 def run_soft(cb, *cbs, learn=None, n_epoch=4):
-    learn, noting = learn or make(), Noting(cb)
-    train(learn, cb, noting, *cbs, n_epoch=n_epoch)
+    learn, log = learn or make(), MaskLog(cb)
+    train(learn, cb, log, *cbs, n_epoch=n_epoch)
     at = list(learn.recorder.metric_names).index('sparsity') - 1
-    here = dict(drawn=noting.masks, steps=noting.steps, spared=noting.spared, ends=noting.ends,
+    here = dict(drawn=log.masks, steps=log.steps, spared=log.spared, ends=log.ends,
                 masks=digest(masks(learn.model)), weights=digest(learn.model.parameters()),
                 zeros=zeros(learn.model, LAYERS), held=follows_masks(learn.model),
                 column=[float(v[at]) for v in learn.recorder.values])
@@ -60,7 +60,7 @@ def again():
     return run_soft(cb, learn=learn)
 
 def from_masks_of_the_rank():
-    "Each rank has drawn its own before, as where no seed was set"
+    "The ranks start from different masks, as without a common seed"
     learn = make()
     for m in (learn.model[0], learn.model[3]): set_mask(m, torch.rand_like(m.weight) > .3)
     return run_soft(Stirred(60), learn=learn)

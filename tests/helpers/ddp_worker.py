@@ -1,4 +1,4 @@
-"Run by test_distributed.py on two ranks, with the names of criteria: prints what each fit left behind, as JSON"
+"Run on two ranks by test_distributed.py with names of criteria: prints the results of each fit as JSON"
 import hashlib, json, os, sys, types
 
 os.environ['ACCELERATE_USE_CPU'] = 'true'
@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 class Accelerator:
-    "What fastai asks of accelerate, where that is not installed"
+    "The part of accelerate that fastai uses, where accelerate is not installed"
     def __init__(self): dist.is_initialized() or dist.init_process_group('gloo')
     def prepare(self, model): return DistributedDataParallel(model)
     def backward(self, loss): loss.backward()
@@ -24,7 +24,7 @@ from fastai.callback.tracker import SaveModelCallback
 from fastai.distributed import DistributedDL
 
 import fasterai_sparse.core.criteria, fasterai_sparse.nm.permute_model   # the second adds `permute` to Sparsifier
-from callback_helpers import at, collect, convnet, dead_filters, fit, masks, said, sparse, weights, zeros
+from callback_helpers import at, collect, convnet, dead_filters, fit, masks, printed, sparse, weights, zeros
 from fasterai_sparse.core.criteria import grad_crit, movement, wanda
 from fasterai_sparse.core.schedules import dsd
 from fasterai_sparse.core.sparsifier import Sparsifier
@@ -38,11 +38,11 @@ DistributedDL._broadcast = broadcast   # fastai's sends it to a GPU first
 
 def digest(ts): return hashlib.sha1(b''.join(t.detach().contiguous().numpy().tobytes() for t in ts)).hexdigest()
 
-class Noted(Sparsifier):
-    "Notes its masks after each update"
+class RecordingSparsifier(Sparsifier):
+    "Records its masks after each update"
     def apply(self, *args, **kwargs):
         super().apply(*args, **kwargs)
-        self.__dict__.setdefault('noted', []).append(digest(masks(self.model)))
+        self.__dict__.setdefault('recorded', []).append(digest(masks(self.model)))
 
 def items(n):
     g = torch.Generator().manual_seed(0)
@@ -75,38 +75,39 @@ def train(learn, *cbs, n_epoch=2):
     return learn
 
 def left(learn, cb):
-    noted, ws = gathered(cb.sparsifier.noted), gathered(digest(learn.model.parameters()))
-    return dict(updates=len(noted[0]), masks=noted[0] == noted[1], weights=ws[0] == ws[1],
+    recorded, ws = gathered(cb.sparsifier.recorded), gathered(digest(learn.model.parameters()))
+    return dict(updates=len(recorded[0]), masks=recorded[0] == recorded[1], weights=ws[0] == ws[1],
                 zeros=gathered(zeros(learn.model)))
 
 def run(learn=None, net=convnet, cbs=(), **kwargs):
-    cb = sparse(80, update_every=2, sparsifier=Noted, data=torch.stack([x for x,_ in items(16)]), **kwargs)
+    data = torch.stack([x for x,_ in items(16)])
+    cb = sparse(80, update_every=2, sparsifier=RecordingSparsifier, data=data, **kwargs)
     return left(train(learn or make(net), cb, *cbs), cb)
 
 def twice():
-    "A fit, a plain one and one to a higher target: the masks are there when the model is wrapped again"
+    "A sparse fit, a plain one and one to a higher target; the model is wrapped again each time"
     learn = train(make(), sparse(50))
     n = zeros(train(learn).model)
     return dict(run(learn), plain=n)
 
 def named():
-    learn, cb = make(), sparse({'0': 50, '3': 75}, sparsifier=Noted, verbose=True)
-    out = said(lambda: train(learn, cb))
+    learn, cb = make(), sparse({'0': 50, '3': 75}, sparsifier=RecordingSparsifier, verbose=True)
+    out = printed(lambda: train(learn, cb))
     return dict(left(learn, cb), counts=[int((w==0).sum()) for w in weights(learn.model)], out=gathered(out))
 
 def filters():
-    learn, cb = make(), sparse(50, granularity='filter', criteria=grad_crit, sparsifier=Noted)
+    learn, cb = make(), sparse(50, granularity='filter', criteria=grad_crit, sparsifier=RecordingSparsifier)
     return dict(left(train(learn, cb), cb), counts=[int(dead_filters(w).sum()) for w in weights(learn.model)])
 
 def back_to_dense(): return run(schedule=dsd)
 
 def reloaded():
-    "SaveModelCallback loads on all ranks what the first has saved"
+    "SaveModelCallback loads the file of the first rank on all ranks"
     return run(criteria=movement, cbs=[SaveModelCallback(with_opt=True)])
 
 def loader_as_data():
     learn = make(unnormed)
-    cb = sparse(80, criteria=wanda, data=learn.dls.valid, sparsifier=Noted)
+    cb = sparse(80, criteria=wanda, data=learn.dls.valid, sparsifier=RecordingSparsifier)
     return left(train(learn, cb), cb)
 
 def unnormed(): return nn.Sequential(*(m for m in convnet() if not isinstance(m, nn.BatchNorm2d)))
@@ -114,14 +115,14 @@ def unnormed(): return nn.Sequential(*(m for m in convnet() if not isinstance(m,
 def wanda_without_batchnorm(): return run(net=unnormed, criteria=wanda)
 
 def permuted():
-    "The channels move on both ranks alike, although each looks at batches of its own"
-    learn, cb = make(), sparse(50, nm=True, permute=True, update_every=2, sparsifier=Noted)
+    "Channels are permuted alike on both ranks, although each sees other batches"
+    learn, cb = make(), sparse(50, nm=True, permute=True, update_every=2, sparsifier=RecordingSparsifier)
     train(learn, cb)
     found = cb.sparsifier.permutation
     return dict(left(learn, cb), moved=gathered(bool(found.kept.sum() > found.naive.sum())))
 
 def one_loss_is_not_finite():
-    "The last step is skipped on both ranks, as after an overflow, and the loss is not finite on one of them"
+    "The last step is skipped on both ranks, as after an overflow; the loss is infinite on one of them"
     def last(learn): return learn.epoch == 1 and learn.iter == learn.n_iter-1
     def spoil(learn):
         if last(learn) and dist.get_rank() == 1: learn.loss = learn.loss*torch.inf

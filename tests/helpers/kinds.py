@@ -1,13 +1,11 @@
-"The callbacks that are held to one contract: how to make each, what its model must be before, and what a fit leaves"
+"The callbacks of the contract tests: how to make each, how to prepare its model, and what a fit must leave behind"
 from functools import partial
 
 import pytest, torch
-from fastai.basics import L, noop
-from fastai.callback.fp16 import MixedPrecision
+from fastai.basics import noop
 from torch import nn
 
-from callback_helpers import (
-    all_same, fit, follows_masks, held, images, learner, loaders, masks, N, same, snapshot, sparse)
+from callback_helpers import all_same, fit, follows_masks, learner, masks, N, same, snapshot, sparse, zeros_hold
 from fasterai_sparse.core.criteria import grad_crit, large_final, movement
 from fasterai_sparse.core.masks import masked_params
 from fasterai_sparse.core.schedules import iterative, one_shot
@@ -26,7 +24,7 @@ LAYERS = nn.Conv2d, nn.Linear
 N_ALL = N + 64   # with the linear layer's weights
 
 class Stirred(RBSparsityCallback):
-    "RB with logits that start anywhere, so that few steps show what takes many"
+    "RB with randomly initialized logits, so that masks change within few steps"
     def make_masks(self):
         soft, g = super().make_masks(), torch.Generator().manual_seed(0)
         for s in soft.logits.values():
@@ -45,18 +43,18 @@ def kept(learn):
 def randomly_masked(learn): sparsify_model(learn, .75, enforce_mask=False, seed=0)
 
 def half_empty(learn):
-    "Zeros in half of the weights, without masks"
+    "Set half of the weights to zero, without masks"
     g = torch.Generator().manual_seed(1)
     for m in learn.model.modules():
         if isinstance(m, LAYERS): m.weight.data[torch.rand(m.weight.shape, generator=g) < .5] = 0
 
 class Kind:
-    """A callback under contract.
+    """A callback and what the contract tests expect of it.
 
-    `make()` gives one with the usual arguments, `prepare(learn)` is done to the learner before. `columns`: of the epoch
-    table. `n_end`: zeros after a whole fit, None where chance decides, 'start' where there are as many as before.
-    `soft`: weights are back below the masks while an optimizer steps, and masks become buffers at the end only.
-    `changes`: masks change, so it waits while all layers are frozen."""
+    `make()` gives one with the usual arguments; `prepare(learn)` is called on the learner before a fit. `columns` are
+    its columns of the epoch table. `n_end` is the number of zeros after a complete fit, None if it is random, 'start'
+    if it does not change. `soft`: weights are unmasked while the optimizer steps, and masks become buffers only at the
+    end. `changes`: the masks change, so the callback waits while all layers are frozen."""
     def __init__(self, make, prepare=dense, columns=('sparsity',), n_end='start', soft=False, changes=True):
         self.make, self.prepare, self.columns = make, prepare, columns
         self.n_end, self.soft, self.changes = n_end, soft, changes
@@ -92,23 +90,11 @@ def n_masked(learn): return sum(int((~mask.bool()).sum()) for *_,mask in masked_
 def n_zero(learn): return sum(int((m.weight == 0).sum()) for m in learn.model.modules() if isinstance(m, LAYERS))
 
 def check_end(kind, learn, n_start=None):
-    "What every whole fit leaves: masks, exactly what they drop is zero, and as many zeros as there should be"
-    assert follows_masks(learn.model) and held(learn) and n_masked(learn) == n_zero(learn) > 0
+    "A complete fit leaves masks, exactly the masked weights are zero, and their number is as expected"
+    assert follows_masks(learn.model) and zeros_hold(learn) and n_masked(learn) == n_zero(learn) > 0
     assert sum(isinstance(cb, KeepMasks) for cb in learn.cbs) <= 1
     if kind.n_end == 'start': assert n_zero(learn) == n_start or n_start is None
     elif kind.n_end is not None: assert n_zero(learn) == kind.n_end
-
-class OnCPU(MixedPrecision):
-    "`MixedPrecision` with its autocast and its scaler on the CPU; notes the batches whose gradients overflowed"
-    def __init__(self, amp_mode='fp16', scale=8.):
-        super().__init__(amp_mode)
-        self.scale, self.overflows, self.skipped = scale, [], False
-    def before_fit(self):
-        half = self.amp_mode.value == 'fp16'
-        self.autocast, self.scales = torch.autocast('cpu', torch.float16 if half else torch.bfloat16), L()
-        self.learn.scaler = torch.amp.GradScaler('cpu', init_scale=self.scale, enabled=half)
-    def after_batch(self):
-        if self.skipped and self.training: self.overflows.append(self.learn.epoch*self.n_iter + self.iter)
 
 kinds = pytest.mark.parametrize('name', KINDS)
 changing = pytest.mark.parametrize('name', [n for n,k in KINDS.items() if k.changes])
@@ -119,14 +105,8 @@ quiet = [pytest.mark.filterwarnings(f'ignore:{w}') for w in
          ('numpy.core is deprecated', 'load_learner', 'RB sparsity', 'The loaded weights', '.*Callback has', '.*frozen',
           '.*CUDA is not available', '.*GradScaler is enabled', '.*masks will not change')]
 
-class Images(list):
-    "A dataset whose loaders can be exported"
-    def new_empty(self): return Images()
-
-def exportable(n=6): return loaders(n, lambda n: Images(images(n)))
-
 def ready(name, n=6, **kwargs):
-    "The kind, a learner for it with its number of zeros, and a callback"
+    "The kind called `name`, a learner for it, its number of zeros, and a callback"
     kind = KINDS[name]
     learn = kind.learner(n, **kwargs)
     return kind, learn, n_zero(learn), kind.make()
@@ -136,12 +116,10 @@ def state(learn): return snapshot(learn.model), masks(learn.model)
 def unchanged(learn, before): return same(before[0], snapshot(learn.model)) and all_same(before[1], masks(learn.model))
 
 def end_of(name, *cbs, n_epoch=2, change=noop, **kwargs):
-    "State after a fit, from the same seed as all others"
+    "State after a fit; all calls start from the same seed"
     kind, learn, n, cb = ready(name, **kwargs)
     change(learn)
     fit(learn, n_epoch, [cb, *cbs])
     return state(learn)
 
 def values(learn): return [m.weight.detach().clone() for m in learn.model.modules() if isinstance(m, LAYERS)]
-
-def split(model): return [[p for m in part for p in m.parameters()] for part in (model[:3], model[3:6], model[6:])]

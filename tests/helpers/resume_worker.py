@@ -1,4 +1,4 @@
-"Run by test_with_fastai.py: `die` is killed in the middle of an epoch, `resume` goes on from its last checkpoint"
+"Run by test_with_fastai.py: `die` is killed in the middle of an epoch, `resume` continues from its last checkpoint"
 import os, sys
 
 from fastai.callback.tracker import SaveModelCallback

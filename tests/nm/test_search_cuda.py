@@ -1,4 +1,7 @@
-"The CUDA kernels and ASP's functions: compiled for devices that aren't here, run thread by thread on the CPU, and, marked `cuda`, on a device; each against numpy or torch"
+"""The CUDA kernels of the permutation search, and ASP's functions, against numpy or torch.
+
+They are compiled for devices that need not be here, run thread by thread on the CPU, and on a GPU by the tests marked
+`cuda`."""
 import ctypes, re, shutil, subprocess, sys, types
 from contextlib import nullcontext
 from itertools import combinations
@@ -26,7 +29,8 @@ def test_kernels_compile(arch):
 
 @needs_nvrtc
 def test_a_wrong_source_shows_the_log():
-    with pytest.raises(RuntimeError, match=r'(?s)sm_90.*permutation.cu\(2\).*"oops" is undefined'): compile_cubin('extern "C" __global__ void f(int* x) {\n*x = oops; }', 'sm_90')
+    with pytest.raises(RuntimeError, match=r'(?s)sm_90.*permutation.cu\(2\).*"oops" is undefined'):
+        compile_cubin('extern "C" __global__ void f(int* x) {\n*x = oops; }', 'sm_90')
 
 @needs_nvrtc
 @pytest.mark.parametrize('arch', ['sm_1', 'sm_90;', '90', ''])
@@ -44,12 +48,14 @@ def test_without_nvrtc(monkeypatch):
 def test_nvrtc_is_found_without_torchs_help():
     files = [f for f in _nvrtc_files()[1:] if '/nvidia/' in f or '/torch/' in f]
     if not files: pytest.skip('NVRTC is not in a wheel here')
-    code = f'import ctypes; lib = ctypes.CDLL({files[0]!r}); n = ctypes.c_int(); assert lib.nvrtcGetNumSupportedArchs(ctypes.byref(n)) == 0 and n.value > 5'
+    code = (f'import ctypes; lib = ctypes.CDLL({files[0]!r}); n = ctypes.c_int(); '
+            'assert lib.nvrtcGetNumSupportedArchs(ctypes.byref(n)) == 0 and n.value > 5')
     subprocess.run([sys.executable, '-c', code], check=True, timeout=60)
 
 def test_importing_touches_no_device_and_says_nothing():
-    code = ('import sys, torch, fasterai_sparse.nm.search_cuda as p; assert not torch.cuda.is_initialized() and "permutation_search_cuda" not in sys.modules; '
-            'assert p.nvrtc_library.cache_info().currsize == p.compile_cubin.cache_info().currsize == p._driver.cache_info().currsize == 0')
+    code = """import sys, torch, fasterai_sparse.nm.search_cuda as p
+assert not torch.cuda.is_initialized() and 'permutation_search_cuda' not in sys.modules
+assert all(f.cache_info().currsize == 0 for f in (p.nvrtc_library, p.compile_cubin, p._driver))"""
     out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=120)
     assert (out.returncode, out.stdout, out.stderr) == (0, '', '')
 
@@ -79,7 +85,8 @@ static void __syncthreads() { swapcontext(&threads[now], &scheduler); }
 static void (*body)(void**);
 static void** arguments;
 static void one_thread() { body(arguments); ended[now] = true; }
-template<class... A, size_t... I> static void call(void (*f)(A...), void** a, std::index_sequence<I...>) { f(*(A*)a[I]...); }
+template<class... A, size_t... I>
+static void call(void (*f)(A...), void** a, std::index_sequence<I...>) { f(*(A*)a[I]...); }
 template<class... A> static void call(void (*f)(A...), void** a) { call(f, a, std::index_sequence_for<A...>{}); }
 static void block(bool backwards) {
     static std::vector<char> stacks(1024*65536);
@@ -100,7 +107,9 @@ static void block(bool backwards) {
 }
 static void run(void (*f)(void**), int x, int y, int z, int n, int backwards, void** a) {
     body = f, arguments = a, blockDim = {(unsigned)n, 1, 1}, gridDim = {(unsigned)x, (unsigned)y, (unsigned)z};
-    for (blockIdx.z = 0; blockIdx.z < gridDim.z; blockIdx.z++) for (blockIdx.y = 0; blockIdx.y < gridDim.y; blockIdx.y++) for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x++) block(backwards);
+    for (blockIdx.z = 0; blockIdx.z < gridDim.z; blockIdx.z++)
+        for (blockIdx.y = 0; blockIdx.y < gridDim.y; blockIdx.y++)
+            for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x++) block(backwards);
 }
 '''
 
@@ -114,12 +123,16 @@ int cuInit(unsigned flags) { return flags; }
 int cuDeviceGet(int* device, int i) { *device = i+7; return 0; }
 int cuDevicePrimaryCtxRetain(void** c, int device) { *c = &context; return device != 7; }
 int cuCtxSetCurrent(void* c) { current = c; return 0; }
-int cuModuleLoadData(void** m, const char* cubin) { *m = &module_; return current != &context || memcmp(cubin, "\x7f" "ELF", 4); }
+int cuModuleLoadData(void** m, const char* cubin) {
+    *m = &module_;
+    return current != &context || memcmp(cubin, "\x7f" "ELF", 4);
+}
 int cuModuleGetFunction(void** f, void* m, const char* name) {
     for (auto& k : kernels) if (m == &module_ && !strcmp(name, k.name)) { *f = (void*)k.run; return 0; }
     return 500;
 }
-int cuLaunchKernel(void* f, unsigned x, unsigned y, unsigned z, unsigned n, unsigned ny, unsigned nz, unsigned shared, void* stream, void** a, void** extra) {
+int cuLaunchKernel(void* f, unsigned x, unsigned y, unsigned z, unsigned n, unsigned ny, unsigned nz, unsigned shared,
+                   void* stream, void** a, void** extra) {
     if (current != &context || stream != (void*)0x123456789abc || ny != 1 || nz != 1 || shared || extra) return 1;
     ((Run)f)(x, y, z, n, 0, a);
     return 0;
@@ -130,31 +143,38 @@ int cuGetErrorString(int code, const char** text) { *text = "the stand-in is not
 
 @pytest.fixture(scope='module')
 def cpu_kernels(tmp_path_factory):
-    "The kernels as a library for this CPU"
+    "The kernels compiled for the CPU"
     if sys.platform != 'linux' or not shutil.which('g++'): pytest.skip('takes g++ on Linux')
     folder = tmp_path_factory.mktemp('kernels')
     names = re.findall(r'^extern "C".* (\w+)\(', _kernel_source(), re.M)
     assert len(names) == 7
-    starts = [f'extern "C" void run_{n}(int x, int y, int z, int threads, int backwards, void** a) {{ run([](void** a) {{ call({n}, a); }}, x, y, z, threads, backwards, a); }}\n' for n in names]
+    starts = [f'''extern "C" void run_{n}(int x, int y, int z, int threads, int backwards, void** a) {{
+    run([](void** a) {{ call({n}, a); }}, x, y, z, threads, backwards, a);
+}}
+''' for n in names]
     (folder/'permutation.cu').write_text(_kernel_source())
     driver = DRIVER.replace('KERNELS', ', '.join(f'{{"{n}", run_{n}}}' for n in names))
     (folder/'kernels.cpp').write_text(CPU.replace('SOURCE', '"permutation.cu"') + ''.join(starts) + driver)
-    subprocess.run(['g++', '-std=c++17', '-O1', '-w', '-shared', '-fPIC', '-o', folder/'kernels.so', folder/'kernels.cpp'], check=True, timeout=300)
+    subprocess.run(['g++', '-std=c++17', '-O1', '-w', '-shared', '-fPIC', '-o', folder/'kernels.so',
+                    folder/'kernels.cpp'], check=True, timeout=300)
     return ctypes.CDLL(str(folder/'kernels.so'))
 
 @pytest.fixture(params=['cpu', 'cpu backwards', pytest.param('cuda', marks=on_device)])
 def device(request, monkeypatch):
-    "Where kernels run; threads in either order must give the same"
+    "Device of the kernels; on the CPU, threads in either order must give the same"
     if request.param == 'cuda': return 'cuda'
     lib = request.getfixturevalue('cpu_kernels')
     def launch(name, grid, block, *args):
-        assert all(a.device.type == 'cpu' for a in args if isinstance(a, torch.Tensor)) and min(grid) > 0 and 0 < block <= 1024
+        assert all(a.device.type == 'cpu' for a in args if isinstance(a, torch.Tensor)) and min(grid) > 0
+        assert 0 < block <= 1024
         values, pointers = _arguments(args)
         getattr(lib, f'run_{name}')(*(*grid, 1, 1)[:3], block, int('backwards' in request.param), pointers)
     monkeypatch.setattr(permutation_cuda, '_launch', launch)
     return 'cpu'
 
-@pytest.mark.parametrize('a,b,k', [(1,1,1), (3,5,0), (8,64,16), (9,65,33), (31,3,100), (32,1,15), (64,128,64), (65,129,17), (100,40,130), (2,3,1025)])
+@pytest.mark.parametrize('a,b,k',
+                         [(1,1,1), (3,5,0), (8,64,16), (9,65,33), (31,3,100), (32,1,15), (64,128,64), (65,129,17),
+                          (100,40,130), (2,3,1025)])
 def test_sum_max(device, a, b, k):
     h, x = torch.randn(a, k), torch.randn(b, k)
     out = sum_max_cuda(h.to(device), x.to(device))
@@ -162,13 +182,18 @@ def test_sum_max(device, a, b, k):
 
 def test_sum_max_repeats_itself_and_takes_views(device):
     h = torch.rand(40, 30, device=device).T
-    assert torch.equal(sum_max_cuda(h, h), sum_max_cuda(h, h)) and torch.allclose(sum_max_cuda(h, h), sum_max_torch(h, h), rtol=1e-5)
+    assert torch.equal(sum_max_cuda(h, h), sum_max_cuda(h, h))
+    assert torch.allclose(sum_max_cuda(h, h), sum_max_torch(h, h), rtol=1e-5)
 
-@pytest.mark.parametrize('h,x', [(torch.rand(2,3), torch.rand(2,4)), (torch.rand(2), torch.rand(2)), (torch.rand(2,3).double(), torch.rand(2,3).double())])
+@pytest.mark.parametrize('h,x',
+                         [(torch.rand(2,3), torch.rand(2,4)), (torch.rand(2), torch.rand(2)),
+                          (torch.rand(2,3).double(), torch.rand(2,3).double())])
 def test_sum_max_refuses(h, x):
     with pytest.raises(ValueError, match=r'not torch.float'): sum_max_cuda(h, x)
 
-@pytest.mark.parametrize('n,m,rows,columns', [(2,4,37,24), (2,4,1,8), (1,4,5,12), (3,4,300,12), (1,2,20,10), (2,6,33,18), (4,8,70,16), (2,4,19,160)])
+@pytest.mark.parametrize('n,m,rows,columns',
+                         [(2,4,37,24), (2,4,1,8), (1,4,5,12), (3,4,300,12), (1,2,20,10), (2,6,33,18), (4,8,70,16),
+                          (2,4,19,160)])
 @pytest.mark.parametrize('ties', [False, True])
 def test_cuda_map_equals_its_twin(device, n, m, rows, columns, ties):
     x = torch.randint(0, 3, (columns, rows)).float() if ties else torch.rand(columns, rows)
@@ -184,7 +209,8 @@ def test_cuda_map_equals_its_twin(device, n, m, rows, columns, ties):
         i, j = np.divmod(which, m)
         here, there = (m*stripes[:,None] + i), (m*every + j)
         v = twin.values.numpy()
-        assert np.array_equal(v[here,order[there]] + v[there,order[here]], best) and (which == its).mean() > (0 if ties else .99)
+        assert np.array_equal(v[here,order[there]] + v[there,order[here]], best)
+        assert (which == its).mean() > (0 if ties else .99)
         order[[0, -1]] = order[[-1, 0]]
         holes = every*m + 1
         assert np.array_equal(ours.exchange(order, holes), twin.exchange(order, holes))
@@ -199,21 +225,28 @@ def test_a_search_by_cuda_map_ends_where_its_twin_does(device, n, m):
         search.improve(8)
         kept.append((search.kept.sum(), search.order.tolist()))
         assert sorted(search.order) == list(range(24))
-        assert search.kept.sum() == pytest.approx(x[search.order].view(-1, m, 30).topk(n, 1).values.sum().item(), rel=1e-5)
+        assert search.kept.sum() == pytest.approx(x[search.order].view(-1, m, 30).topk(n, 1).values.sum().item(),
+                                                  rel=1e-5)
     assert kept[0] == kept[1] and kept[0][0] == pytest.approx(kept[2][0], rel=.01)
 
 @needs_nvrtc
 def test_calls_of_the_driver(cpu_kernels, monkeypatch):
     stream = types.SimpleNamespace(cuda_stream=0x123456789abc)
-    for name,o in (('_driver', lambda: cpu_kernels), ('_loaded', permutation_cuda._loaded.__wrapped__), ('_kernel', permutation_cuda._kernel.__wrapped__)): monkeypatch.setattr(permutation_cuda, name, o)
-    for name,o in (('device', lambda index: nullcontext()), ('current_stream', lambda: stream), ('get_device_capability', lambda index: (9, 0))): monkeypatch.setattr(torch.cuda, name, o)
+    for name,o in (('_driver', lambda: cpu_kernels), ('_loaded', permutation_cuda._loaded.__wrapped__),
+                   ('_kernel', permutation_cuda._kernel.__wrapped__)):
+        monkeypatch.setattr(permutation_cuda, name, o)
+    for name,o in (('device', lambda index: nullcontext()), ('current_stream', lambda: stream),
+                   ('get_device_capability', lambda index: (9, 0))):
+        monkeypatch.setattr(torch.cuda, name, o)
     monkeypatch.setattr(torch.Tensor, 'device', property(lambda t: types.SimpleNamespace(index=0)), raising=False)
     h, x, parts = torch.rand(20, 50), torch.rand(9, 50), torch.empty(2, 20, 9)
     _launch('distances_8x64', (1, 3, 2), 128, h, x, parts, 20, 9, 50, 32)
     assert torch.allclose(parts.sum(0), (h[:,None]-x).abs().sum(-1), rtol=1e-5)
-    with pytest.raises(RuntimeError, match=r'cuModuleGetFunction: the stand-in is not content \(500\)'): _launch('nothing', (1,), 32, h)
+    with pytest.raises(RuntimeError, match=r'cuModuleGetFunction: the stand-in is not content \(500\)'):
+        _launch('nothing', (1,), 32, h)
     stream.cuda_stream = 0
-    with pytest.raises(RuntimeError, match=r'cuLaunchKernel: .*\(1\)'): _launch('distances_8x64', (1, 3, 2), 128, h, x, parts, 20, 9, 50, 32)
+    with pytest.raises(RuntimeError, match=r'cuLaunchKernel: .*\(1\)'):
+        _launch('distances_8x64', (1, 3, 2), 128, h, x, parts, 20, 9, 50, 32)
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
@@ -226,7 +259,8 @@ def test_current_stream_and_other_threads():
         out = sum_max_cuda(h*1, h)
         torch.cuda.current_stream().synchronize()
     assert torch.allclose(out, wanted, rtol=1e-5)
-    with ThreadPoolExecutor(1) as pool: assert torch.allclose(pool.submit(sum_max_cuda, h, h).result(), wanted, rtol=1e-5)
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.allclose(pool.submit(sum_max_cuda, h, h).result(), wanted, rtol=1e-5)
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
@@ -234,7 +268,8 @@ def test_current_stream_and_other_threads():
 def test_sum_max_of_large_matrices(a, b, k):
     h, x = torch.rand(a, k, device='cuda'), torch.rand(b, k, device='cuda')
     some = torch.randint(min(a, b), (8,))
-    assert torch.allclose(sum_max_cuda(h, x)[some][:,some].double(), torch.maximum(h[some,None].double(), x[some].double()).sum(-1), rtol=1e-6)
+    assert torch.allclose(sum_max_cuda(h, x)[some][:,some].double(),
+                          torch.maximum(h[some,None].double(), x[some].double()).sum(-1), rtol=1e-6)
 
 # --- ASP's four functions
 
@@ -243,17 +278,22 @@ def kept(x): return np.sort(np.abs(np.asarray(x, np.float64)).reshape(len(x), -1
 def columns_of(stripes): return np.concatenate([np.arange(4*s, 4*s+4) for s in stripes])
 
 class Fake(types.ModuleType):
-    "Apex's module as far as its arguments go: what it is called with is checked as compiled code would have it, and computed by the twin"
+    """A stand-in for Apex's compiled module.
+
+    It checks types and sizes of its arguments as strictly as the compiled code, and computes with numpy."""
     def __init__(self):
         super().__init__('permutation_search_cuda')
         self.calls, self.twin, self.uploaded = [], permutation_cuda._NumpyKernels(), None
 
     def __getattr__(self, name):
-        if name not in ('sum_after_2_to_4', 'build_permute_map', 'check_permutations', 'build_swap_map'): raise AttributeError(name)
+        if name not in ('sum_after_2_to_4', 'build_permute_map', 'check_permutations', 'build_swap_map'):
+            raise AttributeError(name)
         def call(*args):
             kinds = [a.dtype.name if isinstance(a, np.ndarray) else 'int' for a in args]
-            assert kinds == {'sum_after_2_to_4': ['float32'] + ['int']*6 + ['float32'], 'build_permute_map': 'float32 int int uint32 int int uint32 int float32 uint32'.split(),
-                             'check_permutations': 'float32 int int uint32 int int uint32 int float32 uint32'.split(), 'build_swap_map': 'float32 int int uint32 float32'.split()}[name]
+            assert kinds == {'sum_after_2_to_4': ['float32'] + ['int']*6 + ['float32'],
+                             'build_permute_map': 'float32 int int uint32 int int uint32 int float32 uint32'.split(),
+                             'check_permutations': 'float32 int int uint32 int int uint32 int float32 uint32'.split(),
+                             'build_swap_map': 'float32 int int uint32 float32'.split()}[name]
             assert all(a.flags.c_contiguous and a.flags.aligned for a in args if isinstance(a, np.ndarray))
             self.calls.append((name, args))
             mat, rows, cols, *rest = args
@@ -264,14 +304,18 @@ class Fake(types.ModuleType):
     def _sum_after_2_to_4(self, mat, rows, cols, start, end, blocks, threads, out):
         each = (end-start)//4//blocks   # stripes that the blocks don't share evenly are left out
         self.twin.sum_after_2_to_4(mat, rows, cols, start, start+4*each*blocks, blocks, threads, out)
-    def _build_permute_map(self, mat, rows, cols, stripes, num_groups, group_width, perms, perm_len, improvements, best_idx):
-        assert stripes.size == num_groups*group_width and perm_len == 4*group_width and perms.size%perm_len == 0 and improvements.size == best_idx.size == num_groups
-        self.twin.build_permute_map(mat, rows, cols, stripes, num_groups, group_width, perms, perm_len, improvements, best_idx)
+    def _build_permute_map(self, mat, rows, cols, stripes, num_groups, group_width, perms, perm_len, improvements,
+                           best_idx):
+        assert stripes.size == num_groups*group_width and perm_len == 4*group_width and perms.size%perm_len == 0
+        assert improvements.size == best_idx.size == num_groups
+        self.twin.build_permute_map(mat, rows, cols, stripes, num_groups, group_width, perms, perm_len, improvements,
+                                    best_idx)
     def _check_permutations(self, mat, rows, cols, groups, width, num_groups, perms, num_perms, improvement, perm):
         assert groups.size == width*num_groups and perms.size == num_perms*4*width
         sizes = rows, cols, width, num_groups, num_perms
         if self.uploaded is None or self.uploaded[0] != sizes: self.uploaded = sizes, groups.copy(), perms.copy()
-        self.twin.check_permutations(mat, rows, cols, self.uploaded[1], width, num_groups, self.uploaded[2], num_perms, improvement, perm)
+        self.twin.check_permutations(mat, rows, cols, self.uploaded[1], width, num_groups, self.uploaded[2], num_perms,
+                                     improvement, perm)
     def _build_swap_map(self, mat, rows, cols, pairs, out):
         assert out.size == 16*(pairs.size//2)
         self.twin.build_swap_map(mat, rows, cols, pairs, out)
@@ -285,7 +329,7 @@ def apex(monkeypatch):
 
 @pytest.fixture(params=['numpy', 'apex', 'cuda'])
 def kernels(request):
-    "`ASPKernels`, each way"
+    "`ASPKernels` with each implementation"
     if request.param == 'apex': request.getfixturevalue('apex')
     if request.param != 'cuda': return ASPKernels(request.param)
     res = ASPKernels()
@@ -296,7 +340,9 @@ def kernels(request):
 def device_(request, monkeypatch):
     if torch.cuda.is_available(): return 'cuda'
     lib = request.getfixturevalue('cpu_kernels')
-    monkeypatch.setattr(permutation_cuda, '_launch', lambda name, grid, block, *args: getattr(lib, f'run_{name}')(*(*grid, 1, 1)[:3], block, 0, _arguments(args)[1]))
+    def launch(name, grid, block, *args):
+        getattr(lib, f'run_{name}')(*(*grid, 1, 1)[:3], block, 0, _arguments(args)[1])
+    monkeypatch.setattr(permutation_cuda, '_launch', launch)
     return 'cpu'
 
 @pytest.mark.parametrize('rows,cols', [(1,4), (7,12), (130,20), (64,40)])
@@ -345,34 +391,47 @@ def test_build_swap_map(kernels):
 
 def test_equal_permutations_give_the_first(kernels):
     gains, best = np.ones(1, np.float32), np.ones(1, np.uint32)
-    kernels.build_permute_map(np.ones((3, 8), np.float32), 3, 8, np.array([0, 1], np.uint32), 1, 2, _deals(8), 8, gains, best)
+    kernels.build_permute_map(np.ones((3, 8), np.float32), 3, 8, np.array([0, 1], np.uint32), 1, 2, _deals(8), 8, gains,
+                              best)
     assert (gains[0], best[0]) == (0, 0)
 
 def test_permutations():
     for size,n in ((8, 35), (12, 5775)):
         deals = _deals(size)
         assert deals.shape == (n, size) and deals.dtype == np.uint32 and deals[0].tolist() == list(range(size))
-        assert len({frozenset(map(frozenset, d.reshape(-1, 4).tolist())) for d in deals}) == n and (np.sort(deals, 1) == np.arange(size)).all()
+        assert len({frozenset(map(frozenset, d.reshape(-1, 4).tolist())) for d in deals}) == n
+        assert (np.sort(deals, 1) == np.arange(size)).all()
     assert len(np.unique(_swap_deals(), axis=0)) == 17
 
 M, Z = np.ones((3, 8), np.float32), np.zeros(1, np.float32)
 U = lambda *a: np.array(a, np.uint32)
 
 @pytest.mark.parametrize('call,what', [
-    (lambda k: k.sum_after_2_to_4(M.astype(float), 3, 8, 0, 8, 1, 1, Z), 'mat .*float64'), (lambda k: k.sum_after_2_to_4(np.ones((8, 3), np.float32).T, 3, 8, 0, 8, 1, 1, Z), 'strides'),
-    (lambda k: k.sum_after_2_to_4(M, 3, 4, 0, 4, 1, 1, Z), '12'), (lambda k: k.sum_after_2_to_4(M, 4, 6, 0, 4, 1, 1, Z), 'not 6'), (lambda k: k.sum_after_2_to_4(torch.ones(3, 8), 3, 8, 0, 8, 1, 1, Z), 'Tensor'),
-    (lambda k: k.sum_after_2_to_4(M, 3, 8, 2, 8, 1, 1, Z), '2 and 8'), (lambda k: k.sum_after_2_to_4(M, 3, 8, 0, 12, 1, 1, Z), '0 and 12'), (lambda k: k.sum_after_2_to_4(M, 3, 8, 0, 8, 0, 1, Z), 'not 0'),
-    (lambda k: k.sum_after_2_to_4(M, 3, 8, 0, 8, 1, 2000, Z), '2000'), (lambda k: k.sum_after_2_to_4(M, 3, 8, 0, 8, 1, 1, np.zeros(2, np.float32)), 'out .* 1 float32'),
-    (lambda k: k.build_swap_map(M, 3, 8, U(0, 2), np.zeros(16, np.float32)), 'below 2'), (lambda k: k.build_swap_map(M, 3, 8, U(0, 1), Z), '16'), (lambda k: k.build_swap_map(M, 3, 8, np.array([0, 1]), np.zeros(16, np.float32)), 'uint32'),
-    (lambda k: k.build_permute_map(M, 3, 8, U(0, 1), 1, 2, U(*range(8)), 4, Z, U(0)), 'perm_len'), (lambda k: k.build_permute_map(M, 3, 8, U(0, 1), 1, 2, U(*range(1, 9)), 8, Z, U(0)), 'below 8'),
-    (lambda k: k.build_permute_map(M, 3, 8, U(0, 1), 1, 2, U(*range(7)), 8, Z, U(0)), '8 uint32'), (lambda k: k.check_permutations(M, 3, 8, U(0), 1, 1, U(0, 1, 2, 3), 2, Z, U(0)), '8 uint32'),
+    (lambda k: k.sum_after_2_to_4(M.astype(float), 3, 8, 0, 8, 1, 1, Z), 'mat .*float64'),
+    (lambda k: k.sum_after_2_to_4(np.ones((8, 3), np.float32).T, 3, 8, 0, 8, 1, 1, Z), 'strides'),
+    (lambda k: k.sum_after_2_to_4(M, 3, 4, 0, 4, 1, 1, Z), '12'),
+    (lambda k: k.sum_after_2_to_4(M, 4, 6, 0, 4, 1, 1, Z), 'not 6'),
+    (lambda k: k.sum_after_2_to_4(torch.ones(3, 8), 3, 8, 0, 8, 1, 1, Z), 'Tensor'),
+    (lambda k: k.sum_after_2_to_4(M, 3, 8, 2, 8, 1, 1, Z), '2 and 8'),
+    (lambda k: k.sum_after_2_to_4(M, 3, 8, 0, 12, 1, 1, Z), '0 and 12'),
+    (lambda k: k.sum_after_2_to_4(M, 3, 8, 0, 8, 0, 1, Z), 'not 0'),
+    (lambda k: k.sum_after_2_to_4(M, 3, 8, 0, 8, 1, 2000, Z), '2000'),
+    (lambda k: k.sum_after_2_to_4(M, 3, 8, 0, 8, 1, 1, np.zeros(2, np.float32)), 'out .* 1 float32'),
+    (lambda k: k.build_swap_map(M, 3, 8, U(0, 2), np.zeros(16, np.float32)), 'below 2'),
+    (lambda k: k.build_swap_map(M, 3, 8, U(0, 1), Z), '16'),
+    (lambda k: k.build_swap_map(M, 3, 8, np.array([0, 1]), np.zeros(16, np.float32)), 'uint32'),
+    (lambda k: k.build_permute_map(M, 3, 8, U(0, 1), 1, 2, U(*range(8)), 4, Z, U(0)), 'perm_len'),
+    (lambda k: k.build_permute_map(M, 3, 8, U(0, 1), 1, 2, U(*range(1, 9)), 8, Z, U(0)), 'below 8'),
+    (lambda k: k.build_permute_map(M, 3, 8, U(0, 1), 1, 2, U(*range(7)), 8, Z, U(0)), '8 uint32'),
+    (lambda k: k.check_permutations(M, 3, 8, U(0), 1, 1, U(0, 1, 2, 3), 2, Z, U(0)), '8 uint32'),
     (lambda k: k.check_permutations(M, 3, 8, U(0), 1, 1, U(), 0, Z, U(0)), 'and 0')])
 def test_what_the_functions_refuse(call, what):
     with pytest.raises(ValueError, match=what): call(ASPKernels())
 
 def test_apex_takes_four_stripes_at_most(apex):
     wide = np.ones((3, 20), np.float32)
-    with pytest.raises(ValueError, match='not 5'): ASPKernels('apex').check_permutations(wide, 3, 20, U(*range(5)), 5, 1, U(*range(20)), 1, Z.copy(), U(0))
+    with pytest.raises(ValueError, match='not 5'):
+        ASPKernels('apex').check_permutations(wide, 3, 20, U(*range(5)), 5, 1, U(*range(20)), 1, Z.copy(), U(0))
     assert not apex.calls
 
 def test_what_is_there(monkeypatch):
@@ -399,8 +458,10 @@ def test_published_figures(kwargs, published):
 def test_search_gives_valid_permutations(kwargs, rows, columns):
     s, c = np.random.RandomState(rows).rand(rows, columns), columns//4*4
     p, q = (asp_search(s, escape_attempts=3, seed=5, **kwargs) for _ in range(2))
-    assert p.order.equal(q.order) and p.order.sort().values.tolist() == list(range(columns)) and p.order[c:].tolist() == list(range(c, columns))
-    assert p.naive == pytest.approx(kept(s[:,:c]), rel=1e-5) and p.kept == pytest.approx(kept(s[:,p.order[:c].numpy()]), rel=1e-5)
+    assert p.order.equal(q.order) and p.order.sort().values.tolist() == list(range(columns))
+    assert p.order[c:].tolist() == list(range(c, columns))
+    assert p.naive == pytest.approx(kept(s[:,:c]), rel=1e-5)
+    assert p.kept == pytest.approx(kept(s[:,p.order[:c].numpy()]), rel=1e-5)
     assert p.naive*(1-1e-6) <= p.kept <= p.row_bound*(1+1e-6) <= p.unstructured*(1+2e-6) and p.backend == 'numpy'
 
 @pytest.mark.parametrize('strategy,which', [('exhaustive', 2), ('channel_swap', 3)])
@@ -414,7 +475,7 @@ def test_sixteen_columns_by_all_their_deals():
     assert asp_search(s, escape_attempts=0).kept == pytest.approx(max(kept(s[:,d]) for d in _deals(8)), rel=1e-6)
 
 def test_wide_matrices_are_halved(monkeypatch):
-    "Groups of 12 above 512 columns: each half, the whole by 8, and the order is that of all three"
+    "Above 512 columns groups of 12 are searched in each half, then groups of 8 in the whole"
     called, rng = [], np.random.default_rng(0)
     def search(x, strategy, kernels, escapes, rng):
         called.append((x.copy(), strategy.deals.shape[1], escapes, rng.permutation(x.shape[1])))
@@ -424,7 +485,8 @@ def test_wide_matrices_are_halved(monkeypatch):
     order = permutation_cuda._exhaustive_order(x, None, 12, 7, rng)
     assert [(y.shape[1], size, escapes) for y,size,escapes,_ in called] == [(260, 12, 7), (264, 12, 7), (524, 8, 1000)]
     (a, *_, p), (b, *_, q), (whole, *_, r) = called
-    assert np.array_equal(np.hstack([a, b]), x) and np.array_equal(whole, np.hstack([a[:,p], b[:,q]])) and np.array_equal(whole[:,r], x[:,order])
+    assert np.array_equal(np.hstack([a, b]), x) and np.array_equal(whole, np.hstack([a[:,p], b[:,q]]))
+    assert np.array_equal(whole[:,r], x[:,order])
 
 @pytest.mark.parametrize('strategy', ['exhaustive', 'channel_swap'])
 def test_search_by_each_implementation(kernels, strategy, monkeypatch):
@@ -442,13 +504,19 @@ def test_search_by_apex(apex):
 
 def test_no_global_state_is_touched():
     np.random.seed(3), torch.manual_seed(3)
-    before, s = (np.random.get_state()[1].tolist(), torch.get_rng_state()), torch.rand(8, 16, generator=torch.Generator())
+    before = (np.random.get_state()[1].tolist(), torch.get_rng_state())
+    s = torch.rand(8, 16, generator=torch.Generator())
     copy = s.clone()
     asp_search(s, escape_attempts=3)
-    assert np.random.get_state()[1].tolist() == before[0] and torch.equal(torch.get_rng_state(), before[1]) and s.equal(copy)
+    assert np.random.get_state()[1].tolist() == before[0] and torch.equal(torch.get_rng_state(), before[1])
+    assert s.equal(copy)
 
-@pytest.mark.parametrize('kwargs,what', [(dict(strategy='swap'), "'swap'"), (dict(stripe_group_size=16), '16'), (dict(escape_attempts=-1), '-1'), (dict(escape_attempts=True), 'True'), (dict(kernels='gpu'), "'gpu'"),
-                                         (dict(scores=torch.rand(8)), r'\(8,\)'), (dict(scores=-torch.rand(2, 8)), 'negative')])
+@pytest.mark.parametrize('kwargs,what',
+                         [(dict(strategy='swap'), "'swap'"), (dict(stripe_group_size=16), '16'),
+                          (dict(escape_attempts=-1), '-1'), (dict(escape_attempts=True), 'True'),
+                          (dict(kernels='gpu'), "'gpu'"),
+                                         (dict(scores=torch.rand(8)), r'\(8,\)'),
+                                         (dict(scores=-torch.rand(2, 8)), 'negative')])
 def test_what_the_search_refuses(kwargs, what):
     with pytest.raises(ValueError, match=what): asp_search(**{'scores': torch.rand(4, 8), **kwargs})
 
@@ -458,7 +526,8 @@ def test_scores_on_a_device_are_searched_there():
     s = torch.rand(64, 128)
     p, q, r = search_permutation(s.cuda()), search_permutation(s.cuda()), search_permutation(s)
     assert p.backend == 'cuda' and p.order.equal(q.order) and abs(p.efficacy-r.efficacy) < 3
-    assert search_permutation(s, backend='cuda').order.equal(p.order) and search_permutation(s.cuda(), backend='torch').backend == 'torch'
+    assert search_permutation(s, backend='cuda').order.equal(p.order)
+    assert search_permutation(s.cuda(), backend='torch').backend == 'torch'
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')

@@ -1,4 +1,4 @@
-"Two ranks that train together keep the same masks: one start of torchrun, of which each test looks at a part"
+"Training on two ranks keeps the same masks on both; torchrun starts once, and each test checks a part of its output"
 import inspect
 
 import pytest

@@ -1,4 +1,4 @@
-"The callback's examples of seeds 002 and 004 as written there, on made-up images; and its column in the table"
+"The examples of seeds 002 and 004, unchanged but on generated images, and the column of the epoch table"
 import csv, json
 from functools import cache
 from pathlib import Path
@@ -12,16 +12,14 @@ from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.vision.learner import vision_learner
 from torchvision.models import resnet18
 
-from callback_helpers import at, fit, learner, masks, said, same, snapshot, weights, zeros
+from callback_helpers import at, fit, learner, masks, printed, same, snapshot, weights, zeros
 from fastai.basics import accuracy, CrossEntropyLossFlat, DataLoader, DataLoaders, nn, partial, set_seed, torch
 from fasterai_sparse.core.criteria import large_final
 from fasterai_sparse.core.schedules import agp, cos, dsd, iterative, lin, one_cycle, one_shot, Schedule
 from fasterai_sparse.train.sparsify_callback import SparsifyCallback
 
-pytestmark = pytest.mark.filterwarnings('ignore:numpy.core is deprecated')   # fastai's load_model
-
-@pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
+pytestmark = [pytest.mark.usefixtures('in_tmp'),
+              pytest.mark.filterwarnings('ignore:numpy.core is deprecated')]   # of fastai's load_model
 
 golden = json.loads((Path(__file__).parent.parent/'golden'/'schedules.json').read_text())
 
@@ -39,7 +37,7 @@ per_layer_sparsity = {
     '0.6.0.conv1': 70, '0.6.0.conv2': 70, '0.6.1.conv1': 70, '0.6.1.conv2': 70,
     '0.7.0.conv1': 80, '0.7.0.conv2': 80, '0.7.1.conv1': 80, '0.7.1.conv2': 80}
 
-# what is trained, how, and the values that the seed prints
+# arguments, method and length of the fit, and name of the values that the seed prints
 EXAMPLES = dict(
     one_cycle=(dict(sparsity=50, schedule=one_cycle), ('fit_one_cycle', 5), 'one_cycle_50_5'),
     per_layer=(dict(sparsity=per_layer_sparsity, schedule=cos), ('fit_one_cycle', 5), 'cos_mean_57_5_5'),
@@ -54,19 +52,19 @@ def pets():
 
 @cache
 def example(name):
-    "What one of the examples prints, line by line, and the model it leaves"
+    "Lines that the example prints, its model, and the last row of its table"
     kwargs, (how, n_epoch), _ = EXAMPLES[name]
     set_seed(0)
     learn = vision_learner(pets(), resnet18, metrics=accuracy, pretrained=False, n_out=2,
                            loss_func=CrossEntropyLossFlat())
     learn.unfreeze()
     sp_cb = SparsifyCallback(granularity='weight', context='local', criteria=large_final, **kwargs)
-    out = said(lambda: fit(learn, n_epoch, sp_cb, how=how))
+    out = printed(lambda: fit(learn, n_epoch, sp_cb, how=how))
     zeros = {n: int((m.weight == 0).sum()) for n,m in learn.model.named_modules() if isinstance(m, nn.Conv2d)}
     return SimpleNamespace(lines=out.splitlines(), zeros=zeros, row=list(learn.recorder.values[-1]))
 
 def target(name, layer):
-    "Percent that the example asks of the layer"
+    "Sparsity in percent that the example asks of the layer"
     sparsity = EXAMPLES[name][0]['sparsity']
     return sparsity.get(layer, 0) if isinstance(sparsity, dict) else sparsity
 
@@ -121,7 +119,7 @@ def test_every_golden_series_has_its_example(): assert {v for *_,v in EXAMPLES.v
 # --- the seeds' other words for a schedule
 
 class Wide(nn.Module):
-    "Enough weights for two decimals"
+    "A network with enough weights to tell two decimals of a percentage apart"
     def __init__(self):
         super().__init__()
         self.inner, self.out = nn.Linear(72, 1000), nn.Linear(1000, 100)
@@ -135,8 +133,8 @@ def linears(sparsity=90, schedule=None, **kwargs):
     return SparsifyCallback(sparsity, 'weight', 'local', large_final, schedule, layer_type=nn.Linear, **kwargs)
 
 def epoch_values(learn, n_epoch, cbs):
-    "Percentages that are printed at the ends of epochs"
-    out = said(lambda: fit(learn, n_epoch, cbs))
+    "Percentages printed at the ends of epochs"
+    out = printed(lambda: fit(learn, n_epoch, cbs))
     return [float(l.split()[-1].removeprefix('avg=')[:-1]) for l in out.splitlines() if 'end of epoch' in l]
 
 @pytest.mark.parametrize('schedule,values', [
@@ -148,7 +146,7 @@ def test_three_epochs_without_and_seven_with(schedule, values):
 
 def test_fine_tune_counts_epochs_from_where_the_layers_train():
     learn = wide(splitter=lambda m: [params(m.inner), params(m.out)])
-    out = said(lambda: fit(learn, 4, linears({'inner': 80}, lin, start_epoch=2), how='fine_tune'))
+    out = printed(lambda: fit(learn, 4, linears({'inner': 80}, lin, start_epoch=2), how='fine_tune'))
     ends = [l.split('avg=')[1] for l in out.splitlines() if 'end of epoch' in l]
     assert ends == ['0.00%', '0.00%', '40.00%', '80.00%']
 
@@ -195,13 +193,13 @@ def test_a_window_outside_of_the_fit_is_refused_before_anything_changes(kwargs):
     assert same(before, snapshot(learn.model)) and not masks(learn.model)
 
 def test_both_lines_of_the_seeds_banner_where_weights_are_saved():
-    out = said(lambda: fit(wide(), 4, linears(schedule=one_shot, lth=True))).splitlines()
+    out = printed(lambda: fit(wide(), 4, linears(schedule=one_shot, lth=True))).splitlines()
     assert out[:2] == ['Pruning of weight until a sparsity of 90%', 'Saving Weights at epoch 0']
 
 # --- the table
 
 def record(learn):
-    "Name -> value of the last row"
+    "Name -> value in the last row of the epoch table"
     names, values = list(learn.recorder.metric_names), list(learn.recorder.values[-1])
     assert len(names) == len(values) + 2   # epoch and time
     return dict(zip(names[1:], values))
@@ -257,7 +255,7 @@ def test_the_column_of_a_dict_is_the_mean_of_its_layers():
     assert record(learn)['sparsity'] == 40
 
 def logged(learn, n_epoch, cbs):
-    "Rows that the learner logs, the time left out"
+    "Rows that the learner logs, without the time"
     rows = []
     learn.logger = rows.append
     with learn.no_bar(): learn.fit(n_epoch, cbs=cbs)
@@ -283,23 +281,24 @@ def test_csv_logger():
 def test_save_model_callback_by_sparsity():
     learn = wide()
     with pytest.warns(UserWarning, match=r'are 90\.00% sparse where the model was 0\.00%'):
-        out = said(lambda: fit(learn, 4, [linears(schedule=dsd), SaveModelCallback(monitor='sparsity')]))
+        out = printed(lambda: fit(learn, 4, [linears(schedule=dsd), SaveModelCallback(monitor='sparsity')]))
     assert measured(learn.model) == 90 and 'Final Sparsity: 90.00%\nThis is not the target' in out
     assert [l for l in out.splitlines() if 'Better' in l] == [
         f'Better model found at epoch {i} with sparsity value: {v}.' for i,v in ((0, 45.0), (1, 90.0))]
 
 def test_early_stopping_by_sparsity():
     learn = wide()
-    out = said(lambda: fit(learn, 10, [linears(schedule=iterative), EarlyStoppingCallback(monitor='sparsity')]))
+    out = printed(lambda: fit(learn, 10, [linears(schedule=iterative), EarlyStoppingCallback(monitor='sparsity')]))
     assert len(learn.recorder.values) == 2
     assert 'Final Sparsity: 0.00%\nThe target was not reached: training ended when 20% of it was done' in out
 
 # --- SaveModelCallback takes an epoch before the end
 
 def best_is(epoch, sparsity, learn):
-    "What is said of a fit that ends with the weights of `epoch`"
+    "Message of a fit that ends with the weights of `epoch`"
     learn.metrics = L(ValueMetric(lambda: float(learn.epoch == epoch), 'pick'))
-    return said(lambda: fit(learn, 10, [linears(sparsity, iterative), SaveModelCallback(monitor='pick')])).splitlines()
+    out = printed(lambda: fit(learn, 10, [linears(sparsity, iterative), SaveModelCallback(monitor='pick')]))
+    return out.splitlines()
 
 @pytest.mark.parametrize('sparsity,trained,final,overall', [
     (90, '90.00%', '30.00%', 30), ({'inner': 30, 'out': 90}, 'avg=60.00%', "{'inner': 10.0, 'out': 30.0}", 21.63)],

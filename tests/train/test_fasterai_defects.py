@@ -1,4 +1,4 @@
-"Defects of fasterai 0.4.1's callback, one test each, of the right behaviour; counts and structure have their own files"
+"Each test checks the right behaviour for a defect of fasterai 0.4.1's callback; counts and layers have their own files"
 import math
 from fastai.callback.schedule import SchedCos
 from functools import partial
@@ -9,8 +9,8 @@ from fastai.callback.tracker import SaveModelCallback
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from callback_helpers import (
-    all_same, at, at_batch, collect, convnet, dead_filters, fit, follows_masks, learner, loaders, masks, N, raising,
-    said, same, snapshot, sparse, weights, zeros)
+    all_same, at, at_batch, collect, convnet, dead_filters, fit, follows_masks, learner, loaders, masks, N, printed,
+    raising, same, snapshot, sparse, weights, zeros)
 from fastai.basics import nn, torch
 from fasterai_sparse.core.criteria import random_criteria
 from fasterai_sparse.core.masks import masked_params
@@ -19,19 +19,17 @@ from fasterai_sparse.core.select import n_zeros
 from fasterai_sparse.train.keep_masks import copy_masks
 from fasterai_sparse.train.updates import bake_masks
 
-pytestmark = [pytest.mark.filterwarnings(f'ignore:{w}') for w in ('numpy.core is deprecated', 'The loaded weights')]
-
-@pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
+pytestmark = [pytest.mark.usefixtures('in_tmp'),
+              *(pytest.mark.filterwarnings(f'ignore:{w}') for w in ('numpy.core is deprecated', 'The loaded weights'))]
 
 TARGET = n_zeros(.9, N)
 
 def lottery(schedule=one_shot, **kwargs): return sparse(schedule=schedule, lth=True, **kwargs)
 
-# --- what is reported
+# --- reports
 
 def test_the_log_is_the_schedule_not_the_model():
-    out = said(lambda: fit(learner(), 1, sparse(granularity='filter', verbose=True)))
+    out = printed(lambda: fit(learner(), 1, sparse(granularity='filter', verbose=True)))
     share = f'{100*(7*18 + 14*72)/N:.2f}%'
     assert f'end of epoch 0: {share}' in out and f'Final Sparsity: {share}' in out
 
@@ -47,9 +45,9 @@ def test_an_unknown_name_reports_success():
 
 def test_validate_prints_the_whole_banner():
     learn = learner(cbs=sparse(verbose=True))
-    with learn.no_bar(): assert said(learn.validate) == ''
+    with learn.no_bar(): assert printed(learn.validate) == ''
 
-# --- what lasts
+# --- masks in later fits
 
 def test_a_plain_fit_afterwards_loses_the_zeros():
     assert zeros(fit(fit(learner(), 2, sparse()), 1).model) == TARGET
@@ -93,7 +91,7 @@ def test_an_interrupted_fit_leaves_the_schedule_dirty():
     fit(learner(), 2, [sparse(schedule=agp), watch])
     assert seen == [n_zeros(.9*agp.progress(.5), N), TARGET]
 
-# --- what is left of what was dropped
+# --- dropped weights
 
 def test_the_shadow_of_an_ema_has_no_zeros():
     learn = learner()
@@ -172,7 +170,7 @@ def test_under_data_parallel_names_gain_module_and_nothing_is_pruned():
     assert list(cb.sparsifier.report().layer) == ['0', '3']
 
 def test_random_masks_of_two_ranks_disagree():
-    "Ranks differ in what torch's generator has drawn so far; test_distributed.py starts two"
+    "Random masks differ between ranks, as their generators do; test_distributed.py runs two ranks"
     def rank(i):
         draws = at('before_batch', lambda learn: torch.rand(i))
         return masks(fit(learner(), 2, [sparse(criteria=random_criteria), draws]).model)

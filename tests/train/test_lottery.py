@@ -1,4 +1,4 @@
-"Lottery tickets: weights that go back at each step of the schedule, and files that hold them under their masks"
+"Lottery tickets: weights are reset at each step of the schedule, and tickets are saved under their masks"
 import math, pickle
 from copy import deepcopy
 from pathlib import Path
@@ -10,8 +10,8 @@ from fastai.basics import (Adam, CancelFitException, CancelStepException, L, Opt
 from fastai.callback.tracker import SaveModelCallback
 
 from callback_helpers import (
-    all_same, at, at_batch, collect, convnet, copied_by, fit, follows_masks, kept, learner, loaders, masks, N,
-    raising, said, same, snapshot, sparse, Spy, weights, zeros)
+    all_same, at, at_batch, collect, convnet, copied_by, fit, follows_masks, kept, learner, loaders, masks, N, printed,
+    raising, same, snapshot, sparse, Spy, weights, zeros)
 from fastai.basics import Callback, nn, partial, torch
 from fasterai_sparse.utils.modes import unwrapped
 from fasterai_sparse.core.criteria import grad_crit, large_init, movement, random_criteria, updating_movement
@@ -23,10 +23,8 @@ from fasterai_sparse.core.sparsifier import Sparsifier
 from fasterai_sparse.train.keep_masks import KeepMasks
 from fasterai_sparse.train.lottery import RewindPoint, takes_steps
 
-pytestmark = pytest.mark.filterwarnings('ignore:numpy.core is deprecated')   # fastai's load_model
-
-@pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
+pytestmark = [pytest.mark.usefixtures('in_tmp'),
+              pytest.mark.filterwarnings('ignore:numpy.core is deprecated')]   # of fastai's load_model
 
 STEPS = dict(one_shot=(one_shot, [11]), iterative=(iterative, [4,11,17]),
              five_steps=(partial(iterative, n_steps=5), [4,8,12,16,20]),
@@ -38,7 +36,7 @@ CONTINUOUS = dict(agp=agp, one_cycle=one_cycle, cos=cos, lin=lin, dsd=dsd, sched
 def lottery(sparsity=90, schedule=iterative, **kwargs): return sparse(sparsity, schedule, **{'lth': True, **kwargs})
 
 def under_masks(saved, model):
-    "The state `saved`, zero where the masks of `model` drop"
+    "The state `saved` with the masks of `model` applied"
     model = unwrapped(model)
     dropped = {id(p): ~mask for *_,p,mask in masked_params(model)}
     own = model.state_dict(keep_vars=True)
@@ -63,7 +61,7 @@ def tickets(folder='models'): return sorted(o.name for o in Path(folder).glob('*
 def ticket(name, folder='models'): return torch.load(Path(folder)/name, weights_only=True)
 
 class Kinds(nn.Module):
-    "Embedding, LSTM, convolution, BatchNorm, a bare parameter, a linear layer, one that shares the embedding's weight"
+    "A network with embedding, LSTM, convolution, BatchNorm, a bare parameter, and a linear layer tied to the embedding"
     def __init__(self):
         super().__init__()
         self.emb, self.rnn = nn.Embedding(20, 8), nn.LSTM(8, 8, batch_first=True)
@@ -78,7 +76,7 @@ def text_batches(n): return list(zip(torch.randint(20, (n,8,5)), torch.randint(4
 
 def kinds_learner(): return learner(model=Kinds(), dls=loaders(6, make=text_batches))
 
-# --- when and what goes back
+# --- when weights are reset, and which
 
 @pytest.mark.parametrize('granularity', ['weight', 'filter'])
 @pytest.mark.parametrize('context', ['local', 'global'])
@@ -132,7 +130,7 @@ def test_a_step_that_is_due_on_an_overflow_waits():
     learn = learner()
     assert rewound(learn, state(learn), [lottery(schedule=one_shot), at('before_step', skip)]) == [12]
 
-def test_a_plain_fit_afterwards_goes_nowhere():
+def test_a_plain_fit_afterwards_resets_nothing():
     learn = fit(learner(), 4, lottery(schedule=one_shot))
     assert rewound(learn, state(learn), None) == [] and zeros(learn.model) == n_zeros(.9, N)
 
@@ -179,7 +177,7 @@ def test_what_fastai_knows_of_parameters_survives():
     flags = [[learn.opt.state[p].get(k) for k in ('do_wd', 'force_train')] for p in learn.model.parameters()]
     assert flags == [[None, None], [False, None], [False, True], [False, True]]*2 + [[None, None], [False, None]]
 
-def test_the_past_of_another_part_stays():
+def test_optimizer_state_of_another_part_stays():
     body, head = convnet()[:6], convnet()[6:]
     learn = learner(model=nn.Sequential(body, head), opt_func=partial(SGD, mom=.9))
     start = snapshot(body)
@@ -207,7 +205,7 @@ def test_update_every_makes_steps_of_any_schedule():
 @pytest.mark.parametrize('f,steps', [
     (lambda pos: .5, True), (lambda pos: float(pos > .3), True), (lambda pos: math.floor(50*pos)/50, True),
     (lambda pos: pos, False), (lambda pos: max(pos-.97, 0), False)], ids=['flat', 'one', 'fifty', 'all', 'late'])
-def test_what_takes_steps(f, steps): assert takes_steps(as_schedule(f)) == steps
+def test_takes_steps(f, steps): assert takes_steps(as_schedule(f)) == steps
 
 LATE = dict(
     after_the_first_step=(dict(schedule=iterative, rewind_epoch=1), {}, 'first step'),
@@ -232,7 +230,7 @@ def test_a_rewind_epoch_that_is_not_there_is_refused_before_anything_changes(cas
     assert not any(isinstance(cb, KeepMasks) for cb in learn.cbs)
 
 @pytest.mark.parametrize('case', [c for c in LATE if c != 'skipped'])   # a fit starts with the weights of epoch 0
-def test_nor_is_it_there_for_a_criterion_that_asks_for_init(case):
+def test_a_criterion_with_init_refuses_a_missing_rewind_epoch_too(case):
     kwargs, how, words = LATE[case]
     cb = sparse(criteria=movement, **kwargs)
     with pytest.raises(ValueError, match=words): fit(learner(), how.get('n_epoch', 4), cb)
@@ -285,7 +283,7 @@ def test_save_model_saves_what_was_trained():
 # --- tickets
 
 def retrained(learn, name):
-    "The three lines of the documentation"
+    "Load a ticket and retrain it, by the three lines of the documentation"
     learn.load(name, with_opt=False)
     masks_from_zeros(learn.model)
     return fit(learn, 2, KeepMasks(), how='fit_one_cycle')
@@ -406,12 +404,12 @@ def test_a_wrapped_learner_loads_its_ticket():
     assert all_same(masks(again.model), masks(learn.model)) and follows_masks(again.model)
 
 def test_what_is_no_tensor_is_in_the_ticket_too():
-    class Noted(nn.Conv2d):
+    class WithNote(nn.Conv2d):
         note = 'as made'
         def get_extra_state(self): return dict(note=self.note)
         def set_extra_state(self, s): self.note = s['note']
     net = convnet()
-    net[0] = Noted(2, 8, 3, padding=1)
+    net[0] = WithNote(2, 8, 3, padding=1)
     learn = learner(model=net)
     net[0].note = 'as trained'
     fit(learn, 2, lottery(schedule=one_shot, save_tickets=True))
@@ -500,7 +498,7 @@ def test_a_plain_fit_after_an_interrupted_one():
     cb, learn = lottery(save_tickets='t', reset_end=True), learner()
     with pytest.raises(KeyboardInterrupt): fit(learn, 4, [cb, at_batch(13, raising(KeyboardInterrupt()))])
     before, start = tickets('t'), state(learn)
-    out = said(lambda: fit(learn, 1))
+    out = printed(lambda: fit(learn, 1))
     assert tickets('t') == before and len(before) == 2 and out == '' and not gone_back(start)(learn)
 
 @pytest.mark.parametrize('rewind_epoch', [0, 1])
@@ -549,7 +547,7 @@ def test_a_copy_does_not_disturb_the_fit():
     ends = [state(fit(learner(cbs=lottery()), 4, cbs)) for cbs in (None, Copied(deepcopy))]
     assert same(*ends)
 
-# --- criteria that look back
+# --- criteria that use earlier weights
 
 @pytest.mark.parametrize('kwargs', [dict(rewind_epoch=1), dict(rewind_epoch=1, lth=True), dict(lth=True),
                                     dict(rewind_epoch=1, save_tickets=True)])
@@ -589,11 +587,11 @@ def test_movement_keeps_what_has_moved_most_since_the_last_step():
     fit(learn, 4, lottery(criteria=movement, sparsifier=Look))
     assert ok == [True]*6
 
-# --- what it says
+# --- messages
 
 def lines(learn, cb, n_epoch=2, cbs=()):
-    "What is said, without the report"
-    return said(lambda: fit(learn, n_epoch, [cb, *cbs])).split('\n\nSparsity Report')[0].splitlines()
+    "Printed lines without the report"
+    return printed(lambda: fit(learn, n_epoch, [cb, *cbs])).split('\n\nSparsity Report')[0].splitlines()
 
 def test_what_is_said_of_a_lottery():
     cb = sparse(90, one_shot, lth=True, save_tickets=True, reset_end=True, verbose=True)
@@ -645,5 +643,5 @@ def test_validate_and_lr_find_take_no_tickets():
         with learn.no_logging(), learn.no_bar():
             learn.validate()
             learn.lr_find(num_it=12, show_plot=False, suggest_funcs=None)
-    out = said(idle)
+    out = printed(idle)
     assert out == '' and same(before, state(learn)) and not [o for o in tickets() if 'ticket' in o]

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 
 from callback_helpers import (
     all_same, at, at_batch, collect, convnet, dead_filters, fit, follows_masks, held_tensors, kept, learner, loaders,
-    masks, N, raising, said, same, snapshot, sparse, Spy, weights, zeros)
+    masks, N, optimizer_state, printed, raising, same, snapshot, sparse, Spy, weights, zeros)
 from fastai.basics import Callback, DataLoader, DataLoaders, nn, partial, torch
 from cases import in_a_loop
 from fasterai_sparse.core.criteria import (
@@ -31,10 +31,8 @@ OPTIMIZERS = dict(adam=Adam, momentum=partial(SGD, mom=.9), radam=RAdam, ranger=
                   lookahead=lambda ps, **kw: Lookahead(SGD(ps, mom=.9, **kw), k=3),
                   adamw=partial(OptimWrapper, opt=torch.optim.AdamW))
 
-pytestmark = pytest.mark.filterwarnings('ignore:numpy.core is deprecated')   # fastai's load_model
-
-@pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
+pytestmark = [pytest.mark.usefixtures('in_tmp'),
+              pytest.mark.filterwarnings('ignore:numpy.core is deprecated')]   # of fastai's load_model
 
 # --- the target
 
@@ -77,7 +75,7 @@ def test_target_is_not_reached_before_the_last_step():
 def test_fit_of_no_epochs():
     learn = learner()
     before = snapshot(learn.model)
-    out = said(lambda: fit(learn, 0, sparse(verbose=True)))
+    out = printed(lambda: fit(learn, 0, sparse(verbose=True)))
     assert same(before, snapshot(learn.model)) and zeros(learn.model) == 0
     assert 'Final Sparsity: 0.00%' in out
 
@@ -109,7 +107,7 @@ def test_round_to_and_nm():
     assert torch.equal((learn.model[3].weight==0).unflatten(1, (2,4)).sum(2), torch.full((16,2,3,3), 2))
     assert not (learn.model[0].weight==0).any()
 
-# --- along the way
+# --- during the fit
 
 EPOCH_ENDS = [(50, one_cycle, [1.96, 20.07, 45.86, 49.74, 50.00]),
               (90, agp, [0, 0, 29.71, 52.03, 68.03, 78.75, 85.25, 88.59, 89.82, 90]),
@@ -219,31 +217,25 @@ def test_a_higher_target_starts_from_what_is_there():
 
 # --- the optimizer
 
-def state_of(opt, p):
-    "Tensors of `p`'s shape that the optimizer keeps, Lookahead's slow weights included"
-    inner = opt
-    while hasattr(inner, '__dict__') and 'opt' in inner.__dict__: inner = inner.opt
-    slow_lists = zip(getattr(opt, 'slow_weights', None) or [], opt.param_lists)
-    slow = [s for pg,ps in slow_lists for s,q in zip(pg, ps) if q is p]
-    return [v for v in inner.state[p].values() if torch.is_tensor(v) and v.shape==p.shape] + slow
-
 @pytest.mark.parametrize('schedule', [lin, dsd])
 @pytest.mark.parametrize('opt', OPTIMIZERS)
-def test_what_changes_loses_its_past(opt, schedule):
+def test_changed_weights_lose_their_optimizer_state(opt, schedule):
     old, n_changed = [], []
     def before(s): old[:] = [(s.param(n), kept(*l).expand_as(s.param(n))) for n,l in s.layers.items()]
     def check(learn):
         for (p, was), now in zip(old, masks(learn.model)):
             n_changed.append(int((was != now).sum()))
-            assert state_of(learn.opt, p) and all(not s[was != now].any() for s in state_of(learn.opt, p))
+            kept = optimizer_state(learn.opt, p)
+            assert kept and not any(s[was != now].any() for s in kept)
         old.clear()
     Look = type('Look', (Spy,), dict(look=staticmethod(before)))
     fit(learner(9, opt_func=OPTIMIZERS[opt]), 2, [sparse(schedule=schedule, sparsifier=Look), at('after_batch', check)])
     assert sum(n_changed) >= n_zeros(.9, N)
 
-def test_live_weights_keep_their_past():
+def test_live_weights_keep_their_optimizer_state():
     learn = learner()
-    def alive(learn): return [bool(s[m].all()) for *_,p,m in masked_params(learn.model) for s in state_of(learn.opt, p)]
+    def alive(learn):
+        return [bool(s[m].all()) for *_,p,m in masked_params(learn.model) for s in optimizer_state(learn.opt, p)]
     watch, seen = collect('after_batch', alive)
     fit(learn, 1, [sparse(50), watch])
     assert sum(map(len, seen)) > 0 and all(map(all, seen))
@@ -311,7 +303,7 @@ def test_overflow_with_gradient_criteria(bad):
 
 def test_no_gradients_at_all_is_no_crash():
     skip = at('before_batch', raising(CancelBatchException()), order=0)
-    out = said(lambda: fit(learner(), 1, [sparse(criteria=grad_crit, verbose=True), skip]))
+    out = printed(lambda: fit(learner(), 1, [sparse(criteria=grad_crit, verbose=True), skip]))
     assert 'Final Sparsity: 0.00%' in out and 'target' in out.split('Final Sparsity')[1]
 
 def test_gradient_criteria_are_never_scored_on_an_overflow():
@@ -338,7 +330,7 @@ def test_a_skipped_batch_does_not_lose_the_target(event, bad):
     assert zeros(fit(learner(), 2, [sparse(), at(event, skip, order=0)]).model) == n_zeros(.9, N)
 
 def test_short_epochs_of_shortepochcallback():
-    out = said(lambda: fit(learner(), 2, [sparse(verbose=True), ShortEpochCallback(.5)]))
+    out = printed(lambda: fit(learner(), 2, [sparse(verbose=True), ShortEpochCallback(.5)]))
     assert 'The target was not reached' in out
 
 # --- checkpoints
@@ -363,9 +355,10 @@ def test_save_model_callback_in_a_gradual_fit(best, share):
 def test_a_reload_that_changes_the_sparsity_is_reported():
     learn = learner()
     with pytest.warns(UserWarning, match=r'44\.98% sparse where the model was 89\.97%') as ws:
-        out = said(lambda: fit(learn, 4, [sparse(verbose=True), picking(learn, [0,3,2,1])]))
+        out = printed(lambda: fit(learn, 4, [sparse(verbose=True), picking(learn, [0,3,2,1])]))
     assert sum('where the model was' in str(w.message) for w in ws) == 1
-    assert 'Final Sparsity: 44.98%' in out and 'loaded at the end are less sparse than those trained last (89.97%)' in out
+    assert 'Final Sparsity: 44.98%' in out
+    assert 'loaded at the end are less sparse than those trained last (89.97%)' in out
 
 def test_a_reload_is_reported_once_where_a_part_is_sparsified():
     learn = learner(model=nn.Sequential(convnet()[:6], convnet()[6:]))
@@ -410,7 +403,7 @@ def test_a_checkpoint_of_the_middle_of_a_fit(with_opt):
     fit(learn, 1)
     assert zeros(learn.model) == n
 
-# --- what is not training
+# --- validation and other calls that do not train
 
 def idle(learn):
     with learn.no_logging(), learn.no_bar():
@@ -423,7 +416,7 @@ def idle(learn):
 def test_validate_get_preds_and_lr_find_change_and_print_nothing(criteria):
     learn = learner(cbs=sparse(criteria=criteria, verbose=True))
     before = snapshot(learn.model)
-    assert said(lambda: idle(learn)) == ''
+    assert printed(lambda: idle(learn)) == ''
     assert same(before, snapshot(learn.model)) and not masks(learn.model)
     fit(learn, 2)
     assert zeros(learn.model) == n_zeros(.9, N)
@@ -434,7 +427,7 @@ def quiet_validate(learn):
 @pytest.mark.parametrize('event', ['before_epoch', 'after_train', 'after_validate', 'after_epoch'])
 def test_validate_inside_a_fit_does_not_restart_the_schedule(event):
     watch, seen = collect('after_epoch', lambda learn: zeros(learn.model))
-    learn = fit(learner(), 4, [sparse(), at(event, quiet_validate, order=5), watch])
+    fit(learner(), 4, [sparse(), at(event, quiet_validate, order=5), watch])
     assert seen == [n_zeros(.9*i/4, N) for i in (1,2,3,4)]
 
 def validate_and_return(learn):
@@ -448,13 +441,13 @@ def validate_and_return(learn):
 
 def test_validate_between_batches_does_not_restart_the_schedule():
     watch, seen = collect('after_epoch', lambda learn: zeros(learn.model))
-    out = said(lambda: fit(learner(), 4, [sparse(verbose=True), at('after_batch', validate_and_return), watch]))
+    out = printed(lambda: fit(learner(), 4, [sparse(verbose=True), at('after_batch', validate_and_return), watch]))
     assert seen == [n_zeros(.9*i/4, N) for i in (1,2,3,4)]
     assert [out.count(s) for s in ('Pruning of', 'Sparsity at the end of epoch', 'Final Sparsity')] == [1, 4, 1]
 
 @pytest.mark.parametrize('event', ['before_epoch', 'after_epoch'])
 def test_epochs_are_numbered_whoever_validates(event):
-    out = said(lambda: fit(learner(), 3, [sparse(verbose=True), at(event, quiet_validate, order=5)]))
+    out = printed(lambda: fit(learner(), 3, [sparse(verbose=True), at(event, quiet_validate, order=5)]))
     assert [l for l in out.splitlines() if 'end of epoch' in l] == \
         [f'Sparsity at the end of epoch {i}: {100*n_zeros(.3*(i+1), N)/N:.2f}%' for i in range(3)]
 
@@ -487,7 +480,7 @@ def test_prev_is_the_weights_at_the_last_update(cbs):
 # --- interruptions
 
 def test_early_end_is_said():
-    out = said(lambda: fit(learner(), 4, [sparse(verbose=True), at_batch(11, raising(CancelFitException()))]))
+    out = printed(lambda: fit(learner(), 4, [sparse(verbose=True), at_batch(11, raising(CancelFitException()))]))
     assert 'Final Sparsity: 44.98%' in out
     assert any('target was not reached' in l and '50%' in l for l in out.splitlines())
 
@@ -511,7 +504,7 @@ def test_fine_tune_waits_until_layers_train(extra):
     learn = learner(splitter=split)
     start, seen = [w.detach().clone() for w in weights(learn.model)], []
     look = at('before_fit', lambda learn: seen.append([w.detach().clone() for w in weights(learn.model)]), order=0)
-    out = said(lambda: fit(learn, 2, [sparse(verbose=True), look, *extra], how='fine_tune'))
+    out = printed(lambda: fit(learn, 2, [sparse(verbose=True), look, *extra], how='fine_tune'))
     assert len(seen) == 2 and all_same(seen[1], start)
     assert out.count('waiting') == 1 and out.count('Pruning of') == 1
     assert zeros(learn.model) == n_zeros(.9, N)
@@ -604,7 +597,7 @@ def test_dsd_of_filters_gives_their_batchnorm_back():
 # --- structure
 
 def silent(model):
-    "Dropped filters, and whether all that follows them is exactly zero"
+    "Number of dropped filters, and whether their biases and BatchNorm parameters are zero"
     pairs = [(model[0], model[1]), (model[3], model[4])]
     dead = [dead_filters(c.weight) for c,_ in pairs]
     ok = all(not t[d].any() for d,(c,b) in zip(dead, pairs) for t in (c.bias, b.weight, b.bias))
@@ -719,7 +712,9 @@ BAD = [(ValueError, dict(sparsity=101)), (ValueError, dict(sparsity=-1)), (Value
        (ValueError, dict(update_every=1.5)), (ValueError, dict(update_every=True)), (ValueError, dict(criteria=wanda)),
        (ValueError, dict(criteria=lambda p, foo: p)), (ValueError, dict(model=convnet()))]
 
-def shown(kwargs): return ' '.join(f'{k}={getattr(v, "__name__", v)}' for k,v in kwargs.items())[:40] if isinstance(kwargs, dict) else ''
+def shown(kwargs):
+    if not isinstance(kwargs, dict): return ''
+    return ' '.join(f'{k}={getattr(v, "__name__", v)}' for k,v in kwargs.items())[:40]
 
 @pytest.mark.parametrize('error,kwargs', BAD, ids=shown)
 def test_bad_arguments_raise_before_training(error, kwargs):
@@ -748,7 +743,7 @@ def test_weights_that_cannot_carry_a_mask_are_refused_by_name():
     with pytest.raises(ValueError, match="'3' is parametrized"): fit(learn, 1, sparse())
     assert same(before, snapshot(learn.model))
 
-# --- what it says
+# --- messages
 
 class Wide(nn.Module):
     def __init__(self):
@@ -777,19 +772,19 @@ def test_lines_of_a_dict(capsys):
     assert lines[-1].split() == ['Overall', 'all', '172,000', '106,600', '61.98%']
 
 def test_the_report_is_measured():
-    out = said(lambda: fit(learner(), 1, sparse(90, granularity='filter', verbose=True)))
+    out = printed(lambda: fit(learner(), 1, sparse(90, granularity='filter', verbose=True)))
     n = 7*18 + 14*72
     assert f'Final Sparsity: {100*n/N:.2f}%' in out and 'groups are dropped as a whole' in out
 
 def test_what_stays_dense_is_reported_with_its_reason():
-    out = said(lambda: fit(learner(), 1, sparse(50, nm=True, verbose=True)))
+    out = printed(lambda: fit(learner(), 1, sparse(50, nm=True, verbose=True)))
     assert '0: stays dense: 2 inputs are no multiple of 4' in out
 
 def test_verbose_false_says_nothing():
     learn, cb = learner(splitter=split), sparse()
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        assert ''.join(said(lambda: fit(learn, 1, cb, how=how)) for how in ('fine_tune', 'fit', 'fit_one_cycle')) == ''
+        for how in ('fine_tune', 'fit', 'fit_one_cycle'): assert printed(lambda: fit(learn, 1, cb, how=how)) == ''
 
 # --- wrapped models
 
@@ -809,23 +804,26 @@ def test_zeros_from_a_file_are_held(tmp_path):
     masks_from_zeros(fresh.model)
     assert zeros(fit(fresh, 2).model) == n_zeros(.9, N) and all_same(masks(fresh.model), masks(learn.model))
 
-# --- while it waits, and what is only rounding
+# --- waiting, and rounding
 
 def test_rounding_to_whole_weights_is_no_shortfall():
-    out = said(lambda: fit(learner(), 2, sparse({'0': 30, '3': 80}, verbose=True)))   # 43 of 144 weights are 29.86 %
+    out = printed(lambda: fit(learner(), 2, sparse({'0': 30, '3': 80}, verbose=True)))   # 43 of 144 weights are 29.86 %
     assert 'not the target' not in out and "'0': 29.86" in out
 
-# --- what is remembered of masks follows them
+# --- masked weights after each step
 
 @pytest.mark.parametrize('granularity', ['weight', 'kernel', 'filter'])
 def test_nothing_is_left_under_the_masks_after_any_step(granularity):
-    spy, left = collect('after_batch', lambda l: sum(int((p*~mask).count_nonzero()) for *_,p,mask in masked_params(l.model)))
+    spy, left = collect('after_batch',
+                        lambda l: sum(int((p*~mask).count_nonzero()) for *_,p,mask in masked_params(l.model)))
     fit(learner(), 4, [sparse(80, granularity=granularity), spy])
     assert len(left) == 24 and not any(left)
 
 def test_nothing_is_left_in_dropped_rows_after_any_step():
-    model = nn.Sequential(nn.Flatten(), nn.Linear(72,32), nn.Linear(32,4))   # nothing between them stops the gradient of a dropped row
-    spy, left = collect('before_batch', lambda l: sum(int((p*~mask).count_nonzero()) for *_,p,mask in masked_params(l.model)))
+    # nothing between them stops the gradient of a dropped row
+    model = nn.Sequential(nn.Flatten(), nn.Linear(72,32), nn.Linear(32,4))
+    spy, left = collect('before_batch',
+                        lambda l: sum(int((p*~mask).count_nonzero()) for *_,p,mask in masked_params(l.model)))
     fit(learner(model=model), 4, [sparse(80, granularity='row', layer_type=nn.Linear), spy])
     assert len(left) == 24 and not any(left)
 

@@ -1,4 +1,4 @@
-"What must hold when SparsifyCallback meets the rest of fastai: other callbacks, wrapped models, applications, restarts"
+"SparsifyCallback together with the rest of fastai: other callbacks, wrapped models, applications, restarts"
 import random, subprocess, sys
 from fractions import Fraction
 from pathlib import Path
@@ -6,11 +6,10 @@ from pathlib import Path
 import pandas as pd, pytest
 from fastai.basics import (CancelBackwardException, CancelBatchException, CancelEpochException,
                            CancelFitException, CancelStepException, CancelTrainException, L, Lamb, Larc, Lookahead,
-                           OptimWrapper, Optimizer, RAdam, Recorder, TrainEvalCallback, load_learner, params, ranger)
+                           OptimWrapper, RAdam, Recorder, TrainEvalCallback, load_learner, params, ranger)
 from fastai.callback.core import FetchPredsCallback
 from fastai.callback.data import CollectDataCallback
 from fastai.callback.channelslast import ChannelsLast
-from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.hook import ActivationStats
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import CSVLogger
@@ -32,8 +31,8 @@ from sklearn.datasets import load_digits
 from torchvision.models import resnet18
 
 from callback_helpers import (
-    all_same, at, at_batch, collect, convnet, dead_filters, fit, follows_masks, held, learner, loaders, masks,
-    N, raising, said, same, snapshot, sparse, weights, zeros)
+    all_same, at, at_batch, collect, convnet, dead_filters, fit, follows_masks, learner, loaders, masks, N, OnCPU,
+    optimizer_state, printed, raising, same, snapshot, sparse, split, weights, zeros, zeros_hold)
 from fastai.basics import (
     accuracy, Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, nn, partial, set_seed, torch)
 from fasterai_sparse.core.criteria import grad_crit, large_final, movement, updating_movement, wanda
@@ -54,9 +53,7 @@ OPTIMIZERS = dict(ranger=ranger, lamb=Lamb, larc=Larc, radam=RAdam,
 pytestmark = [pytest.mark.filterwarnings(f'ignore:{w}') for w in
               ('numpy.core is deprecated', 'load_learner', '__array__ implementation', 'You are shadowing an attribute',
                '`torch.nn.utils.weight_norm` is deprecated', 'The given NumPy array is not writable')]
-
-@pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
+pytestmark.append(pytest.mark.usefixtures('in_tmp'))
 
 def watching(event='after_batch'): return collect(event, lambda learn: zeros(learn.model))
 
@@ -75,13 +72,13 @@ def test_one_object_in_two_fits_starts_its_schedule_anew():
     with torch.no_grad():
         for w in weights(learn.model): w.normal_()
     watch, seen = watching('after_epoch')
-    out = said(lambda: fit(learn, 2, [cb, watch]))
+    out = printed(lambda: fit(learn, 2, [cb, watch]))
     assert seen == [n_zeros(.45, N), n_zeros(.9, N)]
     assert [l.split(':')[0][-7:] for l in epoch_lines(out)] == ['epoch 0', 'epoch 1']
 
 def test_one_object_twice_in_a_fit_keeps_its_schedule():
     cb, learn, (watch, seen) = sparse(verbose=True), learner(), watching('after_epoch')
-    out = said(lambda: fit(learn, 4, [cb, cb, watch]))
+    out = printed(lambda: fit(learn, 4, [cb, cb, watch]))
     assert seen == [n_zeros(.9*i/4, N) for i in (1,2,3,4)] and len(epoch_lines(out)) == 4
 
 def test_one_object_installed_and_in_a_fit_keeps_its_schedule():
@@ -104,11 +101,11 @@ def test_two_callbacks_on_two_layer_types():
     assert zeros(learn.model) == n_zeros(.9, N) and zeros(learn.model, nn.Linear) == 32
 
 def test_two_callbacks_say_what_is_theirs():
-    out = said(lambda: fit(learner(), 1, [sparse({'0': 25}, verbose=True), sparse({'3': 75}, verbose=True)]))
+    out = printed(lambda: fit(learner(), 1, [sparse({'0': 25}, verbose=True), sparse({'3': 75}, verbose=True)]))
     said_last = [l for l in out.splitlines() if l.startswith('Final')]
     assert said_last == ["Final Sparsity: {'0': 25.0}", "Final Sparsity: {'3': 75.0}"]
 
-# --- what looks at a learner
+# --- calls that change nothing
 
 def digits(size=16, bs=8, n=40):
     x,y = load_digits(return_X_y=True)
@@ -135,13 +132,13 @@ LOOKS = dict(show_results=lambda l: l.show_results(max_n=4), tta=lambda l: l.tta
 def test_looking_changes_nothing_and_the_next_fit_still_reaches_its_target(look):
     learn = digits_learner(cbs=sparse(verbose=True))
     for n in (0, n_zeros(.9, N_RGB)):
-        if n: said(lambda: fit(learn, 1))
+        if n: printed(lambda: fit(learn, 1))
         before, kept = snapshot(learn.model), masks(learn.model)
-        with learn.no_bar(), learn.no_logging(): out = said(lambda: LOOKS[look](learn))
+        with learn.no_bar(), learn.no_logging(): out = printed(lambda: LOOKS[look](learn))
         assert zeros(learn.model) == n and same(before, snapshot(learn.model)) and all_same(kept, masks(learn.model))
         assert 'Sparsity at' not in out and 'Final' not in out
         assert look in ('tta', 'summary') or 'Pruning' not in out   # these two begin like a fit
-    said(lambda: fit(learn, 1))
+    printed(lambda: fit(learn, 1))
     assert zeros(learn.model) == n_zeros(.9, N_RGB)
 
 def test_recorder_plots():
@@ -152,17 +149,6 @@ def test_recorder_plots():
 
 # --- mixed precision
 
-class OnCPU(MixedPrecision):
-    "`MixedPrecision` with its autocast and its scaler on the CPU"
-    def __init__(self, amp_mode='fp16', scale=8.): super().__init__(amp_mode); self.scale = scale
-    def before_fit(self):
-        half = self.amp_mode.value == 'fp16'
-        self.autocast, self.scales = torch.autocast('cpu', torch.float16 if half else torch.bfloat16), L()
-        self.learn.scaler = torch.amp.GradScaler('cpu', init_scale=self.scale, enabled=half)
-    def after_fit(self):
-        self.n_steps = len(self.scales)
-        super().after_fit()
-
 @pytest.mark.parametrize('criteria', [large_final, grad_crit])
 def test_a_scale_that_overflows_at_first(criteria):
     amp = OnCPU(scale=2.**22)
@@ -171,7 +157,7 @@ def test_a_scale_that_overflows_at_first(criteria):
 
 def test_a_scale_that_overflows_throughout_says_so():
     amp = OnCPU(scale=2.**60)
-    out = said(lambda: fit(learner(cbs=amp), 2, sparse(criteria=grad_crit, verbose=True)))
+    out = printed(lambda: fit(learner(cbs=amp), 2, sparse(criteria=grad_crit, verbose=True)))
     assert amp.n_steps == 0 and 'The target was not reached' in out
 
 # --- optimizers
@@ -189,26 +175,19 @@ def test_zeros_are_exact_after_each_step_of_this_fit_and_the_next(opt):
 def test_an_optimizer_that_is_built_already():
     net = convnet()
     learn = learner(model=net, opt_func=OptimWrapper(opt=torch.optim.AdamW(net.parameters())))
-    steps, seen = collect('after_step', held)
+    steps, seen = collect('after_step', zeros_hold)
     fit(learn, 2, [sparse(), steps])
     fit(learn, 2, steps)
     assert zeros(net) == n_zeros(.9, N) and all(seen) and len(seen) == 24
 
-def state_of(opt, p):
-    "Tensors of `p`'s shape that `opt` keeps, with those of what it wraps"
-    slow, inner = getattr(opt, 'slow_weights', None) or [], opt.__dict__.get('opt')
-    own = [s for pg,ps in zip(slow, opt.param_lists) for s,q in zip(pg, ps) if q is p]
-    if isinstance(inner, (Optimizer, OptimWrapper)): return own + state_of(inner, p)
-    return own + [v for v in (inner or opt).state[p].values() if torch.is_tensor(v) and v.shape==p.shape]
-
 @pytest.mark.parametrize('schedule', [lin, dsd])
 @pytest.mark.parametrize('opt', OPTIMIZERS)
-def test_the_past_of_what_changes_is_zero_right_after(opt, schedule):
+def test_optimizer_state_of_changed_weights_is_zero_right_after(opt, schedule):
     learn, old, n = learner(opt_func=OPTIMIZERS[opt]), {}, []
     def before(learn): old.update((m, mask.clone()) for m,_,_,mask in masked_params(learn.model))
     def check(learn):
         for m,_,p,mask in masked_params(learn.model):
-            changed, past = mask != old.get(m, True), state_of(learn.opt, p)
+            changed, past = mask != old.get(m, True), optimizer_state(learn.opt, p)
             n.append(int(changed.sum()))
             assert past and not any(s[changed].any() for s in past) and all(s.any() for s in past)
     fit(learn, 2, [sparse(50, schedule), at('before_step', before), at('after_step', check)])
@@ -225,16 +204,16 @@ BESIDE = dict(mixup=MixUp, cutmix=CutMix, clip=partial(GradientClip, .1), accumu
 @pytest.mark.parametrize('granularity', ['weight', 'filter'])
 @pytest.mark.parametrize('name', BESIDE)
 def test_target_beside_another_callback(name, granularity):
-    learn, (batches, seen) = learner(7), collect('after_batch', held)
-    said(lambda: fit(learn, 2, [sparse(75, granularity=granularity), batches, *L(BESIDE[name]())]))
+    learn, (batches, seen) = learner(7), collect('after_batch', zeros_hold)
+    printed(lambda: fit(learn, 2, [sparse(75, granularity=granularity), batches, *L(BESIDE[name]())]))
     assert zeros(learn.model) == n_zeros(.75, N)
-    said(lambda: fit(learn, 2, [batches, *L(BESIDE[name]())]))
+    printed(lambda: fit(learn, 2, [batches, *L(BESIDE[name]())]))
     assert zeros(learn.model) == n_zeros(.75, N) and len(seen) == 28 and all(seen)
 
 def test_early_stopping():
     learn = learner()
     stop = EarlyStoppingCallback('valid_loss', min_delta=10., patience=2)
-    out = said(lambda: fit(learn, 6, [sparse(verbose=True), stop]))
+    out = printed(lambda: fit(learn, 6, [sparse(verbose=True), stop]))
     assert zeros(learn.model) == n_zeros(.45, N) and 'training ended when 50%' in out
     assert zeros(fit(learn, 1).model) == n_zeros(.45, N)
     watch, seen = watching()
@@ -270,8 +249,6 @@ def test_loaders_that_change_between_the_epochs_of_a_fit():
     assert len(seen) == 17 and seen == sorted(seen) and at_ends == [n_zeros(.9*i/4, N) for i in (1,2,3,4)]
 
 # --- freezing
-
-def split(model): return [params(model[:3]), params(model[3:6]), params(model[6:])]
 
 @pytest.mark.parametrize('context', ['local', 'global'])
 def test_a_frozen_body_and_then_all(context):
@@ -320,7 +297,7 @@ COMPILED = dict(wrapped=lambda learn: setattr(learn, 'model', torch.compile(lear
 def test_a_compiled_model(how):
     learn = learner()
     COMPILED[how](learn)
-    watch, seen = collect('after_step', held)
+    watch, seen = collect('after_step', zeros_hold)
     fit(learn, 2, [sparse(update_every=1), watch])
     fit(learn, 2, watch)
     assert zeros(learn.model) == n_zeros(.9, N) and all(seen) and len(seen) == 24
@@ -373,14 +350,14 @@ def test_a_model_compiled_between_two_fits():
 @pytest.mark.parametrize('inner', [lambda m: m, partial(torch.compile, backend='eager')], ids=['plain', 'compiled'])
 def test_names_under_data_parallel(inner):
     learn, cb = learner(model=nn.DataParallel(inner(convnet()))), sparse({'0': 50, '3': 90}, verbose=True)
-    out = said(lambda: fit(learn, 2, cb))
+    out = printed(lambda: fit(learn, 2, cb))
     assert counts(learn) == [72, n_zeros(.9, 1152)] and list(cb.sparsifier.report().layer) == ['0', '3']
     assert 'module' not in out and '_orig_mod' not in out
     fit(learn, 2)
     assert counts(learn) == [72, n_zeros(.9, 1152)]
 
 class Parallel(Callback):
-    "Wraps the model while it trains, as `ParallelTrainer` does"
+    "Wraps the model during a fit, as `ParallelTrainer` does"
     run_after, run_before = TrainEvalCallback, Recorder
     def before_fit(self): self.learn.model = nn.DataParallel(self.learn.model)
     def after_fit(self): self.learn.model = self.learn.model.module
@@ -395,9 +372,9 @@ def test_a_model_wrapped_only_while_it_trains():
 
 def assert_lasting(learn, kinds, n, n_epoch=1):
     "`n` zeros in the layers of type `kinds`, and the same after another fit"
-    assert zeros(learn.model, kinds) == n and held(learn)
+    assert zeros(learn.model, kinds) == n and zeros_hold(learn)
     fit(learn, n_epoch)
-    assert zeros(learn.model, kinds) == n and held(learn)
+    assert zeros(learn.model, kinds) == n and zeros_hold(learn)
 
 @pytest.mark.parametrize('context', ['local', 'global'])
 def test_xresnet(context):
@@ -537,13 +514,13 @@ def test_no_validation_set():
     items = [(torch.randn(2,6,6), i%4) for i in range(20)]
     for valid in (DataLoader(items[:0], bs=8), DataLoader([], bs=None)):
         learn = learner(dls=DataLoaders(DataLoader(items, bs=8), valid, device='cpu'))
-        out = said(lambda: fit(learn, 3, sparse(verbose=True)))
+        out = printed(lambda: fit(learn, 3, sparse(verbose=True)))
         assert zeros(learn.model) == n_zeros(.9, N) and len(epoch_lines(out)) == 3
 
 @pytest.mark.parametrize('start', [1, 2, 3])
 def test_nothing_is_said_of_epochs_that_are_skipped(start):
     learn, (watch, seen) = learner(), watching()
-    out = said(lambda: fit(learn, 4, [sparse(verbose=True), watch], start_epoch=start))
+    out = printed(lambda: fit(learn, 4, [sparse(verbose=True), watch], start_epoch=start))
     assert [l.split(':')[0] for l in epoch_lines(out)] == [f'Sparsity at the end of epoch {i}' for i in range(start, 4)]
     assert len(seen) == 6*(4-start) and seen[-1] == n_zeros(.9, N)
 
@@ -584,7 +561,8 @@ def test_a_cancel_between_the_last_step_and_its_masks(sparsify, exc):
         if (learn.epoch, learn.iter) == (1, 5): raise exc()
     learn = fit(learner(), 1, sparse())
     fit(learn, 2, [at('after_step', stop, order=0), *([sparse(95)] if sparsify else [])])
-    assert held(learn) and zeros(learn.model) == sum(int((~m).sum()) for m in masks(learn.model)) >= n_zeros(.9, N)
+    n_masked = sum(int((~m).sum()) for m in masks(learn.model))
+    assert zeros_hold(learn) and zeros(learn.model) == n_masked >= n_zeros(.9, N)
 
 def test_an_interrupt_between_a_step_and_its_masks():
     learn = fit(learner(), 1, sparse())
@@ -597,7 +575,7 @@ def test_an_epoch_that_is_cut_short(event, exc):
     def stop(learn):
         if learn.epoch == 1 and learn.iter == 3: raise exc()
     learn, (watch, seen), (ends, at_ends) = learner(), watching(), watching('after_epoch')
-    out = said(lambda: fit(learn, 4, [sparse(update_every=1, verbose=True), at(event, stop, 67), watch, ends]))
+    out = printed(lambda: fit(learn, 4, [sparse(update_every=1, verbose=True), at(event, stop, 67), watch, ends]))
     assert seen == sorted(seen) and at_ends[2:] == [n_zeros(.675, N), n_zeros(.9, N)]
     assert len(epoch_lines(out)) == 4 and 'not reached' not in out
 
@@ -605,7 +583,7 @@ def test_a_last_epoch_that_is_cut_short_is_said():
     def stop(learn):
         if learn.epoch == 3 and learn.iter == 2: raise CancelEpochException()
     learn = learner()
-    out = said(lambda: fit(learn, 4, [sparse(update_every=1, verbose=True), at('after_batch', stop, 67)]))
+    out = printed(lambda: fit(learn, 4, [sparse(update_every=1, verbose=True), at('after_batch', stop, 67)]))
     assert zeros(learn.model) == n_zeros(Fraction(9, 10)*21/24, N)
     assert 'The target was not reached: training ended when 88% of it was done' in out
 
@@ -617,7 +595,7 @@ def test_batches_that_are_skipped_at_random(seed, criteria):
         if rng.random() < .12: raise CancelBatchException()
     events = 'before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward', 'before_step'
     skips = [at(e, skip, order=rng.choice([0, 70])) for e in events]
-    watch, seen = collect('after_batch', lambda learn: (zeros(learn.model), held(learn)))
+    watch, seen = collect('after_batch', lambda learn: (zeros(learn.model), zeros_hold(learn)))
     fit(learner(10), 3, [sparse(criteria=criteria), watch, *skips])
     n = [z for z,_ in seen]
     assert len(seen) == 30 and n == sorted(n) and n[-1] == n_zeros(.9, N) and all(ok for _,ok in seen)

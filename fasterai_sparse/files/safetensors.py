@@ -43,18 +43,21 @@ class _Stored:
     zeros:int = 0
     signs:bool = False # Whether some zeros are -0.0
     axis:int = 0 # Dimension of the inputs, along which a pattern is looked for
-    layer:str = '' # Layer whose weight it is, if it can be sparse
-    same_as:str = '' # Name of the tensor it is tied to, which is stored instead
+    layer:str = '' # Name of the layer that has it as its weight, if that weight can be sparse
+    same_as:str = '' # For a tied tensor, the name under which its values are stored
     crc32:str = '' # Checksum of its bytes, eight hexadecimal digits
 
     def __post_init__(self):
-        has_types = all(type(getattr(self, f.name)) is f.type for f in fields(self))
-        has_types = has_types and all(type(n) is int for n in self.shape)
-        if not (has_types and self.dtype in _torch_dtypes and self._is_possible()):
+        if not (self._has_types() and self.dtype in _torch_dtypes and self._is_possible()):
             entry = f'{self.dtype}, {self.shape}, {self.zeros} zeros'
             raise ValueError(f"The tensor {self.name!r} has an impossible entry: {entry}")
         if self.kind not in ('dense', 'bitmask') and (not self.shape or self.shape[self.axis] % self.nm[1]):
             raise ValueError(f"The tensor {self.name!r} can't be stored as {self.kind}")
+
+    def _has_types(self):
+        "Whether each field has the type declared above: entries come from JSON, which may hold anything"
+        has_types = all(type(getattr(self, f.name)) is f.type for f in fields(self))
+        return has_types and all(type(n) is int for n in self.shape)
 
     def _is_possible(self):
         "Whether the shape, the number of zeros and the axis can belong to a tensor"
@@ -70,11 +73,11 @@ class _Stored:
     @property
     def nbytes(self): return sum(_n_bytes(*p) for p in self.parts().values())
     def live(self, u):
-        "Which of the bits `u` are not zero; -0.0 is, as u+u shifts its sign out"
+        "Bool array: True where the number with the bits `u` is not zero; -0.0 is zero too, as u+u shifts its sign out"
         return u+u != 0 if _torch_dtypes[self.dtype].is_floating_point else u != 0
 
     def parts(self):
-        "What the file holds for it: name -> (dtype, shape)"
+        "The parts of the tensor in the file: name -> (dtype, shape)"
         if self.same_as: return {}
         if self.kind == 'dense': return {self.name: (self.dtype, self.shape)}
         parts = self._bitmask_parts() if self.kind == 'bitmask' else self._pattern_parts()
@@ -112,13 +115,13 @@ def _pieces(u): return (u[i:i+_piece_size] for i in range(0, len(u), _piece_size
 
 # %% ../../nbs/files/00_safetensors.ipynb #53147464
 def _group_pieces(u, s):
-    """Pieces of the weight whose bits are `u`, with its inputs as the last dimension; all but the last hold a
-    multiple of eight groups of the pattern, so that their indices fill whole bytes"""
+    """Pieces of the weight whose bits are `u`, with its inputs as the last dimension. All pieces but the last hold a
+    multiple of eight groups of the pattern, so that the indices of a piece fill whole bytes"""
     return _pieces_of_rows(np.moveaxis(u.reshape(s.shape), s.axis, -1), 8*s.nm[1])
 
 # %% ../../nbs/files/00_safetensors.ipynb #545ebd2f
 def _pieces_of_rows(v, unit):
-    "Pieces of the array `v`: a multiple of eight rows, or parts of a row if it is long and a multiple of `unit`"
+    "Pieces of `v`: a multiple of eight rows each; a long row is cut itself if its size is a multiple of `unit`"
     row_size = math.prod(v.shape[1:])
     if v.ndim > 1 and row_size > _piece_size//8 and row_size % unit == 0:
         return (p for row in v for p in _pieces_of_rows(row, unit))
@@ -127,7 +130,7 @@ def _pieces_of_rows(v, unit):
 
 # %% ../../nbs/files/00_safetensors.ipynb #f791c229
 def _follows_pattern(u, s):
-    "Whether each group of the weight whose bits are `u` keeps at most what the pattern of `s` allows"
+    "Whether each group of the weight whose bits are `u` has no more live weights than the pattern of `s` allows"
     n, m, _ = s.nm
     return all(np.count_nonzero(v.reshape(-1, m), axis=1).max(initial=0) <= n for v in _group_pieces(u, s))
 
@@ -162,7 +165,7 @@ def _unpacked_bits(packed, n):
 
 # %% ../../nbs/files/00_safetensors.ipynb #457891a5
 def _live_first(v, n, m):
-    "(groups of `m`, indices of `n` weights of each: its live ones, in order, then others)"
+    "(groups of `m` weights, indices of `n` weights of each group: first the live ones in order, then zeros)"
     groups = v.reshape(-1, m)
     return groups, np.argsort(groups == 0, axis=1, kind='stable')[:,:n]
 
@@ -214,9 +217,15 @@ def _put_groups(u, s, values, indices):
     at = 0
     for v in _group_pieces(u, s):
         groups, k = np.zeros((v.size//m, m), u.dtype), v.size//m*n
-        bits = np.unpackbits(indices[at*n_bits//8:], count=k*n_bits, bitorder='little').reshape(-1, n, n_bits)
-        np.put_along_axis(groups, bits @ (1 << np.arange(n_bits)), values[at:at+k].reshape(-1, n), 1)
+        places = _unpacked_numbers(indices[at*n_bits//8:], k, n_bits).reshape(-1, n)
+        np.put_along_axis(groups, places, values[at:at+k].reshape(-1, n), 1)
         v[...], at = groups.reshape(v.shape), at+k
+
+# %% ../../nbs/files/00_safetensors.ipynb #d486056f
+def _unpacked_numbers(packed, n, n_bits):
+    "The first `n` numbers in `packed`, of `n_bits` bits each, lowest bit first"
+    bits = np.unpackbits(packed, count=n*n_bits, bitorder='little').reshape(n, n_bits)
+    return bits @ (1 << np.arange(n_bits))
 
 # %% ../../nbs/files/00_safetensors.ipynb #5a3fcdc7
 _format_version = '1'
@@ -229,10 +238,14 @@ def _layout(stored):
     header, at = {}, 0
     for s in _widest_first(stored):
         for part,(dtype,shape) in s.parts().items():
-            if part in header or part == '__metadata__':
-                raise ValueError(f"The file can't hold two tensors called {part!r}: rename the one of the model")
+            _check_is_free(part, header)
             header[part] = dict(dtype=dtype, shape=list(shape), data_offsets=[at, at := at+_n_bytes(dtype, shape)])
     return header
+
+# %% ../../nbs/files/00_safetensors.ipynb #031bc031
+def _check_is_free(part, header):
+    if part not in header and part != '__metadata__': return
+    raise ValueError(f"The file can't hold two tensors called {part!r}: rename the one of the model")
 
 # %% ../../nbs/files/00_safetensors.ipynb #ad1f56a6
 def _share_of_zeros(stored):
@@ -277,8 +290,13 @@ def _unstorable(t):
     if not torch.is_tensor(t): return f'is a {type(t).__name__}, not a tensor'
     if is_lazy(t): return 'is lazy: pass one batch through the model first'
     if t.is_meta: return 'is on the meta device: materialize the model first'
-    if t.layout != torch.strided or t.dtype not in _names_of_dtypes or is_traceable_wrapper_subclass(t):
-        return f'is a {type(t).__name__} of {t.dtype}, {t.layout}: use a dense one of {list(_torch_dtypes)}'
+    if _has_format_type(t): return
+    return f'is a {type(t).__name__} of {t.dtype}, {t.layout}: use a dense one of {list(_torch_dtypes)}'
+
+# %% ../../nbs/files/00_safetensors.ipynb #f82e6988
+def _has_format_type(t):
+    "Whether `t` is a dense tensor of a type that safetensors has a name for"
+    return t.layout == torch.strided and t.dtype in _names_of_dtypes and not is_traceable_wrapper_subclass(t)
 
 # %% ../../nbs/files/00_safetensors.ipynb #6218c1b6
 def _storable_state(model):
@@ -290,43 +308,51 @@ def _storable_state(model):
 
 # %% ../../nbs/files/00_safetensors.ipynb #704b3d7e
 def _memory_of(t):
-    "The same for tensors that share their memory, as tied weights do"
+    "A key that is equal for tensors that share their memory, as tied weights do"
     if not t.numel(): return id(t)
     return t.device, t.dtype, t.data_ptr(), t.shape, t.stride(), t.is_conj(), t.is_neg()
 
 # %% ../../nbs/files/00_safetensors.ipynb #d1f81d51
 def _how_to_store(model, state):
     "A `_Stored` for each tensor of `state`; tied weights are stored once"
-    layers = {id(m._parameters.get(p)): (name, out_in_axes(m)[1]) for name,m,p in maskable_weights(model)}
-    stored, first = {}, {}
+    layers, stored, owners = _layers_of_weights(model), {}, {}
     for k,t in state.items():
         layer, axis = layers.get(id(t), ('', 0))
         s = _Stored(k, list(t.shape), _names_of_dtypes[t.dtype], axis=axis if axis < t.dim() else 0)
-        owner = first.setdefault(_memory_of(t), k)
+        owner = owners.setdefault(_memory_of(t), k)   # the first name of tied weights
         if owner == k: stored[k] = _smallest(_bits(t), replace(s, layer=layer, crc32='0'*8))
         else: stored[k] = replace(s, same_as=owner, zeros=stored[owner].zeros)
     return list(stored.values())
 
+# %% ../../nbs/files/00_safetensors.ipynb #7bb79b0d
+def _layers_of_weights(model):
+    "`id` of a weight -> (name of its layer, dimension of the inputs)"
+    return {id(m._parameters.get(p)): (name, out_in_axes(m)[1]) for name,m,p in maskable_weights(model)}
+
 # %% ../../nbs/files/00_safetensors.ipynb #84e2aeae
 def _as_table(stored):
-    "A row for each of `stored`, as `save_sparse` returns it"
-    rows = [dict(tensor=s.name, layer=s.layer, shape=tuple(s.shape), dtype=s.dtype,
-                 sparsity_pct=100*_share_of_zeros([s]), stored=f'as {s.same_as}' if s.same_as else s.kind,
-                 bytes=s.nbytes, dense_bytes=0 if s.same_as else _n_bytes(s.dtype, s.shape)) for s in stored]
-    df = pd.DataFrame(rows, columns='tensor layer shape dtype sparsity_pct stored bytes dense_bytes'.split())
+    "The table that `save_sparse` returns: a row for each of `stored`"
+    columns = 'tensor layer shape dtype sparsity_pct stored bytes dense_bytes'.split()
+    df = pd.DataFrame([_as_row(s) for s in stored], columns=columns)
     df.attrs['sparsity_pct'] = 100*_share_of_zeros([s for s in stored if s.layer])
     return df
+
+# %% ../../nbs/files/00_safetensors.ipynb #8b55177d
+def _as_row(s):
+    return dict(tensor=s.name, layer=s.layer, shape=tuple(s.shape), dtype=s.dtype,
+                sparsity_pct=100*_share_of_zeros([s]), stored=f'as {s.same_as}' if s.same_as else s.kind,
+                bytes=s.nbytes, dense_bytes=0 if s.same_as else _n_bytes(s.dtype, s.shape))
 
 # %% ../../nbs/files/00_safetensors.ipynb #87b5ca19
 def save_sparse(
     model:nn.Module, # A model, with masks (which stay, and are applied) or baked
     path, # File to write, by custom `.safetensors`
 )->pd.DataFrame:
-    """Write the `state_dict` of `model` to a safetensors file without its zeros; returns a row per tensor. A row
-    has the sparsity in percent and the bytes, as stored and dense; `attrs['sparsity_pct']` is the sparsity of all
-    layers that can be sparse. The file holds the plain model, without masks, and tied weights once. Writing needs
-    the memory of one more tensor, and `path` is replaced only when the new file is complete. Raises `ValueError`
-    if the state holds anything but dense tensors of a known type."""
+    """Write the `state_dict` of `model` to a safetensors file without its zeros. Returns a table with a row per
+    tensor: its sparsity in percent, how it is stored, and its bytes as stored and dense. `attrs['sparsity_pct']` is
+    the sparsity of all layers that can be sparse. The file holds the plain model, without masks; tied weights are
+    written once. Writing needs the memory of one more tensor, and `path` is replaced only when the new file is
+    complete. Raises `ValueError` if the state holds anything but dense tensors of a known type."""
     model = unwrapped(model)
     _storable_state(model)
     with masks_off(model) as plain:
@@ -338,39 +364,57 @@ def save_sparse(
 # %% ../../nbs/files/00_safetensors.ipynb #512f9c24
 def _parsed_header(f, path):
     "(header of the file `f` without its checksum, where the tensors start, size of the file)"
-    size = os.fstat(f.fileno()).st_size
-    n = int.from_bytes(f.read(8), 'little')
-    if 8+n > size:
-        raise ValueError(f"{path} is cut short, or is not a safetensors file: it has {size} bytes, "
-                         f"and its header would have {n}")
+    n, size = _sizes(f, path)
     try: header = json.loads(f.read(n))
     except (ValueError, RecursionError) as e: raise ValueError(f"{path} has a header that is not JSON: {e}") from None
     _check_metadata(header, path)
     return header, 8+n, size
 
+# %% ../../nbs/files/00_safetensors.ipynb #33e20910
+def _sizes(f, path):
+    "(bytes of the header, which the first 8 bytes of the file `f` say; bytes of the whole file)"
+    size = os.fstat(f.fileno()).st_size
+    n = int.from_bytes(f.read(8), 'little')
+    if 8+n <= size: return n, size
+    raise ValueError(f"{path} is cut short, or is not a safetensors file: it has {size} bytes, "
+                     f"and its header would have {n}")
+
 # %% ../../nbs/files/00_safetensors.ipynb #6fb761cc
 def _check_metadata(header, path):
-    "Raise `ValueError` unless `save_sparse` wrote `header`, in the format of this package and without damage"
+    "Raise `ValueError` unless `save_sparse` wrote `header` in this format, and it is undamaged"
     meta = header.get('__metadata__') if isinstance(header, dict) else None
     if not isinstance(meta, dict) or 'format_version' not in meta:
         raise ValueError(f"{path} was not written by save_sparse")
-    version = meta['format_version']
-    if version != _format_version:
-        raise ValueError(f"{path} has the format version {version!r}; this package reads {_format_version!r}")
+    _check_version(meta['format_version'], path)
     if meta.pop('checksum', None) != _checksum(header): raise ValueError(f"{path} has a damaged header")
+
+# %% ../../nbs/files/00_safetensors.ipynb #222443b1
+def _check_version(version, path):
+    if version == _format_version: return
+    raise ValueError(f"{path} has the format version {version!r}; this package reads {_format_version!r}")
 
 # %% ../../nbs/files/00_safetensors.ipynb #4f93e45e
 def _read_header(f, path):
     "(a `_Stored` for each tensor of the file `f`, name of a part -> (offset, bytes))"
     header, start, size = _parsed_header(f, path)
-    try: stored = [_Stored(**s) for s in json.loads(header.pop('__metadata__')['tensors'])]
-    except (KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{path} has a header that makes no sense: {e!r}") from None
+    stored = _entries_in(header.pop('__metadata__'), path)
     layout = _layout(stored)
     if layout != header or not _is_consistent(stored): raise ValueError(f"{path} has a header that contradicts itself")
-    at = {part: (start + p['data_offsets'][0], _n_bytes(p['dtype'], p['shape'])) for part,p in layout.items()}
+    at = _places(layout, start)
     _check_size(stored, at, start, size, path)
     return stored, at
+
+# %% ../../nbs/files/00_safetensors.ipynb #2a70da2b
+def _places(layout, start):
+    "Name of a part -> (offset in a file whose tensors begin at `start`, bytes)"
+    return {part: (start + p['data_offsets'][0], _n_bytes(p['dtype'], p['shape'])) for part,p in layout.items()}
+
+# %% ../../nbs/files/00_safetensors.ipynb #12095c8b
+def _entries_in(metadata, path):
+    "A `_Stored` for each tensor that the header's `metadata` lists"
+    try: return [_Stored(**s) for s in json.loads(metadata['tensors'])]
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{path} has a header that makes no sense: {e!r}") from None
 
 # %% ../../nbs/files/00_safetensors.ipynb #ce43d96c
 def _is_consistent(stored):
@@ -395,42 +439,54 @@ def _mapped_parts(f, s, at):
 
 # %% ../../nbs/files/00_safetensors.ipynb #528e3ced
 def _check_bytes(f, s, at, path):
-    "Raise `ValueError` if the bytes of a tensor are not those that were written, or contradict each other"
+    "Raise `ValueError` if the bytes of a tensor don't match its checksum, or its bitmask does not match its values"
     crc, parts = 0, _mapped_parts(f, s, at)
     for p in parts: crc = zlib.crc32(p, crc)
     if f'{crc:08x}' != s.crc32: raise ValueError(f"{path} is damaged: the tensor {s.name!r} is not what was written")
-    if s.kind != 'bitmask': return
-    n_bits, n_values = sum(np.count_nonzero(b) for b in _unpacked_bits(parts[1], s.numel)), s.numel-s.zeros
+    if s.kind == 'bitmask': _check_bitmask(s, parts[1], path)
+
+# %% ../../nbs/files/00_safetensors.ipynb #bda055a8
+def _check_bitmask(s, bitmask, path):
+    "Raise `ValueError` unless as many bits are set as there are values"
+    n_bits, n_values = sum(np.count_nonzero(b) for b in _unpacked_bits(bitmask, s.numel)), s.numel-s.zeros
     if n_bits != n_values:
         raise ValueError(f"{path} is damaged: the tensor {s.name!r} has {n_values} values and a bitmask for {n_bits}")
 
 # %% ../../nbs/files/00_safetensors.ipynb #8370a4c9
 def _unfillable(t):
-    "Why nothing can be written into `t`, or None"
+    "Why values can't be written into `t`, or None"
     is_expanded = any(n > 1 and step == 0 for n,step in zip(t.shape, t.stride()))
     if is_expanded: return 'is expanded: its elements share their memory'
     if t.is_inference() and not torch.is_inference_mode_enabled(): return 'was made in inference mode'
 
 # %% ../../nbs/files/00_safetensors.ipynb #90d7b389
 def _check_fit(model, stored, path):
-    "Raise `ValueError` if keys or shapes of `model` differ, or a tensor of it can't be written to"
-    own, keys, model_type = _storable_state(model), {s.name for s in stored}, type(model).__name__
+    "Raise `ValueError` unless `model` has the file's keys and shapes, and can be written to"
+    own, model_type = _storable_state(model), type(model).__name__
+    misfit = _different_keys(own, {s.name for s in stored}) or _different_shapes(own, stored)
+    if misfit: raise ValueError(f"{path} does not fit {model_type}: {misfit}")
+    if stuck := [f'{k} {why}' for k,t in own.items() if (why := _unfillable(t))]:
+        raise ValueError(f"{path} can't be loaded into {model_type}: {'; '.join(stuck)}")
+
+# %% ../../nbs/files/00_safetensors.ipynb #886fd411
+def _different_keys(own, keys):
+    "How the `keys` of a file differ from those of the state `own`, or ''"
     missing = [k for k in own if k not in keys and not _follows_weights(k, keys)]
-    extra = [k for k in keys if k not in own]
-    if missing or extra:
-        raise ValueError(f"{path} does not fit {model_type}: it lacks {missing} and has {sorted(extra)} beyond it")
-    shapes = [f'{s.name} is {tuple(s.shape)} in the file and {tuple(own[s.name].shape)} in the model'
-              for s in stored if list(own[s.name].shape) != s.shape]
-    if shapes: raise ValueError(f"{path} does not fit {model_type}: {'; '.join(shapes)}")
-    stuck = [f'{k} {why}' for k,t in own.items() if (why := _unfillable(t))]
-    if stuck: raise ValueError(f"{path} can't be loaded into {model_type}: {'; '.join(stuck)}")
+    extra = sorted(k for k in keys if k not in own)
+    return f'it lacks {missing} and has {extra} beyond it' if missing or extra else ''
+
+# %% ../../nbs/files/00_safetensors.ipynb #51aab921
+def _different_shapes(own, stored):
+    "Which tensors have another shape in the file than in the state `own`, or ''"
+    return '; '.join(f'{s.name} is {tuple(s.shape)} in the file and {tuple(own[s.name].shape)} in the model'
+                     for s in stored if list(own[s.name].shape) != s.shape)
 
 # %% ../../nbs/files/00_safetensors.ipynb #4ff3769a
 def _follows_weights(key, keys):
-    "Whether `key` is a mask that is saved with a model, or its sparsity: these need not be in the file"
+    "Whether `key` is a saved mask or its sparsity, beside a weight among `keys`: these need not be in the file"
     return key.endswith(('_mask', '_sparsity')) and key.rpartition('_')[0] in keys
 
-# %% ../../nbs/files/00_safetensors.ipynb #3d93575a
+# %% ../../nbs/files/00_safetensors.ipynb #1ac20bc5
 def _make_mask(model, key):
     "Write the mask called `key`, which the file lacks, from the zeros of its parameter"
     layer, _, mask_name = key.rpartition('.')
@@ -440,7 +496,7 @@ def _make_mask(model, key):
 
 # %% ../../nbs/files/00_safetensors.ipynb #ffe38786
 def _load_tensors(model, tensors):
-    "Copy `tensors`, pairs (key, tensor) made one after the other, into `model`; then run its hooks for loading"
+    "Copy the pairs (key, tensor) of the iterator `tensors` into `model`; then run its hooks for loading"
     own = model.state_dict()
     with torch.no_grad():
         left = set(own)
@@ -455,13 +511,13 @@ def _load_tensors(model, tensors):
 # %% ../../nbs/files/00_safetensors.ipynb #03490cbf
 def load_sparse(
     path, # A file that `save_sparse` has written
-    model:nn.Module=None, # Model to load into, sparse or dense
+    model:nn.Module=None, # Model to load into, with or without masks
 ):
-    """Load a file of `save_sparse` into `model`, in place, and return it; without a model, return the
-    `state_dict` on the CPU. As with `load_state_dict`, masks follow the weights: zeros are masked. No code of the
-    file is run. Needs the memory of one tensor besides the model. Raises `ValueError`, before anything changes,
-    if the file is cut short or damaged (with the name of the tensor), has another format version, or has other
-    keys or shapes than the model."""
+    """Load a file of `save_sparse` into `model`, in place, and return the model; without a model, return the
+    `state_dict` on the CPU. If the model has masks, they follow the weights: zeros are masked. No code in the file
+    is run. Loading needs the memory of one tensor besides the model. Raises `ValueError`, before anything changes,
+    if the file is cut short or damaged (the error names the tensor), has another format version, or has other keys
+    or shapes than the model."""
     with open(path, 'rb') as f:
         stored, at = _read_header(f, path)
         if model is not None: _check_fit(unwrapped(model), stored, path)
@@ -479,7 +535,7 @@ def load_sparse(
 def sparse_contents(
     path, # A file that `save_sparse` has written
 )->pd.DataFrame:
-    "The table that `save_sparse` has returned, a row per tensor; reads only the header of the file"
+    "The table that `save_sparse` returned for this file, a row per tensor; reads only the header of the file"
     with open(path, 'rb') as f: return _as_table(_read_header(f, path)[0])
 
 # %% ../../nbs/files/00_safetensors.ipynb #5927c3d1

@@ -20,7 +20,7 @@ demo: .venv/core.done
 
 # Two processes with one thread each
 test: export OMP_NUM_THREADS = 1
-test: .venv/dev.done sync
+test: .venv/dev.done sync lint
 	nbdev-test --n-workers 2 --do-print
 	python -m pytest tests -n 2 --dist loadfile
 

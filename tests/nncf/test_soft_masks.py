@@ -1157,7 +1157,8 @@ def test_a_parameter_that_is_a_slice(kind):
     learn, cb = learner(model=sliced()), soft(kind)
     fit(learn, 3, [cb, Watch(cb)])
 
-@pytest.mark.parametrize('kwargs,why', [(dict(max_norm=.5), 'renormalizes its weight'), (dict(sparse=True), 'sparse gradients')])
+@pytest.mark.parametrize('kwargs,why', [(dict(max_norm=.5), 'renormalizes its weight'),
+                                        (dict(sparse=True), 'sparse gradients')])
 @both
 def test_embeddings_that_can_not_have_one_are_refused(kind, kwargs, why):
     learn = learner(model=Words(Alone(), **kwargs), dls=loaders(6, words), opt_func=SGD)

@@ -109,7 +109,7 @@ def dead_rows(
 # %% ../../nbs/core/01_masks.ipynb #f84584ce
 def apply_masks(
     module:nn.Module,
-    *args, # Ignored: the arguments of a forward pre-hook
+    *args, # Ignored: arguments of a hook
     inplace:bool=True, # False: don't change the parameters
 )->list|None:
     "Set the masked weights in `module` to zero; with `inplace=False`, return the masked tensors instead"

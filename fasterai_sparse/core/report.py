@@ -177,10 +177,10 @@ def _draw_bars(ax, df):
 # %% ../../nbs/core/10_report.ipynb #6af53184
 def plot_sparsity(
     model:nn.Module,
-    layer_type:type|tuple|None=None, # A module class or a tuple of them; None: all that can be sparse
-    ax=None, # Matplotlib axes to draw on; None: new ones
+    layer_type:type|tuple|None=None, # A module class or several; None: all that can be sparse
+    ax=None, # Matplotlib axes; None: new ones
 ):
-    "Bar chart with the sparsity of each layer, and a dotted line at the overall sparsity; returns the axes"
+    "Bar chart of each layer's sparsity, with a dotted line at the overall one; returns the axes"
     import matplotlib.pyplot as plt
     df = sparsity_report(model, layer_type=layer_type)
     if ax is None: _,ax = plt.subplots(figsize=(7, 1+.22*len(df)), layout='constrained')

@@ -152,6 +152,12 @@ def _kth_on_cpu(flat, k, live):
     a = (flat.float() if is_half else flat).numpy()
     return torch.as_tensor(_kth_numpy(a, k, None if live is None else live.numpy()), dtype=flat.dtype)
 
+# %% ../../nbs/core/00_select.ipynb #f1de4c3e
+def _without_dead(flat, live):
+    "(`flat`, `live`), or (live scores, None) on a GPU and if there are few of them, as searching only those is faster"
+    if live is None or flat.is_cpu and n_true(live)*4 > len(flat): return flat, live
+    return values_at(flat, live), None
+
 # %% ../../nbs/core/00_select.ipynb #cff499a3
 def kth_largest(
     t:torch.Tensor, # Scores, any shape, no NaN
@@ -159,9 +165,7 @@ def kth_largest(
     live:torch.Tensor|None=None, # Bool tensor like `t`: only scores that are True in it count
 )->torch.Tensor:
     "The exact `k`-th largest value of `t`, as a 0-d tensor"
-    flat, live = t.detach().reshape(-1), None if live is None else live.reshape(-1)
-    if live is not None and not (flat.is_cpu and n_true(live)*4 > len(flat)):
-        flat, live = values_at(flat, live), None   # gathering a few live scores first is faster
+    flat, live = _without_dead(t.detach().reshape(-1), None if live is None else live.reshape(-1))
     return _kth_on_cpu(flat, k, live) if flat.is_cpu else _kth_topk(flat, k)
 
 # %% ../../nbs/core/00_select.ipynb #fb61f031

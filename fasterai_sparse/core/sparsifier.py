@@ -63,11 +63,11 @@ class Sparsifier:
         self.init, self.prev = self._snapshot('init'), self._snapshot('prev')
 
     def sparsify_model(self,
-        sparsity:float|dict, # Percent, or a dict of layers (or their names) to percent
+        sparsity:float|dict, # Percent, or a dict of layer names (or modules) to percent
         round_to:int|None=None, # Keep a multiple of this number of groups in each layer
-        recalibrate:bool=False, # Then measure the statistics of BatchNorm on up to 2048 samples of `data`
+        recalibrate:bool=False, # Measure the statistics of BatchNorm on up to 2048 samples of `data`
     )->None:
-        "Make all layers sparse"
+        "Make all layers sparse, or those in the dict"
         if recalibrate: self._check_recalibrate()
         self.apply(self.targets(sparsity), round_to)
         if recalibrate: self.recalibrate()

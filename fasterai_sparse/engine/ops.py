@@ -159,7 +159,7 @@ class Operation:
         raise NotImplementedError
 
     def compiled(self) -> ctypes.Structure:
-        "The arguments as a C structure of addresses: the operands have to live as long as it is used"
+        "The arguments as a C structure of addresses: keep the operands alive as long as it is used"
         values = self.arguments()
         if values.keys() != self.types.keys():
             different = sorted(values.keys() ^ self.types.keys())

@@ -61,7 +61,7 @@ def _find(self:Terms, w, taps, phases):
 
 # %% ../../nbs/engine/01_weights.ipynb #cd076a6d
 def _phase_numbers(row_phases, column_phases, phases)->np.ndarray:
-    "For each place of a kernel: the number of its phase among `phases`, -1 where that is not there"
+    "For each place of a kernel: the number of its phase among `phases`, -1 where `phases` lacks it"
     numbers = {phase: i for i,phase in enumerate(phases)}
     return np.array([[numbers.get((int(row), int(column)), -1) for column in column_phases] for row in row_phases])
 

@@ -43,7 +43,7 @@ def native_library() -> tuple:
 
 # %% ../../nbs/utils/06_native.ipynb #bd0a6214
 def check_outcome(
-    code:int, # What a function of the library returned: an `Outcome` of csrc/export.h
+    code:int, # Return value of a library function, an `Outcome` of csrc/export.h
     what:str, # Beginning of the message: what was run
 ):
     "Raise `MemoryError` or `RuntimeError` unless `code` is 0"

@@ -75,7 +75,7 @@ def verify_nm(
 
 # %% ../../nbs/nm/06_verify.ipynb #07450fd1
 def _sparsity_by_layer(s, n, m, skip):
-    "Layer -> percent that n:m prunes of it, for the layers of the `Sparsifier` `s` that are not in `skip`; and the others"
+    "Layer -> percent that n:m prunes of it, for layers of the `Sparsifier` `s` that are not in `skip`; and the others"
     skipped = {name for key in skip for name in s._name_of(key)}
     by_layer = {name: 100*(m-n)/m for name in s.layers if name not in skipped}
     if not by_layer: raise ValueError(f"skip= leaves none of the layers {list(s.layers)} to prune")

@@ -519,6 +519,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'fasterai_sparse/core/select.py'),
                                              'fasterai_sparse.core.select._top_k_of_all': ( 'core/select.html#_top_k_of_all',
                                                                                             'fasterai_sparse/core/select.py'),
+                                             'fasterai_sparse.core.select._without_dead': ( 'core/select.html#_without_dead',
+                                                                                            'fasterai_sparse/core/select.py'),
                                              'fasterai_sparse.core.select.as_ratio': ( 'core/select.html#as_ratio',
                                                                                        'fasterai_sparse/core/select.py'),
                                              'fasterai_sparse.core.select.demote_dead': ( 'core/select.html#demote_dead',

@@ -193,7 +193,8 @@ class House:
     @cached_property
     def complex(self):
         "Functions with more than ten paths through them, as ruff counts"
-        command = [sys.executable, '-m', 'ruff', 'check', '--isolated', '--select', 'C901', '--output-format', 'json', '--exit-zero',
+        command = [sys.executable, '-m', 'ruff', 'check', '--isolated', '--select', 'C901', '--output-format', 'json',
+                   '--exit-zero',
                    '--config', f'lint.mccabe.max-complexity={MAX_COMPLEXITY}', str(self.package)]
         found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         return [e['message'] for e in json.loads(found)]
